@@ -1,0 +1,1 @@
+"""Beamline's public API: the generated protobuf and gRPC stubs."""
