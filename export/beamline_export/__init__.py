@@ -1,0 +1,1 @@
+"""Exports trained PyTorch Transformers to ONNX bundles."""

@@ -1,0 +1,300 @@
+"""Checkpoint to bundle: builds in a folder beside the target, checks, renames. A bundle appears whole or not at all."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+import beamline_server
+from beamline_export.build_graphs import build_decoder_step, build_encoder, build_kv_arrange
+from beamline_export.families.registry import Family, detect
+from beamline_export.graph_writer import WeightsFile
+from beamline_export.graphs import GraphSpec, decoder_step_graph, encoder_graph, kv_arrange_graph
+from beamline_export.parity import Probe, check_contract, check_parity, random_sources
+from beamline_export.precision import STORES, WeightStore
+from beamline_export.progress import Progress
+from beamline_export.spec import Checkpoint, ExportError, check_weights
+from beamline_server.bundle import (
+    DECODER_STEP,
+    ENCODER,
+    FORMAT_VERSION,
+    KV_ARRANGE,
+    MANIFEST,
+    NAME_PATTERN,
+    WEIGHTS,
+    Bundle,
+    BundleError,
+    load_bundle,
+    read_manifest,
+)
+from beamline_server.engine.build import DeviceError, build_runner, choose_device, forced_decode, usable_cores
+from beamline_server.engine.runner import StepRunner
+from beamline_server.tokenizer import load_tokenizer
+
+_GOLDEN_INPUTS = 3
+_GOLDEN_STEPS = 8
+_GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "int8": 2e-2}
+"""Between machines that compute alike: rounding of sums, and what it does to a quantized activation."""
+_LONGEST_PROBE = 40
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        precision: fp32, fp16 or int8.
+        name: Name of the model as the server tells it; by default the checkpoint folder's.
+        replace: Whether a bundle that is there already is replaced.
+    """
+
+    precision: str = "fp32"
+    name: str | None = None
+    replace: bool = False
+
+
+def export(source: Path, target: Path, options: ExportOptions, progress: Progress) -> Bundle:
+    """Export a checkpoint folder as a bundle.
+
+    Args:
+        source: Folder with config.json and weights; not trusted.
+        target: The bundle's folder; must not exist unless `options.replace`.
+        options: How to export.
+        progress: Shows what is going on.
+
+    Raises:
+        ExportError: the checkpoint is broken or not known, or the result does not agree with PyTorch. Nothing is left.
+    """
+    _check_arguments(target, options)
+    family = detect(source)
+    return export_checkpoint(family, source, target, options, progress, STORES[options.precision]())
+
+
+def export_checkpoint(
+    family: Family, source: Path, target: Path, options: ExportOptions, progress: Progress, store: WeightStore
+) -> Bundle:
+    """As `export`, of a family and with a weight store that were chosen already."""
+    with progress.step("read the checkpoint"):
+        checkpoint = family.read(source)
+        check_weights(checkpoint)
+    unsupported = checkpoint.generation["not_supported"]
+    assert isinstance(unsupported, dict)
+    for setting, value in sorted(unsupported.items()):
+        progress.warn(f"generation setting {setting} = {value} is not supported")
+    with _folder_beside(target) as folder:
+        with progress.step("build the graphs"):
+            _write_graphs(checkpoint, store, folder)
+            _copy_tokenizer(checkpoint, source, folder)
+            # From here on the weights are in the file; the PyTorch model needs the memory.
+            checkpoint = dataclasses.replace(checkpoint, weights={})
+            writing = _Writing(
+                checkpoint, store.cache, folder, options, options.name or _plain_name(source), _sums(folder)
+            )
+            draft = writing.manifest()
+        with progress.step("load the exported model"):
+            runner = _load_runner(draft)
+            check_contract(draft, writing.contracts())
+        with progress.step("load the PyTorch model"):
+            reference = family.reference(source, checkpoint)
+        figures = check_parity(draft, runner, reference, _probe(draft), progress.iterate)
+        golden = [_golden(draft, runner, number) for number in range(_GOLDEN_INPUTS)]
+        with progress.step("verify the bundle"):
+            writing.manifest(parity=figures, golden=golden)
+            bundle = _verified(folder)
+        _appear(folder, target, replace=options.replace)
+    return Bundle(target, bundle.manifest, bundle.fingerprint)
+
+
+def _check_arguments(target: Path, options: ExportOptions) -> None:
+    if options.precision not in STORES:
+        raise ExportError(f"precision {options.precision!r} is not known; known: {', '.join(STORES)}")
+    if options.name is not None and not re.fullmatch(NAME_PATTERN, options.name):
+        raise ExportError(
+            f"the name {options.name!r} is not usable; use up to 64 letters, digits, dots, dashes and underscores"
+        )
+    if target.exists() and not options.replace:
+        raise ExportError(f"{target} exists already; choose another folder or give --replace")
+    if target.exists() and not (target / MANIFEST).exists():
+        raise ExportError(f"{target} exists and is no bundle; it is not replaced")
+    if not target.absolute().parent.is_dir():
+        raise ExportError(f"{target.absolute().parent} does not exist; create it first")
+
+
+@contextmanager
+def _folder_beside(target: Path) -> Iterator[Path]:
+    """A folder on the target's file system, gone at the end unless it was renamed."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+    try:
+        folder.chmod(0o755)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _appear(folder: Path, target: Path, *, replace: bool) -> None:
+    if not (replace and target.exists()):
+        folder.rename(target)
+        return
+    with _folder_beside(target) as aside:
+        old = target.rename(aside / target.name)
+        try:
+            folder.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+
+
+def _write_graphs(checkpoint: Checkpoint, store: WeightStore, folder: Path) -> None:
+    with WeightsFile(folder / WEIGHTS) as weights:
+        graphs = {
+            ENCODER: build_encoder(checkpoint, store, weights),
+            DECODER_STEP: build_decoder_step(checkpoint, store, weights),
+            KV_ARRANGE: build_kv_arrange(checkpoint.spec.d_model, store.cache, weights),
+        }
+    for name, graph in graphs.items():
+        (folder / name).write_bytes(graph.SerializeToString(deterministic=True))
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, source: Path, folder: Path) -> None:
+    for name, file in checkpoint.tokenizer_files.items():
+        shutil.copyfile(source / file, folder / name)
+
+
+def _sums(folder: Path) -> dict[str, dict[str, Any]]:
+    """Checksum and size of every file."""
+    result = {}
+    for file in sorted(folder.iterdir()):
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        result[file.name] = {"sha256": digest, "bytes": file.stat().st_size}
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    """A bundle whose files are there, but for the manifest."""
+
+    checkpoint: Checkpoint
+    cache: Any
+    folder: Path
+    options: ExportOptions
+    name: str
+    sums: dict[str, dict[str, Any]]
+
+    def contracts(self) -> dict[str, GraphSpec]:
+        """What the graphs promise."""
+        layers, width = self.checkpoint.spec.decoder_layers, self.checkpoint.spec.d_model
+        return {
+            ENCODER: encoder_graph(layers, width, self.cache),
+            DECODER_STEP: decoder_step_graph(layers, width, self.cache),
+            KV_ARRANGE: kv_arrange_graph(width, self.cache),
+        }
+
+    def manifest(self, *, parity: dict[str, Any] | None = None, golden: list[dict[str, Any]] | None = None) -> Bundle:
+        """Write the manifest, and read it as the server will.
+
+        Raises:
+            ExportError: the server would refuse it.
+        """
+        spec = self.checkpoint.spec
+        data = {
+            "format_version": FORMAT_VERSION,
+            "name": self.name,
+            "architecture": spec.architecture,
+            "precision": self.options.precision,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "dimensions": {
+                "d_model": spec.d_model,
+                "decoder_layers": spec.decoder_layers,
+                "source_vocabulary": spec.source_vocabulary,
+                "target_vocabulary": spec.target_vocabulary,
+                "max_source_tokens": spec.max_source_positions,
+                "max_target_tokens": spec.max_target_positions,
+            },
+            "special_tokens": dataclasses.asdict(self.checkpoint.special_tokens),
+            "generation_defaults": dict(self.checkpoint.generation),
+            "tokenizer": {"kind": self.checkpoint.tokenizer_kind, "files": list(self.checkpoint.tokenizer_files)},
+            "files": self.sums,
+            "golden": golden or [],
+            "golden_tolerance": _GOLDEN_TOLERANCE[self.options.precision],
+            "spec": _plain(dataclasses.asdict(spec)),
+            "graphs": {name: graph.as_json() for name, graph in self.contracts().items()},
+            "parity": parity or {},
+            "producers": {
+                "beamline": beamline_server.__version__,
+                "torch": version("torch"),
+                "onnx": onnx.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        (self.folder / MANIFEST).write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+        try:
+            manifest, fingerprint = read_manifest(self.folder)
+            bundle = Bundle(self.folder, manifest, fingerprint)
+            load_tokenizer(bundle)
+        except BundleError as error:
+            raise ExportError(f"the checkpoint's settings make no valid bundle: {error.problem}") from error
+        return bundle
+
+
+def _plain_name(source: Path) -> str:
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in source.resolve().name)
+    return (name.lstrip("._-") or "model")[:64]
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.value if isinstance(value, Enum) else value for key, value in data.items()}
+
+
+def _load_runner(bundle: Bundle) -> StepRunner:
+    """fp16 is compared on the GPU it is meant for where there is one, else through the CPU's casts."""
+    precision = bundle.manifest.precision
+    device = choose_device("auto", precision) if precision == "fp16" else "cpu"
+    try:
+        return build_runner(bundle, device, threads=usable_cores())
+    except (BundleError, DeviceError) as error:
+        raise ExportError(f"the exported model cannot be loaded: {error}") from error
+
+
+def _probe(bundle: Bundle) -> Probe:
+    dimensions = bundle.manifest.dimensions
+    longest = min(_LONGEST_PROBE, dimensions.max_source_tokens)
+    return Probe(random_sources(dimensions.source_vocabulary, bundle.manifest.special_tokens.source_eos, longest))
+
+
+def _golden(bundle: Bundle, runner: StepRunner, seed: int) -> dict[str, Any]:
+    """A forced decode along the model's own greedy path, as this machine computes it."""
+    dimensions, tokens = bundle.manifest.dimensions, bundle.manifest.special_tokens
+    longest = min(8 + 8 * seed, dimensions.max_source_tokens)
+    source = random_sources(dimensions.source_vocabulary, tokens.source_eos, longest, count=4, seed=seed)[-1]
+    forced = [tokens.decoder_start]
+    for _ in range(min(_GOLDEN_STEPS, dimensions.max_target_tokens) - 1):
+        forced.append(forced_decode(runner, source, tuple(forced))[0][-1])
+    top_token, top_logprob = forced_decode(runner, source, tuple(forced))
+    return {
+        "source": list(source),
+        "forced": forced,
+        "top_token": top_token,
+        "top_logprob": [float(np.float32(value)) for value in top_logprob],
+    }
+
+
+def _verified(folder: Path) -> Bundle:
+    try:
+        return load_bundle(folder)
+    except BundleError as error:
+        raise ExportError(f"the written bundle cannot be read: {error}") from error

@@ -1,0 +1,78 @@
+"""BART checkpoints (Hugging Face `BartForConditionalGeneration`): post-norm, learned positions with an offset of 2."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from beamline_export.checkpoint import Fields, Renamer, read_json, read_optional_json, read_state_dict
+from beamline_export.families.bart_like import Ties, read_spec, take_embeddings, take_layers
+from beamline_export.generation import read_generation
+from beamline_export.reference import HuggingFaceReference, Reference
+from beamline_export.spec import Array, Checkpoint, ExportError, TransformerSpec
+
+_POSITION_OFFSET = 2
+"""Rows 0 and 1 of BART's position tables are never read: positions begin at row 2."""
+
+
+def read(folder: Path) -> Checkpoint:
+    """Read a BART folder.
+
+    Raises:
+        ExportError: config, weights or tokenizer are missing or contradict each other.
+    """
+    config = read_json(folder / "config.json")
+    fields = Fields(config, "config.json")
+    # mBART-like variants of the same config class; their own families will read them.
+    fields.must_be("normalize_before", False)
+    fields.must_be("add_final_layer_norm", False)
+    fields.must_be("normalize_embedding", True)
+    fields.must_be("static_position_embeddings", False)
+    tied = fields.flag("tie_word_embeddings", True)
+    spec = read_spec(fields, "bart", None, embedding_norm=True)
+    source_bos = fields.optional_id("bos_token_id")
+    fields.check()
+    generation = read_generation(
+        config, read_optional_json(folder / "generation_config.json"), max_positions=spec.max_target_positions
+    )
+    files = {"tokenizer.json": "tokenizer.json"} if (folder / "tokenizer.json").exists() else {}
+    if not files and (folder / "merges.txt").exists():
+        raise ExportError(
+            f"{folder} has merges.txt but no tokenizer.json; write it with "
+            "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    names = _rename(spec, Ties(head=tied, sides=tied), read_state_dict(folder))
+    return Checkpoint(
+        spec,
+        names.result(),
+        dataclasses.replace(generation.tokens, source_bos=source_bos, source_eos=generation.tokens.eos[0]),
+        generation.defaults,
+        "tokenizers" if files else "none",
+        files,
+        generation.removed,
+        names.names,
+    )
+
+
+def _rename(spec: TransformerSpec, ties: Ties, state: Mapping[str, Array]) -> Renamer:
+    if "shared.weight" in state:  # saved as a bare BartModel, as the pretrained ones are
+        state = {f"model.{name}": array for name, array in state.items()}
+    names = Renamer(state)
+    take_embeddings(names, ties)
+    # fairseq's own conversions leave it out where it is zero.
+    bias = names.weights.get("head.bias", np.zeros(spec.target_vocabulary, np.float32))
+    names.weights["head.bias"] = bias.reshape(-1)
+    names.ignore(r"model\.(encoder|decoder)\.version")
+    for side, positions in (("encoder", "source_positions"), ("decoder", "target_positions")):
+        names.take(positions, f"model.{side}.embed_positions.weight")
+        if positions in names.weights:
+            names.weights[positions] = names.weights[positions][_POSITION_OFFSET:]
+        names.module(f"{side}.embedding_norm", f"model.{side}.layernorm_embedding")
+    take_layers(names, spec)
+    return names
+
+
+def reference(folder: Path, checkpoint: Checkpoint) -> Reference:
+    """The model as transformers runs it."""
+    return HuggingFaceReference("BartForConditionalGeneration", folder, checkpoint.removed_tokens)

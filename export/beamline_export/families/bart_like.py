@@ -1,0 +1,85 @@
+"""What Marian and BART share in Hugging Face's implementation: layer names, embeddings, config fields."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from beamline_export.checkpoint import MOST_LAYERS, MOST_POSITIONS, Fields, Renamer
+from beamline_export.families.activations import ACTIVATIONS
+from beamline_export.spec import NormPlacement, TransformerSpec
+
+_SHARED = "model.shared.weight"
+_TABLES = {"source": "model.encoder.embed_tokens.weight", "target": "model.decoder.embed_tokens.weight"}
+_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Ties:
+    """Which embedding tables are one.
+
+    Attributes:
+        head: Whether the head is the target embedding.
+        sides: Whether source and target have one embedding.
+    """
+
+    head: bool
+    sides: bool
+
+
+def read_spec(fields: Fields, architecture: str, target_vocabulary: int | None, **more: Any) -> TransformerSpec:
+    """The spec, but for what `more` says; the target vocabulary is by default the source's."""
+    d_model, vocabulary = fields.integer("d_model"), fields.integer("vocab_size", least=2)
+    positions = fields.integer("max_position_embeddings", most=MOST_POSITIONS)
+    return TransformerSpec(
+        architecture=architecture,
+        d_model=d_model,
+        encoder_layers=fields.integer("encoder_layers", most=MOST_LAYERS),
+        decoder_layers=fields.integer("decoder_layers", most=MOST_LAYERS),
+        encoder_heads=fields.integer("encoder_attention_heads"),
+        decoder_heads=fields.integer("decoder_attention_heads"),
+        encoder_ffn=fields.integer("encoder_ffn_dim"),
+        decoder_ffn=fields.integer("decoder_ffn_dim"),
+        norm_placement=NormPlacement.POST,
+        activation=fields.choice("activation_function", ACTIVATIONS, "gelu"),
+        source_vocabulary=vocabulary,
+        target_vocabulary=vocabulary if target_vocabulary is None else target_vocabulary,
+        max_source_positions=positions,
+        max_target_positions=positions,
+        embedding_scale=math.sqrt(d_model) if fields.flag("scale_embedding", False) else 1.0,
+        **more,
+    )
+
+
+def take_embeddings(names: Renamer, ties: Ties) -> None:
+    """Source and target embedding and the head; of tied ones the first that the file has."""
+    if ties.head and ties.sides:
+        names.take("source_embedding", _SHARED, *_TABLES.values(), _HEAD)
+        tied = {"target_embedding": "source_embedding", "head.weight": "source_embedding"}
+    else:
+        names.take("source_embedding", _TABLES["source"], _SHARED)
+        names.take("target_embedding", _TABLES["target"], *((_HEAD,) if ties.head else ()), _SHARED)
+        tied = {"head.weight": "target_embedding"} if ties.head else {}
+        if not ties.head:
+            names.take("head.weight", _HEAD)
+    for name, other in tied.items():
+        names.alias(name, other)
+    names.share_equal("source_embedding", "target_embedding", "head.weight")
+    names.take("head.bias", "final_logits_bias")
+
+
+def take_layers(names: Renamer, spec: TransformerSpec) -> None:
+    """The layers of both stacks."""
+    projections = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
+    for side, layers in (("encoder", spec.encoder_layers), ("decoder", spec.decoder_layers)):
+        attentions = {"self_attention": "self_attn"}
+        if side == "decoder":
+            attentions["cross_attention"] = "encoder_attn"
+        for i in range(layers):
+            here, there = f"{side}.{i}", f"model.{side}.layers.{i}"
+            for attention, name in attentions.items():
+                for projection, its_name in projections.items():
+                    names.module(f"{here}.{attention}.{projection}", f"{there}.{name}.{its_name}")
+                names.module(f"{here}.{attention}_norm", f"{there}.{name}_layer_norm")
+            names.module(f"{here}.ffn.up", f"{there}.fc1")
+            names.module(f"{here}.ffn.down", f"{there}.fc2")
+            names.module(f"{here}.ffn_norm", f"{there}.final_layer_norm")

@@ -1,0 +1,39 @@
+"""Which families there are, and which one a checkpoint belongs to. A new family is one module and one row here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from beamline_export.checkpoint import Fields, read_json
+from beamline_export.families import bart, marian, nn_transformer
+from beamline_export.reference import Reference
+from beamline_export.spec import Checkpoint, ExportError
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How to read a checkpoint folder, and how to load it in PyTorch as what the export is compared with."""
+
+    read: Callable[[Path], Checkpoint]
+    reference: Callable[[Path, Checkpoint], Reference]
+
+
+FAMILIES = {
+    "marian": Family(marian.read, marian.reference),
+    "bart": Family(bart.read, bart.reference),
+    "nn_transformer": Family(nn_transformer.read, nn_transformer.reference),
+}
+
+
+def detect(folder: Path) -> Family:
+    """The family that `config.json` names as its `model_type`.
+
+    Raises:
+        ExportError: the folder holds no config, or the architecture is not known.
+    """
+    if not folder.is_dir():
+        raise ExportError(f"{folder} is not a folder; give the folder that holds config.json and the weights")
+    fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
+    family: Family = fields.choice("model_type", FAMILIES)
+    fields.check()
+    return family

@@ -1,0 +1,152 @@
+"""Hugging Face `generate` as an oracle: what it answers, and by which steps it came to it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from beamline_export.agreement import NEAR_TIE, Parting, Tokens, find_parting, search_all
+from beamline_export.reference import quiet_transformers
+from beamline_export.reference_search import Ranked, SearchTrace, reference_search
+from beamline_server.engine.core import ModelRules
+from beamline_server.engine.request import EarlyStopping, Hypothesis, SearchOptions
+from beamline_server.engine.runner import StepRunner
+
+_PHANTOM = -1e8
+"""Scores below this are places that `generate` had no hypothesis for."""
+
+_EARLY_STOPPING: dict[EarlyStopping, object] = {
+    EarlyStopping.WHEN_FULL: True,
+    EarlyStopping.HEURISTIC: False,
+    EarlyStopping.NEVER: "never",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The engine's answer to one sentence beside that of `generate`.
+
+    Attributes:
+        same: Whether all hypotheses are the same token sequences in the same order.
+        parting: Where the searches part if not; None if they do only where `generate` runs a padded batch.
+        score_difference: The greatest difference between scores of the same hypotheses; relative where scores exceed 1.
+    """
+
+    same: bool
+    parting: Parting | None = None
+    score_difference: float = 0.0
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the answers are the same but for near-ties."""
+        return self.same or self.parting is None or self.parting.margin < NEAR_TIE
+
+
+class GenerateOracle:
+    """A transformers sequence-to-sequence model, with its own generation_config for what `SearchOptions` do not say.
+
+    Args:
+        model: The model, in evaluation mode.
+        rules: The same rules as the exported model's, to follow its steps by.
+    """
+
+    def __init__(self, model: Any, rules: ModelRules) -> None:
+        self._model = model
+        self._rules = rules
+
+    def search(self, sources: Sequence[Tokens], options: SearchOptions) -> list[tuple[Ranked, ...]]:
+        """The `n_best` hypotheses of each source, searched as one padded batch; greedy ones have no score (nan)."""
+        width = max(map(len, sources))
+        padding = self._rules.search.eos[0]
+        ids = torch.tensor([[*source, *[padding] * (width - len(source))] for source in sources])
+        mask = torch.tensor([[1] * len(source) + [0] * (width - len(source)) for source in sources])
+        return self._hypotheses(self._generate(options, input_ids=ids, attention_mask=mask), options)
+
+    def trace(self, source: Tokens, options: SearchOptions) -> SearchTrace:
+        """The steps of one search.
+
+        Raises:
+            AssertionError: `reference_search` comes to something else from the same log-probabilities.
+        """
+        recorder = _Recorder(renormalize=bool(self._model.generation_config.renormalize_logits))
+        output = self._generate(
+            options, input_ids=torch.tensor([source]), logits_processor=LogitsProcessorList([recorder])
+        )
+        rules, start = self._rules.search, self._rules.decoder_start
+        trace = reference_search(recorder.logprobs, rules, options, start)
+        found = self._hypotheses(output, options)[0]
+        same = [h.tokens for h in trace.hypotheses][: options.n_best] == [h.tokens for h in found]
+        assert same, "reference_search does not follow generate"
+        return trace
+
+    def compare(self, runner: StepRunner, sources: Sequence[Tokens], options: SearchOptions) -> Iterator[Comparison]:
+        """The engine beside `generate`, sentence by sentence."""
+        theirs = self.search(sources, options)
+        ours = search_all(runner, self._rules, [(source, options) for source in sources])
+        for source, expected, answer in zip(sources, theirs, ours, strict=True):
+            if [h.tokens for h in answer.hypotheses] == [h.tokens for h in expected]:
+                yield Comparison(True, None, _score_difference(expected, answer.hypotheses))
+            else:
+                yield Comparison(False, find_parting(self.trace(source, options), runner, self._rules, source, options))
+
+    def _generate(self, options: SearchOptions, **inputs: Any) -> Any:
+        beams: dict[str, Any] = {}
+        if options.beam_size > 1:
+            beams = {
+                "num_return_sequences": options.n_best,
+                "length_penalty": options.length_penalty,
+                "early_stopping": _EARLY_STOPPING[options.early_stopping],
+            }
+        with quiet_transformers(), torch.inference_mode():
+            return self._model.generate(
+                **inputs,
+                num_beams=options.beam_size,
+                max_new_tokens=options.max_new_tokens,
+                min_new_tokens=options.min_new_tokens,
+                output_scores=True,
+                return_dict_in_generate=True,
+                **beams,
+            )
+
+    def _hypotheses(self, output: Any, options: SearchOptions) -> list[tuple[Ranked, ...]]:
+        tokens = [self._generated(row) for row in output.sequences.tolist()]
+        scores = [math.nan] * len(tokens) if options.beam_size == 1 else output.sequences_scores.tolist()
+        ranked = [Ranked(*pair) for pair in zip(tokens, scores, strict=True)]
+        lists = (ranked[i : i + options.n_best] for i in range(0, len(ranked), options.n_best))
+        return [tuple(h for h in hypotheses if not h.score < _PHANTOM) for hypotheses in lists]
+
+    def _generated(self, row: Sequence[int]) -> Tokens:
+        """Without the decoder's start, up to the first end of sequence."""
+        tokens = tuple(row[1:])
+        end = next((i for i, token in enumerate(tokens) if token in self._rules.search.eos), len(tokens))
+        return tokens[: end + 1]
+
+
+class _Recorder(LogitsProcessor):  # type: ignore[misc]  # transformers come without types
+    """Notes the scores of every prefix that a search asks for, as all processors leave them."""
+
+    def __init__(self, *, renormalize: bool) -> None:
+        # `generate` does this after the processors that it is given.
+        self._renormalize = renormalize
+        self._seen: dict[Tokens, NDArray[np.float32]] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        final = scores.log_softmax(-1) if self._renormalize else scores.clone()
+        for prefix, row in zip(input_ids.tolist(), final.numpy(), strict=True):
+            self._seen[tuple(prefix)] = row
+        return scores
+
+    def logprobs(self, prefixes: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """As `NextLogprobs`, for prefixes that were seen."""
+        return np.stack([self._seen[tuple(prefix)] for prefix in prefixes])
+
+
+def _score_difference(expected: Sequence[Ranked], found: Sequence[Hypothesis]) -> float:
+    """The greatest difference, of large scores relative to them; 0 where the oracle has none."""
+    pairs = ((a.score, b.score) for a, b in zip(expected, found, strict=True) if not math.isnan(a.score))
+    return max((abs(a - b) / max(1.0, abs(a)) for a, b in pairs), default=0.0)

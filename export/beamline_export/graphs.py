@@ -1,0 +1,103 @@
+"""The graph contract as data: names, types and symbolic axes of what goes in and comes out.
+
+Axes: S sentences, N rows, Q query length of the attention rectangle, P slots of the self-attention pool, R source
+length of the cross-attention rectangle, D width, C candidates per row.
+
+A row is one live hypothesis (decoder) or one source token (encoder); rows of all sentences are packed. `row_of` says
+which row stands at each place of the attention rectangle, `back` which place each row came from, so that matrix
+products see no padding. The decoder step writes each row's key and value into `slot` (sentence, slot) of its
+sentence's pool; `ancestors` says which slots each beam descends from. The pools are outputs only in name: bind them to
+the buffers of the inputs and nothing is copied.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Axis = str | int
+ElementType = Literal["float32", "float16", "int64", "bool"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Element type and axes of one graph input or output."""
+
+    element_type: ElementType
+    axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """Inputs and outputs of one graph, in order."""
+
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+
+    def as_json(self) -> dict[str, dict[str, list[object]]]:
+        """For the manifest: name -> [element type, axis, axis, …]."""
+        sides = {"inputs": self.inputs, "outputs": self.outputs}
+        return {
+            side: {name: [tensor.element_type, *tensor.axes] for name, tensor in tensors.items()}
+            for side, tensors in sides.items()
+        }
+
+
+def encoder_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:
+    """Source ids to the cross-attention keys and values of every decoder layer."""
+    ids = TensorSpec("int64", ("N",))
+    rectangle = TensorSpec(cache, ("S", "R", width))
+    return GraphSpec(
+        inputs={
+            "ids": ids,
+            "positions": ids,
+            "row_of": TensorSpec("int64", ("S", "R")),
+            "back": ids,
+            "source_length": TensorSpec("int64", ("S",)),
+        },
+        outputs={f"cross_{kind}_{i}": rectangle for i in range(layers) for kind in ("k", "v")},
+    )
+
+
+def decoder_step_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:
+    """One token for every live row.
+
+    `ancestors` is boolean; in fp16 graphs it is additive (0 or a large negative number), which the CUDA kernels take
+    without a conversion per layer. `candidates` is C, one number.
+    """
+    ids = TensorSpec("int64", ("N",))
+    pool, rectangle = TensorSpec(cache, ("S", "P", width)), TensorSpec(cache, ("S", "R", width))
+    mask: ElementType = "float16" if cache == "float16" else "bool"
+    inputs = {
+        "ids": ids,
+        "positions": ids,
+        "slot": TensorSpec("int64", ("N", 2)),
+        "row_of": TensorSpec("int64", ("S", "Q")),
+        "back": ids,
+        "ancestors": TensorSpec(mask, ("S", 1, "Q", "P")),
+        "source_length": TensorSpec("int64", ("S",)),
+        "candidates": TensorSpec("int64", (1,)),
+    }
+    for i in range(layers):
+        inputs |= {f"self_k_{i}": pool, f"self_v_{i}": pool, f"cross_k_{i}": rectangle, f"cross_v_{i}": rectangle}
+    outputs = {"top_logprob": TensorSpec("float32", ("N", "C")), "top_token": TensorSpec("int64", ("N", "C"))}
+    outputs |= {f"self_{kind}_{i}_out": pool for i in range(layers) for kind in ("k", "v")}
+    return GraphSpec(inputs, outputs)
+
+
+def kv_arrange_graph(width: int, cache: ElementType) -> GraphSpec:
+    """Re-seats cache rows: concatenates two sources, each cropped or padded to a common length, and takes sentences.
+
+    `pad_kept` and `pad_added` are the six numbers of ONNX Pad (negative ones crop); `take` indexes the sentences of
+    both sources, one after the other.
+    """
+    pads = TensorSpec("int64", (6,))
+    return GraphSpec(
+        inputs={
+            "kept": TensorSpec(cache, ("S1", "P1", width)),
+            "added": TensorSpec(cache, ("S2", "P2", width)),
+            "pad_kept": pads,
+            "pad_added": pads,
+            "take": TensorSpec("int64", ("S",)),
+        },
+        outputs={"arranged": TensorSpec(cache, ("S", "P", width))},
+    )

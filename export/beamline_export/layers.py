@@ -1,0 +1,141 @@
+"""The Transformer's parts as graph nodes, for packed rows; shared by the encoder and the decoder step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from beamline_export.graph_writer import GraphWriter
+from beamline_export.precision import WeightStore
+from beamline_export.spec import Activation, Array, Checkpoint, NormPlacement
+
+
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    """The way from packed rows (N, D) to an attention rectangle (S, Q, D) and back: names of graph inputs."""
+
+    row_of: str
+    back: str
+
+
+class Layers:
+    """Appends the parts of one model to one graph."""
+
+    def __init__(self, g: GraphWriter, checkpoint: Checkpoint, store: WeightStore) -> None:
+        self.g = g
+        self.spec = checkpoint.spec
+        self.store = store
+        self._weights = checkpoint.weights
+        self._removed_tokens = checkpoint.removed_tokens
+
+    def weights(self, name: str) -> Array:
+        """A canonical weight."""
+        return self._weights[name]
+
+    def embed(self, side: str, ids: str, positions: str) -> str:
+        """Token plus position embeddings, (N, D); `side` is source or target."""
+        name = f"{side}_embedding"
+        # A tied table has one name in all graphs, whichever role it plays.
+        x = self.store.embedding(self.g, ids, self.shared_name(name), self.weights(name))
+        if self.spec.embedding_scale != 1.0:
+            x = self.g.one("Mul", x, self.g.constant(self.spec.embedding_scale, np.dtype(self.store.cache).type))
+        table = self.store.table(self.g, self.shared_name(f"{side}_positions"), self.weights(f"{side}_positions"))
+        x = self.g.one("Add", x, self.g.one("Gather", table, positions))
+        stack = "encoder" if side == "source" else "decoder"
+        return self.norm(x, f"{stack}.embedding_norm") if self.spec.embedding_norm else x
+
+    def shared_name(self, name: str) -> str:
+        """The first canonical name of the same array: tied weights are one weight."""
+        array = self._weights[name]
+        return next(other for other, candidate in self._weights.items() if candidate is array)
+
+    def norm(self, x: str, name: str) -> str:
+        """Layer normalization over D."""
+        weight = self.store.vector(self.g, f"{name}.weight", self.weights(f"{name}.weight"))
+        bias = self.store.vector(self.g, f"{name}.bias", self.weights(f"{name}.bias"))
+        return self.g.one("LayerNormalization", x, weight, bias, axis=-1, epsilon=self.spec.norm_epsilon)
+
+    def before(self, x: str, norm: str) -> str:
+        """What a sub-layer reads."""
+        return self.norm(x, norm) if self.spec.norm_placement is NormPlacement.PRE else x
+
+    def after(self, x: str, y: str, norm: str) -> str:
+        """The residual sum of a sub-layer's input and output."""
+        total = self.g.one("Add", x, y)
+        return self.norm(total, norm) if self.spec.norm_placement is NormPlacement.POST else total
+
+    def query_key_value(self, x: str, name: str) -> list[str]:
+        """Queries, keys and values of self-attention, each (N, D), by one product."""
+        parts = [self.weights(f"{name}.{p}.weight") for p in ("query", "key", "value")]
+        bias = self.weights(f"{name}.query.bias")
+        # See `output`: keys and values go without their biases.
+        padded = np.concatenate([bias, np.zeros(2 * self.spec.d_model, np.float32)])
+        product = self._linear(x, f"{name}.qkv", np.concatenate(parts), padded)
+        return self.g.op("Split", [product], outputs=3, axis=-1, num_outputs=3)
+
+    def query(self, x: str, name: str) -> str:
+        """Queries of cross-attention, (N, D)."""
+        return self._affine(x, f"{name}.query")
+
+    def cross_keys_values(self, memory: str) -> list[str]:
+        """Cross-attention keys and values of all decoder layers, each (N, D), by one product: k_0, v_0, k_1, …."""
+        layers = range(self.spec.decoder_layers)
+        names = [f"decoder.{i}.cross_attention.{p}.weight" for i in layers for p in ("key", "value")]
+        product = self._linear(memory, "cross_kv", np.concatenate([self.weights(n) for n in names]), None)
+        count = len(names)
+        return self.g.op("Split", [product], outputs=count, axis=-1, num_outputs=count) if count > 1 else [product]
+
+    def attention(
+        self, query: str, key_value: tuple[str, str], masks: list[str], rectangle: Rectangle, heads: int
+    ) -> str:
+        """Multi-head scaled dot-product attention of packed queries over rectangles of keys and values."""
+        q = self.g.one("Gather", query, rectangle.row_of)
+        y = self.g.one("Attention", q, *key_value, *masks, q_num_heads=heads, kv_num_heads=heads)
+        flat = self.g.one("Reshape", y, self.g.constant([-1, self.spec.d_model], np.int64))
+        return self.g.one("Gather", flat, rectangle.back)
+
+    def output(self, y: str, name: str) -> str:
+        """Output projection of attention.
+
+        The key bias adds the same number to all scores of a query, which softmax cancels: it is dropped. Attention
+        weights sum to one, so the value bias passes through unchanged: it is folded into this projection's bias.
+        """
+        weight = self.weights(f"{name}.output.weight")
+        bias = self.weights(f"{name}.output.bias") + weight @ self.weights(f"{name}.value.bias")
+        return self._linear(y, f"{name}.output", weight, bias.astype(np.float32))
+
+    def feed_forward(self, x: str, name: str) -> str:
+        """Position-wise feed-forward sub-layer, residual and norm included."""
+        y = self._activate(self._affine(self.before(x, f"{name}.ffn_norm"), f"{name}.ffn.up"))
+        return self.after(x, self._affine(y, f"{name}.ffn.down"), f"{name}.ffn_norm")
+
+    def logits(self, x: str) -> str:
+        """Scores of the target vocabulary, (N, V), fp32."""
+        bias = self.weights("head.bias")
+        if self._removed_tokens:
+            bias = bias.copy()
+            bias[list(self._removed_tokens)] = -np.inf
+        return self.store.head(
+            self.g, x, self.shared_name("head.weight"), self.weights("head.weight"), _unless_zero(bias)
+        )
+
+    def _affine(self, x: str, name: str) -> str:
+        return self._linear(x, name, self.weights(f"{name}.weight"), self.weights(f"{name}.bias"))
+
+    def _linear(self, x: str, name: str, weight: Array, bias: Array | None) -> str:
+        return self.store.linear(self.g, x, name, weight, None if bias is None else _unless_zero(bias))
+
+    def _activate(self, x: str) -> str:
+        match self.spec.activation:
+            case Activation.RELU:
+                return self.g.one("Relu", x)
+            case Activation.GELU:
+                return self.g.one("Gelu", x)
+            case Activation.GELU_TANH:
+                return self.g.one("Gelu", x, approximate="tanh")
+            case Activation.SILU:
+                return self.g.one("Mul", x, self.g.one("Sigmoid", x))
+
+
+def _unless_zero(bias: Array) -> Array | None:
+    """A bias that is all zero is none: a checkpoint without biases costs no additions."""
+    return bias if bias.any() else None

@@ -1,0 +1,222 @@
+"""The gate of an export: the ONNX graphs against the PyTorch model, before a bundle appears.
+
+Compared are the graphs' names, types and axes with their contract; log-probabilities of forced decodes, over several
+lengths in one packed batch, from the first step to late ones; and whole beam searches, whose beams are permuted at
+every step, with the slow reference search over PyTorch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from beamline_export.agreement import NEAR_TIE, Tokens, find_parting, search_all
+from beamline_export.graphs import GraphSpec
+from beamline_export.reference import Reference
+from beamline_export.reference_search import reference_search
+from beamline_export.spec import ExportError
+from beamline_server.bundle import Bundle
+from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, step_batch
+from beamline_server.engine.build import model_rules
+from beamline_server.engine.request import EarlyStopping, SearchOptions
+from beamline_server.engine.runner import FromEncoder, StepRunner
+from beamline_server.engine.scheduler import SEAT_GRANULE
+
+Progress = Callable[[str, int], Iterator[int]]
+"""Yields 0 … count - 1 and shows how far it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerances:
+    """What a precision is allowed.
+
+    Attributes:
+        logprob: Greatest difference of a log-probability, or None where only `relative` is asked for.
+        relative: Root mean square of the differences over the standard deviation of the log-probabilities.
+        same_search: Whether whole searches must agree, but for near-ties.
+    """
+
+    logprob: float | None
+    relative: float
+    same_search: bool
+
+
+TOLERANCES = {
+    "fp32": Tolerances(1e-3, 1e-4, same_search=True),
+    "fp16": Tolerances(2e-2, 5e-3, same_search=False),
+    "int8": Tolerances(None, 0.1, same_search=False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What to compare with: sources of several lengths and the seed of the forced targets."""
+
+    sources: tuple[Tokens, ...]
+    forced_length: int = 12
+    search_widths: tuple[int, ...] = (4, 1, 2, 5, 3, 8)
+    search_length: int = 16
+    seed: int = 0
+
+
+def random_sources(
+    vocabulary: int, eos: int | None, longest: int, *, count: int = 12, seed: int = 0
+) -> tuple[Tokens, ...]:
+    """Sources of 1 to `longest` random ids, end of sequence included where the model has one."""
+    rng = np.random.default_rng(seed)
+    lengths = [1, 2, 3, longest, *rng.integers(1, longest + 1, max(0, count - 4))][:count]
+    end = () if eos is None else (eos,)
+    inner = [min(int(n), longest) - len(end) for n in lengths]
+    return tuple((*(int(i) for i in rng.integers(0, vocabulary, max(n, 0))), *end) or (0,) for n in inner)
+
+
+def check_contract(bundle: Bundle, contracts: dict[str, GraphSpec]) -> None:
+    """Compare the graphs as onnxruntime reads them with their declaration.
+
+    Raises:
+        ExportError: a name, type or axis differs.
+    """
+    for name, contract in contracts.items():
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(str(bundle.file(name)), options, providers=["CPUExecutionProvider"])
+        sides = ((session.get_inputs(), contract.inputs), (session.get_outputs(), contract.outputs))
+        for values, declared in sides:
+            found = {v.name: (_element_type(v.type), list(v.shape)) for v in values}
+            wanted = {n: (t.element_type, list(t.axes)) for n, t in declared.items()}
+            if found != wanted:
+                different = {n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)}
+                raise ExportError(f"{name} does not meet its contract in {', '.join(sorted(different))}")
+
+
+def _element_type(onnx_type: str) -> str:
+    names = {"float": "float32", "float16": "float16", "int64": "int64", "bool": "bool"}
+    return names[onnx_type.removeprefix("tensor(").removesuffix(")")]
+
+
+def check_parity(
+    bundle: Bundle, runner: StepRunner, reference: Reference, probe: Probe, progress: Progress
+) -> dict[str, Any]:
+    """Compare values; returns the figures for the manifest.
+
+    Raises:
+        ExportError: they differ by more than the precision is allowed.
+    """
+    limits = TOLERANCES[bundle.manifest.precision]
+    figures = {
+        "device": runner.device,
+        "forced_decode": _forced_decodes(bundle, runner, reference, probe, progress),
+        "beam_search": _searches(bundle, runner, reference, probe, progress),
+    }
+    forced, search = figures["forced_decode"], figures["beam_search"]
+    assert isinstance(forced, dict)
+    assert isinstance(search, dict)
+    problems = []
+    if not np.isfinite(forced["max_difference"]):
+        problems.append("its log-probabilities are not finite")
+    if limits.logprob is not None and not forced["max_difference"] <= limits.logprob:
+        problems.append(f"log-probabilities differ by {forced['max_difference']:.3g} (allowed: {limits.logprob:g})")
+    if not forced["relative_rms"] <= limits.relative:
+        problems.append(f"their relative error is {forced['relative_rms']:.3g} (allowed: {limits.relative:g})")
+    if limits.same_search and search["parted_beyond_near_ties"]:
+        problems.append(f"{search['parted_beyond_near_ties']} of {search['searches']} beam searches differ")
+    if problems:
+        raise ExportError(f"the exported model does not agree with PyTorch: {'; '.join(problems)}")
+    return figures
+
+
+def _forced_decodes(
+    bundle: Bundle, runner: StepRunner, reference: Reference, probe: Probe, progress: Progress
+) -> dict[str, Any]:
+    vocabulary = bundle.manifest.dimensions.target_vocabulary
+    rng = np.random.default_rng(probe.seed)
+    length = min(probe.forced_length, bundle.manifest.dimensions.max_target_tokens)
+    forced = rng.integers(0, vocabulary, (len(probe.sources), length))
+    forced[:, 0] = bundle.manifest.special_tokens.decoder_start
+    exported = all_logprobs(runner, probe.sources, forced, vocabulary)
+    differences, squares, variance, same_top = [], 0.0, 0.0, 0
+    for i in progress("forced decodes", len(probe.sources)):
+        expected = reference.logprobs(probe.sources[i], [forced[i].tolist()])[0]
+        if np.isnan(expected).any():
+            raise ExportError("the model gives no numbers in PyTorch itself; its weights or its config are broken")
+        # Tokens that were taken out are -inf on both sides.
+        kept = expected > -np.inf
+        difference = np.zeros_like(expected)
+        np.subtract(exported[i], expected, where=exported[i] != expected, out=difference)
+        np.abs(difference, out=difference)
+        differences.append(difference.max(axis=1))
+        squares += float(np.square(difference[kept], dtype=np.float64).mean())
+        variance += float(expected[kept].var(dtype=np.float64))
+        same_top += int((exported[i].argmax(1) == expected.argmax(1)).sum())
+    worst = np.stack(differences)
+    return {
+        "sources": len(probe.sources),
+        "steps": length,
+        "max_difference": float(worst.max()),
+        "max_difference_first_step": float(worst[:, 0].max()),
+        "max_difference_last_step": float(worst[:, -1].max()),
+        "relative_rms": float(np.sqrt(squares / variance)) if variance else 0.0,
+        "same_top_token": same_top / worst.size,
+    }
+
+
+def all_logprobs(
+    runner: StepRunner, sources: Sequence[Sequence[int]], forced: NDArray[np.int64], vocabulary: int
+) -> NDArray[np.float32]:
+    """Log-probabilities of the whole vocabulary after every forced token, (S, T, V), all sources in one batch."""
+    count, length = forced.shape
+    width = max(SEAT_GRANULE, length, *(len(source) for source in sources))
+    cache = runner.new_cache()
+    encoded = runner.encode(encoder_batch(sources, source_width=width))
+    cache.arrange([FromEncoder(encoded, i) for i in range(count)], slots=width, source_width=width)
+    result = np.empty((count, length, vocabulary), np.float32)
+    for step in range(length):
+        mask = np.zeros((count, 1, LEAST_QUERY_LENGTH, width), np.bool_)
+        mask[..., : step + 1] = True
+        batch = step_batch(
+            token=forced[:, step : step + 1],
+            live=np.ones((count, 1), np.bool_),
+            step=np.full(count, step),
+            slot=np.full((count, 1), step),
+            ancestors=mask,
+            source_length=np.array([len(source) for source in sources]),
+            candidates=vocabulary,
+        )
+        logprob, token = runner.step(cache, batch)
+        np.put_along_axis(result[:, step], token, logprob, axis=1)
+    return result
+
+
+def _searches(
+    bundle: Bundle, runner: StepRunner, reference: Reference, probe: Probe, progress: Progress
+) -> dict[str, Any]:
+    """Whole searches of mixed widths in one batch, each against the reference search over PyTorch."""
+    rules = model_rules(bundle.manifest)
+    most = min(probe.search_length, bundle.manifest.dimensions.max_target_tokens)
+    stopping = list(EarlyStopping)
+    searches = [
+        (source, SearchOptions(width, width, max_new_tokens=most, early_stopping=stopping[i % 3]))
+        for i, (source, width) in enumerate(zip(probe.sources, probe.search_widths, strict=False))
+    ]
+    answers = search_all(runner, rules, searches)
+    same, beyond, worst = 0, 0, 0.0
+    for i in progress("beam searches", len(searches)):
+        source, options = searches[i]
+        trace = reference_search(_next_logprobs(reference, source), rules.search, options, rules.decoder_start)
+        ours = answers[i].hypotheses
+        if [h.tokens for h in ours] == [h.tokens for h in trace.hypotheses]:
+            same += 1
+            worst = max([worst, *(abs(a.score - b.score) for a, b in zip(ours, trace.hypotheses, strict=True))])
+        else:
+            parting = find_parting(trace, runner, rules, source, options)
+            beyond += parting is None or parting.margin > NEAR_TIE
+    return {"searches": len(searches), "same": same, "parted_beyond_near_ties": beyond, "max_score_difference": worst}
+
+
+def _next_logprobs(
+    reference: Reference, source: Sequence[int]
+) -> Callable[[Sequence[Sequence[int]]], NDArray[np.float32]]:
+    return lambda prefixes: reference.logprobs(source, prefixes)[:, -1]

@@ -1,0 +1,41 @@
+"""Shows what an export is doing: a line per step, a bar where a step counts."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Writes to a stream; bars only where somebody looks at it."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Announce a step; when it is done, how long it took."""
+        if self._live:
+            print(f"  {name} …", end="", file=self._stream, flush=True)
+        began = time.monotonic()
+        try:
+            yield
+        except BaseException:
+            if self._live:  # what is said about it gets a line of its own
+                print(file=self._stream, flush=True)
+            raise
+        start = "\r" if self._live else ""
+        print(f"{start}  {name}: {time.monotonic() - began:.1f} s", file=self._stream, flush=True)
+
+    def iterate(self, name: str, count: int) -> Iterator[int]:
+        """0 … count - 1, with a bar."""
+        with self.step(name):
+            yield from tqdm(range(count), desc=f"  {name}", file=self._stream, leave=False, disable=not self._live)
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
+        print(f"  warning: {text}", file=self._stream, flush=True)

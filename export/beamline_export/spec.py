@@ -1,0 +1,184 @@
+"""One description of an encoder-decoder Transformer, whatever checkpoint it came from.
+
+A family file turns a checkpoint into a `Checkpoint`: a `TransformerSpec` (everything that varies between families, as
+a value) and weights under the canonical names that `required_weights` lists. Everything after that knows no family.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+
+class ExportError(Exception):
+    """The checkpoint cannot be exported; the text says why and what to do."""
+
+
+class NormPlacement(Enum):
+    """Where layer normalization stands: after each residual sum (the paper), or before each sub-layer."""
+
+    POST = "post"
+    PRE = "pre"
+
+
+class Activation(Enum):
+    """Activation of the feed-forward layers."""
+
+    RELU = "relu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    SILU = "silu"
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerSpec:
+    """Everything that varies between encoder-decoder Transformers.
+
+    Positions are tables among the weights (sinusoidal or learned, offsets already applied: row 0 is position 0), so
+    that no family's formula enters the graphs. `embedding_scale` multiplies token embeddings.
+    """
+
+    architecture: str
+    d_model: int
+    encoder_layers: int
+    decoder_layers: int
+    encoder_heads: int
+    decoder_heads: int
+    encoder_ffn: int
+    decoder_ffn: int
+    norm_placement: NormPlacement
+    activation: Activation
+    source_vocabulary: int
+    target_vocabulary: int
+    max_source_positions: int
+    max_target_positions: int
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    encoder_final_norm: bool = False
+    decoder_final_norm: bool = False
+    norm_epsilon: float = 1e-5
+
+    def problems(self) -> Iterator[str]:
+        """What makes the description impossible."""
+        for side, heads in (("encoder_heads", self.encoder_heads), ("decoder_heads", self.decoder_heads)):
+            if heads < 1 or self.d_model % heads:
+                yield f"{side} {heads} does not divide d_model {self.d_model}"
+        for name in ("encoder_layers", "decoder_layers", "encoder_ffn", "decoder_ffn"):
+            if getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}; it must be at least 1"
+        for name in ("max_source_positions", "max_target_positions"):
+            if getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}; it must be at least 1"
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokenIds:
+    """Ids with a meaning to the search; `source_*` are what a tokenizer adds to text."""
+
+    decoder_start: int
+    eos: tuple[int, ...]
+    source_eos: int | None = None
+    source_bos: int | None = None
+    pad: int | None = None
+    forced_bos: int | None = None
+    forced_eos: int | None = None
+    banned: tuple[int, ...] = ()
+    banned_at_start: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a family file reads out of a checkpoint.
+
+    Attributes:
+        spec: The architecture.
+        weights: Canonical name -> array, linear layers as PyTorch stores them (out, in). Two names may share one
+            array object; it is then stored once.
+        special_tokens: Ids with a meaning.
+        generation: Search defaults by the names of the bundle's `GenerationDefaults`.
+        tokenizer_kind: As in the bundle's `TokenizerEntry`.
+        tokenizer_files: Name in the bundle -> name in the checkpoint folder.
+        removed_tokens: Ids that are taken out before the softmax, so that what they had goes to all others: what
+            Hugging Face's `renormalize_logits` makes of banned tokens.
+        weight_names: Canonical name -> name in the checkpoint, for messages.
+    """
+
+    spec: TransformerSpec
+    weights: Mapping[str, Array]
+    special_tokens: SpecialTokenIds
+    generation: Mapping[str, object]
+    tokenizer_kind: str
+    tokenizer_files: Mapping[str, str] = field(default_factory=dict)
+    removed_tokens: tuple[int, ...] = ()
+    weight_names: Mapping[str, str] = field(default_factory=dict)
+
+
+def _linear(name: str, out_features: int, in_features: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (out_features, in_features)
+    yield f"{name}.bias", (out_features,)
+
+
+def _norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
+
+
+def _layer(name: str, width: int, ffn: int, attentions: tuple[str, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for attention in attentions:
+        for projection in ("query", "key", "value", "output"):
+            yield from _linear(f"{name}.{attention}.{projection}", width, width)
+        yield from _norm(f"{name}.{attention}_norm", width)
+    yield from _linear(f"{name}.ffn.up", ffn, width)
+    yield from _linear(f"{name}.ffn.down", width, ffn)
+    yield from _norm(f"{name}.ffn_norm", width)
+
+
+def required_weights(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every weight that a model of this spec has."""
+    width = spec.d_model
+    shapes: dict[str, tuple[int, ...]] = {
+        "source_embedding": (spec.source_vocabulary, width),
+        "target_embedding": (spec.target_vocabulary, width),
+        "source_positions": (spec.max_source_positions, width),
+        "target_positions": (spec.max_target_positions, width),
+        "head.weight": (spec.target_vocabulary, width),
+        "head.bias": (spec.target_vocabulary,),
+    }
+    for side, final_norm in (("encoder", spec.encoder_final_norm), ("decoder", spec.decoder_final_norm)):
+        if spec.embedding_norm:
+            shapes.update(_norm(f"{side}.embedding_norm", width))
+        if final_norm:
+            shapes.update(_norm(f"{side}.final_norm", width))
+    for i in range(spec.encoder_layers):
+        shapes.update(_layer(f"encoder.{i}", width, spec.encoder_ffn, ("self_attention",)))
+    for i in range(spec.decoder_layers):
+        shapes.update(_layer(f"decoder.{i}", width, spec.decoder_ffn, ("self_attention", "cross_attention")))
+    return shapes
+
+
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Compare a checkpoint's weights with what its spec needs.
+
+    Raises:
+        ExportError: names every weight that is missing, foreign, of another shape or not finite.
+    """
+    weights, required = checkpoint.weights, required_weights(checkpoint.spec)
+
+    def shown(name: str) -> str:
+        return f"{checkpoint.weight_names[name]} ({name})" if name in checkpoint.weight_names else name
+
+    problems = [*checkpoint.spec.problems()]
+    problems += [f"{shown(name)} is missing" for name in required if name not in weights]
+    problems += [f"{name} is not part of the model" for name in weights if name not in required]
+    for name, shape in required.items():
+        if name in weights and weights[name].shape != shape:
+            problems.append(f"{shown(name)} has shape {list(weights[name].shape)}, the config says {list(shape)}")
+        elif name in weights and not np.isfinite(weights[name]).all():
+            problems.append(f"{shown(name)} holds values that are not finite")
+    if problems:
+        text = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise ExportError(f"the checkpoint does not fit its config: {text}")

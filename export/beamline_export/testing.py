@@ -1,0 +1,152 @@
+"""Small random checkpoints of every family, for tests of an export and of what serves it.
+
+Freshly initialized models give every token nearly the same probability, so that rounding decides: the weights here are
+drawn large enough that a search has something to choose, and that every part of the model matters to the result.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from beamline_export.reference import quiet_transformers
+
+EOS, DECODER_START = 1, 2
+
+_GAINS = {"embed": 2.0, "lm_head": 2.0, "generator": 2.0, "fc": 4.0, "linear": 4.0, "q_proj": 2.0, "k_proj": 2.0}
+_OTHER_GAIN = 1.5
+
+
+def randomize(model: nn.Module, seed: int, *, sharpness: float = 1.0) -> None:
+    """Draw all parameters and the logits' bias anew; at full sharpness, int8 and fp16 round too coarsely."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n.endswith("logits_bias"))]
+    with torch.no_grad():
+        for name, tensor in tensors:
+            noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("bias"):
+                tensor.copy_(0.3 * noise)
+            elif tensor.dim() == 1:
+                tensor.copy_(1 + 0.2 * noise)
+            else:
+                gain = next((gain for part, gain in _GAINS.items() if part in name), _OTHER_GAIN)
+                # Without a mean, the positive outputs of an activation do not drown what differs between tokens.
+                noise -= noise.mean(1, keepdim=True)
+                tensor.copy_(sharpness * gain * noise / math.sqrt(tensor.shape[-1]))
+            if name in ("final_logits_bias", "generator.bias"):
+                tensor[..., EOS] += 3.0
+
+
+def write_hugging_face(
+    folder: Path,
+    family: str,
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    sharpness: float = 1.0,
+) -> Path:
+    """Write a random `marian` or `bart` checkpoint as transformers do, as safetensors.
+
+    Args:
+        folder: Where to; is created.
+        family: marian or bart.
+        config: What differs from a tiny default.
+        generation: Settings for generation_config.json.
+        seed: Of the weights.
+        sharpness: As `randomize`.
+    """
+    import transformers
+
+    sizes = {"d_model": 32, "vocab_size": 120, "max_position_embeddings": 48}
+    sides = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+    sizes |= {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()}
+    ids = {"eos_token_id": EOS, "pad_token_id": 0, "bos_token_id": 3, "decoder_start_token_id": DECODER_START}
+    config_class, model_class = {
+        "marian": (transformers.MarianConfig, transformers.MarianMTModel),
+        "bart": (transformers.BartConfig, transformers.BartForConditionalGeneration),
+    }[family]
+    with quiet_transformers():
+        model = model_class(config_class(**{**sizes, **ids, "forced_eos_token_id": None, **config}))
+        randomize(model, seed, sharpness=sharpness)
+        model.generation_config = transformers.GenerationConfig(**{**ids, **generation})
+        model.save_pretrained(folder)
+    return folder
+
+
+class TinyTransformer(nn.Module):
+    """The model of a folder of the family nn_transformer; its `state_dict` has the names that the folder needs."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        width = config["d_model"]
+        self.src_embed = nn.Embedding(config["source_vocab_size"], width)
+        self.tgt_embed = nn.Embedding(config["target_vocab_size"], width)
+        if config.get("positions") == "learned":
+            self.src_positions = nn.Embedding(config["max_positions"], width)
+            self.tgt_positions = nn.Embedding(config["max_positions"], width)
+        self.transformer = nn.Transformer(
+            d_model=width,
+            nhead=config["nhead"],
+            num_encoder_layers=config["num_encoder_layers"],
+            num_decoder_layers=config["num_decoder_layers"],
+            dim_feedforward=config["dim_feedforward"],
+            activation=config.get("activation", "relu"),
+            norm_first=config.get("norm_first", False),
+            layer_norm_eps=config.get("layer_norm_eps", 1e-5),
+            bias=config.get("bias", True),
+            batch_first=True,
+        )
+        self.generator = nn.Linear(width, config["target_vocab_size"], bias=config.get("bias", True))
+        if config.get("tie_embeddings"):
+            self.generator.weight = self.tgt_embed.weight
+
+
+def nn_config(**changes: Any) -> dict[str, Any]:
+    """A config.json of the family nn_transformer, with these fields changed."""
+    return {
+        "model_type": "nn_transformer",
+        "d_model": 32,
+        "nhead": 4,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "dim_feedforward": 48,
+        "max_positions": 48,
+        "source_vocab_size": 90,
+        "target_vocab_size": 120,
+        "decoder_start_token_id": DECODER_START,
+        "eos_token_id": EOS,
+        "pad_token_id": 0,
+        "source_eos_token_id": EOS,
+        **changes,
+    }
+
+
+def write_nn_transformer(
+    folder: Path, config: Mapping[str, Any], *, seed: int = 0, sharpness: float = 1.0, file: str = "model.safetensors"
+) -> Path:
+    """Write a random checkpoint of the family nn_transformer.
+
+    Args:
+        folder: Where to; is created.
+        config: As `nn_config` makes it.
+        seed: Of the weights.
+        sharpness: As `randomize`.
+        file: model.safetensors or model.pt.
+    """
+    from safetensors.torch import save_model
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet_transformers():  # nn.Transformer, too, gives advice
+        model = TinyTransformer(config)
+    randomize(model, seed, sharpness=sharpness)
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    if file.endswith(".safetensors"):
+        save_model(model, str(folder / file))
+    else:
+        torch.save(model.state_dict(), folder / file)
+    return folder
