@@ -1,0 +1,263 @@
+"""The bundle: what export writes and the server reads. The server owns this contract.
+
+A bundle is a folder:
+
+    manifest.json       this module's `Manifest`
+    encoder.onnx        ids -> cross-attention keys and values
+    decoder_step.onnx   one step of the decoder over packed rows
+    kv_arrange.onnx     moves cache rows on a device
+    weights.bin         every weight once; both graphs point into it
+    tokenizer files     as the manifest names them
+
+The server refuses what it cannot verify and says which file and why.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+ENCODER = "encoder.onnx"
+DECODER_STEP = "decoder_step.onnx"
+KV_ARRANGE = "kv_arrange.onnx"
+WEIGHTS = "weights.bin"
+
+NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+Precision = Literal["fp32", "fp16", "int8"]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class BundleError(Exception):
+    """The bundle cannot be served; names the file and the reason."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+
+class FileEntry(_Model):
+    """Checksum and size of one file of the bundle."""
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    bytes: int = Field(ge=0)
+
+
+class Dimensions(_Model):
+    """The sizes of the model that the engine needs."""
+
+    d_model: int = Field(gt=0)
+    decoder_layers: int = Field(gt=0)
+    source_vocabulary: int = Field(gt=0)
+    target_vocabulary: int = Field(gt=1)
+    max_source_tokens: int = Field(gt=0)
+    max_target_tokens: int = Field(gt=0)
+
+
+class SpecialTokens(_Model):
+    """Ids with a meaning. `source_eos` is appended to tokenized text."""
+
+    decoder_start: TokenId
+    eos: tuple[TokenId, ...] = Field(min_length=1)
+    source_eos: TokenId | None = None
+    source_bos: TokenId | None = None
+    pad: TokenId | None = None
+    forced_bos: TokenId | None = None
+    forced_eos: TokenId | None = None
+    banned: tuple[TokenId, ...] = ()
+    banned_at_start: tuple[TokenId, ...] = ()
+
+
+class GenerationDefaults(_Model):
+    """What an unset search option means; from the checkpoint's generation_config."""
+
+    beam_size: int = Field(default=1, ge=1, le=16)
+    length_penalty: float = Field(default=1.0, ge=-10, le=10)
+    length_penalty_kind: Literal["power", "gnmt"] = "power"
+    early_stopping: Literal["when_full", "heuristic", "never"] = "heuristic"
+    min_new_tokens: int = Field(default=0, ge=0)
+    max_new_tokens: int = Field(gt=0)
+    not_supported: dict[str, str] = Field(default_factory=dict)
+
+
+class TokenizerEntry(_Model):
+    """Which tokenizer reads the text, and from which files of the bundle.
+
+    `marian`: source.spm, target.spm, vocab.json, and target_vocab.json if the target has its own; `tokenizers`:
+    tokenizer.json, and target_tokenizer.json if the target has its own; `sentencepiece`: source.spm, target.spm (ids
+    are the pieces' own); `none`: inputs and outputs are token ids.
+    """
+
+    kind: Literal["marian", "tokenizers", "sentencepiece", "none"]
+    files: tuple[str, ...] = ()
+
+
+class Golden(_Model):
+    """A forced decode with its answer: shows at warm-up that this machine computes what the exporting one did.
+
+    Attributes:
+        source: Source ids.
+        forced: Decoder input ids, one per step, decoder start first.
+        top_token: The most probable token after each step.
+        top_logprob: Its log-probability.
+    """
+
+    source: tuple[TokenId, ...]
+    forced: tuple[TokenId, ...]
+    top_token: tuple[TokenId, ...]
+    top_logprob: tuple[float, ...]
+
+
+class Manifest(_Model):
+    """Everything the server needs to know about a bundle."""
+
+    format_version: Literal[1]
+    name: str = Field(pattern=NAME_PATTERN)
+    architecture: str
+    precision: Precision
+    created: str
+    dimensions: Dimensions
+    special_tokens: SpecialTokens
+    generation_defaults: GenerationDefaults
+    tokenizer: TokenizerEntry
+    files: dict[str, FileEntry]
+    golden: tuple[Golden, ...]
+    golden_tolerance: float = Field(gt=0)
+    spec: dict[str, object]
+    graphs: dict[str, object]
+    parity: dict[str, object]
+    producers: dict[str, str]
+
+    def problems(self) -> Iterator[str]:
+        """What contradicts itself although each field is valid."""
+        yield from self._file_problems()
+        yield from self._token_problems()
+        yield from self._golden_problems()
+        defaults, longest = self.generation_defaults, self.dimensions.max_target_tokens
+        if not defaults.min_new_tokens <= defaults.max_new_tokens <= longest:
+            limits = f"min_new_tokens {defaults.min_new_tokens}, max_new_tokens {defaults.max_new_tokens}"
+            yield f"generation_defaults: {limits} and the model's {longest} positions are not in this order"
+
+    def _file_problems(self) -> Iterator[str]:
+        for required in (ENCODER, DECODER_STEP, KV_ARRANGE, WEIGHTS, *self.tokenizer.files):
+            if required not in self.files:
+                yield f"files: {required!r} is not listed"
+        for name in self.files:
+            if name in ("", "..", ".", MANIFEST) or not name.isprintable() or any(c in name for c in "/\\:"):
+                yield f"files: {name!r} is not a plain file name"
+
+    def _token_problems(self) -> Iterator[str]:
+        tokens, dimensions = self.special_tokens, self.dimensions
+        one_by_one = (tokens.decoder_start, tokens.pad, tokens.forced_bos, tokens.forced_eos)
+        for token in (*one_by_one, *tokens.eos, *tokens.banned, *tokens.banned_at_start):
+            if token is not None and token >= dimensions.target_vocabulary:
+                yield f"special_tokens: {token} is outside the target vocabulary of {dimensions.target_vocabulary}"
+        for token in (tokens.source_eos, tokens.source_bos):
+            if token is not None and token >= dimensions.source_vocabulary:
+                yield f"special_tokens: {token} is outside the source vocabulary of {dimensions.source_vocabulary}"
+
+    def _golden_problems(self) -> Iterator[str]:
+        dimensions = self.dimensions
+        for golden in self.golden:
+            if not len(golden.forced) == len(golden.top_token) == len(golden.top_logprob):
+                yield "golden: forced, top_token and top_logprob differ in length"
+            sides = (
+                (golden.source, dimensions.max_source_tokens, dimensions.source_vocabulary),
+                (golden.forced, dimensions.max_target_tokens, dimensions.target_vocabulary),
+            )
+            for tokens, most, vocabulary in sides:
+                if not 0 < len(tokens) <= most or max(tokens) >= vocabulary:
+                    yield f"golden: {list(tokens)} is nothing that this model reads"
+
+
+class Bundle:
+    """A verified bundle on disk.
+
+    Attributes:
+        path: Its folder.
+        manifest: Its manifest.
+        fingerprint: SHA-256 of the manifest file: the same value means the same model.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, fingerprint: str) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.fingerprint = fingerprint
+
+    def file(self, name: str) -> Path:
+        """Path of one of the files that the manifest lists."""
+        if name not in self.manifest.files:
+            raise BundleError(self.path / name, "is not listed in the manifest")
+        return self.path / name
+
+
+def read_manifest(path: Path) -> tuple[Manifest, str]:
+    """Read and check a bundle's manifest alone; returns it with its fingerprint.
+
+    Raises:
+        BundleError: it is missing, of another format, or contradicts itself.
+    """
+    file = path / MANIFEST
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        hint = "is this a bundle? `beamline export` writes one"
+        raise BundleError(file, f"cannot be read ({error.strerror}); {hint}") from error
+    try:
+        data = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(file, f"is not JSON ({error})") from error
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            file, f"format version {version!r}; this server reads {FORMAT_VERSION}: export the model again"
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise BundleError(file, found) from error
+    if problems := list(manifest.problems()):
+        raise BundleError(file, "; ".join(problems))
+    return manifest, hashlib.sha256(raw).hexdigest()
+
+
+def load_bundle(path: Path) -> Bundle:
+    """Read a bundle and verify every file against the manifest.
+
+    Raises:
+        BundleError: names the first file that is missing, damaged, foreign or no plain file.
+    """
+    manifest, fingerprint = read_manifest(path)
+    for name, entry in manifest.files.items():
+        _verify(path / name, entry)
+    # ConfigMap and image volumes put bookkeeping entries with a leading dot beside the files.
+    for file in sorted(path.iterdir()):
+        if file.name not in manifest.files and file.name != MANIFEST and not file.name.startswith("."):
+            raise BundleError(file, "is not listed in the manifest; remove it or export again")
+    return Bundle(path, manifest, fingerprint)
+
+
+def _verify(file: Path, entry: FileEntry) -> None:
+    if file.is_symlink() or not file.is_file():
+        raise BundleError(file, "is missing or no plain file; copy the bundle again")
+    try:
+        size = file.stat().st_size
+        if size != entry.bytes:
+            raise BundleError(file, f"has {size} bytes, the manifest says {entry.bytes}; copy the bundle again")
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(file, f"cannot be read ({error.strerror})") from error
+    if digest != entry.sha256:
+        raise BundleError(file, "does not match its checksum; copy the bundle again")

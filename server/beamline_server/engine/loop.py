@@ -1,0 +1,289 @@
+"""Gives engine cores their threads, and is the engine that others see."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from beamline_server.engine.admission import Capacity, check_fits
+from beamline_server.engine.core import Clock, EngineCore, ModelRules, logged_failure
+from beamline_server.engine.errors import EngineError, EngineStopped, QueueFull, RequestTooLarge, SourceTooLong
+from beamline_server.engine.observer import StepObserver
+from beamline_server.engine.request import Deliver, Event, Failed, GenerationRequest, Piece, RequestId
+from beamline_server.engine.runner import StepRunner
+from beamline_server.engine.scheduler import least_loaded
+
+_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.02, 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What the engine holds at a moment."""
+
+    queued_requests: int
+    queued_rows: int
+    running_requests: int
+    running_rows: int
+    row_capacity: int
+    queue_limit_rows: int
+    last_step_at: float | None
+    alive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    requests: tuple[GenerationRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    ids: frozenset[RequestId]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    """Finish what was accepted until this time, then end the rest."""
+
+    until: float
+
+
+_Message = _Submit | _Cancel | _Stop
+_Bury = Callable[["_Worker", EngineError], None]
+
+
+class _Worker:
+    """One thread that owns one core: takes messages, steps, delivers."""
+
+    def __init__(self, name: str, core: EngineCore, deliver: Deliver, bury: _Bury, clock: Clock) -> None:
+        self.core = core
+        self.mailbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self.alive = True
+        self._deliver = deliver
+        self._bury = bury
+        self._clock = clock
+        self._stop_at: float | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self) -> None:
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._stop_at is None or not self.core.idle:
+                self._receive()
+                if self._stop_at is not None and self._clock() >= self._stop_at:
+                    break
+                self._tell(self.core.step())
+            self._tell(self.core.fail_all(EngineStopped))
+        except BaseException as error:  # the last line of defence: nobody may be left waiting
+            self._bury(self, logged_failure(error, "a worker"))
+
+    def _receive(self) -> None:
+        """Take what has come; wait if there is nothing else to do."""
+        if self.core.idle and self._stop_at is None:
+            self._handle(self.mailbox.get())
+        self._receive_all()
+
+    def _receive_all(self) -> None:
+        while True:
+            try:
+                self._handle(self.mailbox.get_nowait())
+            except queue.Empty:
+                return
+
+    def _handle(self, message: _Message) -> None:
+        match message:
+            case _Submit(requests):
+                self.core.accept(requests)
+            case _Cancel(ids):
+                self.core.cancel(ids)
+            case _Stop(until):
+                self._stop_at = until
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        if events:
+            self._deliver(events)
+
+
+class Engine:
+    """Continuous-batched beam search behind a bounded queue. Thread-safe.
+
+    Args:
+        runners: One per worker; they may be the same object.
+        rules: What the model fixes.
+        capacity: Rows and cache slots of each worker.
+        queue_rows: Rows that may wait, all workers together.
+        deliver: Receives events; called on engine threads.
+        observer: Is told what each step did; called on engine threads.
+        clock: Monotonic seconds; deadlines are times of this clock.
+    """
+
+    def __init__(  # noqa: PLR0913 - what an engine stands on; nothing of it belongs together
+        self,
+        runners: Sequence[StepRunner],
+        rules: ModelRules,
+        capacity: Capacity,
+        *,
+        queue_rows: int,
+        deliver: Deliver,
+        observer: StepObserver,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._runners = runners
+        self._rules = rules
+        self._capacity = capacity
+        self._queue_rows = queue_rows
+        self._deliver = deliver
+        self._clock = clock
+        self._workers = [
+            _Worker(
+                f"engine-{i}",
+                EngineCore(runner, rules, capacity, clock=clock, observer=observer),
+                self._settle,
+                self._bury,
+                clock,
+            )
+            for i, runner in enumerate(runners)
+        ]
+        # The only state that RPC threads and workers share: which worker has which request, and how many rows each.
+        self._lock = threading.Lock()
+        self._owner: dict[RequestId, tuple[int, int]] = {}
+        self._rows = [0] * len(runners)
+        self._ended_rows_per_s = 0.0
+        self._last_ended_at = clock()
+        self._stopping = False
+
+    @property
+    def row_capacity(self) -> int:
+        """Rows that can run at a time, all workers together."""
+        return self._capacity.rows * len(self._workers)
+
+    def warm_up(self, check: Callable[[StepRunner], None]) -> None:
+        """Let a check run every distinct runner once, before the first request does."""
+        for runner in {id(runner): runner for runner in self._runners}.values():
+            check(runner)
+
+    def start(self) -> None:
+        """Start the workers."""
+        for worker in self._workers:
+            worker.start()
+
+    def stop(self, grace_s: float) -> None:
+        """Refuse new requests, finish what was accepted for up to `grace_s` seconds, fail the rest. Blocks."""
+        with self._lock:
+            self._stopping = True
+        until = self._clock() + grace_s
+        for worker in self._workers:
+            worker.mailbox.put(_Stop(until))
+        for worker in self._workers:
+            worker.join()
+        with self._lock:
+            never_started = list(self._owner)
+        self._fail(never_started, EngineStopped())
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """Accept all requests or none. Never blocks for long.
+
+        Raises:
+            SourceTooLong: a source has more tokens than the model has positions.
+            RequestTooLarge: a request could never run here, or all of them could never wait here.
+            QueueFull: there is no room for all of them now.
+            EngineStopped: the engine is stopping or its workers have died.
+        """
+        for request in requests:
+            if len(request.source) > self._rules.max_source_tokens:
+                raise SourceTooLong(len(request.source), self._rules.max_source_tokens)
+            check_fits(request, self._capacity)
+        wanted, room = sum(request.options.beam_size for request in requests), self.row_capacity + self._queue_rows
+        if wanted > room:
+            raise RequestTooLarge("rows", wanted, room)
+        shares: dict[int, list[GenerationRequest]] = {}
+        with self._lock:
+            alive = [i for i, worker in enumerate(self._workers) if worker.alive]
+            if self._stopping or not alive:
+                raise EngineStopped
+            held = sum(self._rows)
+            if held + wanted > room:
+                queued = max(0, held - self.row_capacity)
+                raise QueueFull(queued, self._queue_rows, self._retry_after_s(wanted))
+            for request in requests:
+                worker = alive[least_loaded([self._rows[i] for i in alive])]
+                self._rows[worker] += request.options.beam_size
+                self._owner[request.id] = (worker, request.options.beam_size)
+                shares.setdefault(worker, []).append(request)
+            # Inside the lock, so that a cancellation cannot arrive before what it cancels.
+            for worker, share in shares.items():
+                self._workers[worker].mailbox.put(_Submit(tuple(share)))
+
+    def cancel(self, ids: Sequence[RequestId]) -> None:
+        """Drop requests at their next step; each then ends with `Failed(RequestCancelled)`. Unknown ids have ended."""
+        with self._lock:
+            for worker in {self._owner[i][0] for i in ids if i in self._owner}:
+                self._workers[worker].mailbox.put(_Cancel(frozenset(ids)))
+
+    def load(self) -> EngineLoad:
+        """What the engine holds now."""
+        cores = [worker.core for worker in self._workers if worker.alive]
+        steps = [core.last_step_at for core in cores if core.last_step_at is not None]
+        return EngineLoad(
+            queued_requests=sum(core.queued_requests for core in cores),
+            queued_rows=sum(core.queued_rows for core in cores),
+            running_requests=sum(core.running_requests for core in cores),
+            running_rows=sum(core.running_rows for core in cores),
+            row_capacity=self.row_capacity,
+            queue_limit_rows=self._queue_rows,
+            last_step_at=max(steps, default=None),
+            alive=all(worker.alive for worker in self._workers),
+        )
+
+    def check(self) -> None:
+        """Recount rows and slots of every living worker; only while nothing runs. AssertionError if any is lost."""
+        for worker in self._workers:
+            if worker.alive:
+                worker.core.check()
+        assert self._owner == {}, "requests without an outcome"
+        assert not any(self._rows), "rows held by nobody"
+
+    def _settle(self, events: Sequence[Event]) -> None:
+        """Give back the rows of what has ended, then tell."""
+        with self._lock:
+            ended = 0
+            for event in events:
+                if not isinstance(event, Piece):
+                    worker, rows = self._owner.pop(event.id)
+                    self._rows[worker] -= rows
+                    ended += rows
+            if ended:
+                self._note_rate(ended)
+        self._deliver(events)
+
+    def _bury(self, dead: _Worker, failure: EngineError) -> None:
+        """A worker has died: give it nothing more, and fail whatever it has, wherever in its life that was.
+
+        Its own core could not tell: what it was just starting, ending or reading is in none of its lists.
+        """
+        with self._lock:
+            dead.alive = False
+            left = [number for number, (worker, _) in self._owner.items() if self._workers[worker] is dead]
+        self._fail(left, failure)
+
+    def _fail(self, ids: Sequence[RequestId], error: EngineError) -> None:
+        if ids:
+            self._settle([Failed(number, error) for number in ids])
+
+    def _note_rate(self, rows: int) -> None:
+        now = self._clock()
+        elapsed, self._last_ended_at = max(now - self._last_ended_at, 1e-6), now
+        weight = min(1.0, elapsed)
+        self._ended_rows_per_s += weight * (rows / elapsed - self._ended_rows_per_s)
+
+    def _retry_after_s(self, rows: int) -> float:
+        """When as many rows will have ended, at the rate of the last second or so."""
+        if self._ended_rows_per_s <= 0:
+            return _LONGEST_RETRY_S
+        return min(max(rows / self._ended_rows_per_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)

@@ -1,0 +1,86 @@
+"""Who starts, who sits where: the decisions of a step, as pure functions of what is there.
+
+Order is first come, first served, without overtaking: a wide request at the head waits for enough rows and holds back
+what came after it. Letting narrow ones pass would use a few more rows and let a stream of them starve it.
+
+Sentences of a worker run in lanes. A lane is one attention rectangle: each of its seats has as many slots and source
+positions as its neediest sentence, so attention costs what the longest in the lane needs. A sentence sits in the
+narrowest lane that holds it and moves over when it grows out: one sentence of 200 tokens does not make thirty of ten
+tokens pay for it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from beamline_server.engine.admission import cost
+from beamline_server.engine.request import GenerationRequest
+
+SEAT_GRANULE = 16
+"""Slots and source positions of a seat are a multiple of this: few distinct shapes, seldom a change of shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What is free at a worker."""
+
+    places: int
+    rows: int
+    slots: int
+
+
+def starters(queue: Iterable[GenerationRequest], room: Room, *, encode_tokens: int) -> int:
+    """How many requests from the head of the queue start now.
+
+    Bounded by the room for their worst cases, and by `encode_tokens` source tokens, padding included (but at least one
+    request), so that encoding newcomers neither stalls the running nor needs much memory.
+    """
+    places, rows, slots, longest, count = room.places, room.rows, room.slots, 0, 0
+    for request in queue:
+        needed = cost(request)
+        places, rows, slots = places - 1, rows - needed.rows, slots - needed.slots
+        longest = max(longest, len(request.source))
+        if min(places, rows, slots) < 0 or (count and (count + 1) * longest > encode_tokens):
+            break
+        count += 1
+    return count
+
+
+def seats(old: Sequence[int], staying: Iterable[int], arriving: Sequence[int]) -> list[int]:
+    """Seat sentences without gaps, moving as few as possible.
+
+    Args:
+        old: Who sat where.
+        staying: Those of them who stay.
+        arriving: Who comes.
+
+    Returns:
+        Who sits where: who stays keeps the seat, who comes takes a free one, and only if seats are still empty do
+        those from the end move into them.
+    """
+    kept = set(staying)
+    result: list[int | None] = [who if who in kept else None for who in old]
+    waiting = list(reversed(arriving))
+    for seat, who in enumerate(result):
+        if who is None and waiting:
+            result[seat] = waiting.pop()
+    result.extend(reversed(waiting))
+    for seat in range(len(result)):
+        while result and result[-1] is None:
+            result.pop()
+        if seat < len(result) and result[seat] is None:
+            result[seat] = result.pop()
+    return [who for who in result if who is not None]
+
+
+def seat_width(needed: int, present: int) -> int:
+    """Slots (or source positions) of a lane's seats, given what the neediest sentence needs and what seats have now.
+
+    Grows by granules, and shrinks only when half is idle: every change copies the lane.
+    """
+    wanted = -(-max(needed, 1) // SEAT_GRANULE) * SEAT_GRANULE
+    return present if wanted <= present < 2 * wanted else wanted
+
+
+def least_loaded(loads: Sequence[int]) -> int:
+    """The worker with the fewest rows, the first of equals."""
+    return min(range(len(loads)), key=loads.__getitem__)
