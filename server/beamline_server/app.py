@@ -1,0 +1,246 @@
+"""`beamline serve`: builds the server, runs it until it is told to stop, and stops it in the reverse order."""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from prometheus_client import CollectorRegistry, disable_created_metrics
+
+from beamline_server import logs
+from beamline_server.bundle import Bundle, BundleError, load_bundle
+from beamline_server.engine.build import DeviceError, EngineOptions, build_engine, check_golden, choose_device, exercise
+from beamline_server.engine.observer import StepObserver
+from beamline_server.engine.request import Deliver
+from beamline_server.engine.runner import StepRunner
+from beamline_server.metrics import Metrics, MetricsServer
+from beamline_server.rpc.desk import Desk, EngineLike
+from beamline_server.rpc.health import EngineWatch, Health, watch_engine
+from beamline_server.rpc.info import ServedModel, versions
+from beamline_server.rpc.server import PortError, Service, bind, build_server
+from beamline_server.rpc.servicer import TextWork
+from beamline_server.settings import Command, Settings, SettingsError, read_command
+from beamline_server.tokenizer import load_tokenizer
+
+EXIT_STOPPED = 0
+EXIT_ENGINE_FAILED = 1
+EXIT_SETTINGS = 2
+EXIT_BUNDLE = 3
+
+_LAST_WORDS_S = 1.0
+"""Time for the last answers to be sent once all of them are known."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine, not started; where it computes; and what shows that it computes right, or raises BundleError."""
+
+    engine: EngineLike
+    device: str
+    warm_up: Callable[[], None]
+
+
+class BuildEngine(Protocol):
+    """Builds the engine for a bundle. Blocks.
+
+    Raises:
+        BundleError: a graph cannot be loaded.
+        DeviceError: the device cannot be used.
+    """
+
+    def __call__(self, bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: StepObserver) -> BuiltEngine:
+        """Build it, with these to tell its events and its steps to."""
+        ...
+
+
+class StopRequests:
+    """The wishes to stop: the first one drains, the second one hurries."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+
+    def notify(self) -> None:
+        """Somebody wishes the server to stop."""
+        (self.second if self.first.is_set() else self.first).set()
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where the server listens."""
+
+    grpc_port: int
+    metrics_port: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `beamline serve` with these arguments; returns the exit status."""
+    try:
+        command = read_command(sys.argv[1:] if argv is None else argv, os.environ)
+        logs.configure(command.settings.log_level)
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # has no type information
+        return asyncio.run(_run_until_signalled(command))
+    except SettingsError as error:
+        return _refuse(EXIT_SETTINGS, *error.problems)
+    except (DeviceError, PortError) as error:
+        return _refuse(EXIT_SETTINGS, str(error))
+    except BundleError as error:
+        return _refuse(EXIT_BUNDLE, str(error))
+
+
+async def run(
+    command: Command,
+    *,
+    build: BuildEngine,
+    stop: StopRequests,
+    listening: Callable[[Ports], None] = lambda _: None,
+) -> int:
+    """Serve until a stop is requested or the engine dies; returns the exit status.
+
+    Args:
+        command: What to serve, and how.
+        build: Builds the engine.
+        stop: The requests to stop.
+        listening: Is told the ports once calls are answered, if only by "not ready yet".
+
+    Raises:
+        BundleError | DeviceError | PortError | SettingsError: the server cannot serve; nothing is left running.
+    """
+    began, settings = time.monotonic(), command.settings
+    metrics = Metrics(CollectorRegistry())
+    desk, health = Desk(asyncio.get_running_loop()), Health(metrics)
+    with ExitStack() as resources:
+        metrics_port = resources.enter_context(_metrics_server(metrics, settings)).port
+        bundle = await asyncio.to_thread(load_bundle, command.bundle)
+        tokenizer = load_tokenizer(bundle)
+        built = await asyncio.to_thread(build, bundle, settings, deliver=desk.deliver, observer=metrics)
+        model = ServedModel(settings.model_name or bundle.manifest.name, bundle, built.device)
+        metrics.watch_load(built.engine.load, clock=time.monotonic)
+        metrics.tell_constants(model.labels(), versions())
+
+        text = resources.enter_context(TextWork())
+        server = build_server(Service(desk, health, metrics, text), model, tokenizer, settings)
+        ports = Ports(bind(server, settings.host, settings.grpc_port), metrics_port)
+        await health.begin()
+        await server.start()
+        try:
+            _log.info("listening", extra={"event": "listening", "host": settings.host, **_fields(ports)})
+            listening(ports)
+            await asyncio.to_thread(built.warm_up)
+            built.engine.start()
+            gc.collect()
+            gc.freeze()  # what is there now stays: no collection needs to walk through it again
+            metrics.model_load_seconds.set(time.monotonic() - began)
+            desk.open(built.engine)
+            await health.set_ready(True)
+            _log.info("serving", extra={"event": "serving", **model.labels()})
+            died = await _until_stopped(stop, EngineWatch(built.engine.load, time.monotonic), health)
+            await _drain(_Draining(server, desk, built.engine, health, metrics), settings, stop, hurry=died)
+        finally:
+            await server.stop(None)
+        _log.info("stopped", extra={"event": "stopped", "engine_failed": died})
+    return EXIT_ENGINE_FAILED if died else EXIT_STOPPED
+
+
+@dataclass(frozen=True, slots=True)
+class _Draining:
+    server: Any
+    desk: Desk
+    engine: EngineLike
+    health: Health
+    metrics: Metrics
+
+
+async def _until_stopped(stop: StopRequests, watch: EngineWatch, health: Health) -> bool:
+    """Wait for a stop; returns whether the engine's death is the reason."""
+    await _first_of(stop.first.wait(), watch_engine(watch, health))
+    return not stop.first.is_set()
+
+
+async def _drain(parts: _Draining, settings: Settings, stop: StopRequests, *, hurry: bool) -> None:
+    """Become not ready, go on accepting for a while, then finish what was accepted. A hurry skips the waiting."""
+    parts.metrics.draining.set(1)
+    await parts.health.set_ready(False)
+    _log.info("draining", extra={"event": "draining", "in_flight": parts.desk.in_flight, "hurry": hurry})
+    if not hurry:
+        await _first_of(stop.second.wait(), timeout_s=settings.lame_duck_s)
+    parts.desk.close()
+    drain_s = 0.0 if hurry else settings.drain_timeout_s
+    # Refuses connections and calls from now on; its own waiting would include health watchers, who never leave.
+    closing = asyncio.create_task(parts.server.stop(drain_s + 2 * _LAST_WORDS_S))
+    await _first_of(parts.desk.drained(), stop.second.wait(), timeout_s=drain_s)
+    _log.info("stopping", extra={"event": "stopping", "in_flight": parts.desk.in_flight})
+    await asyncio.to_thread(parts.engine.stop, 0.0)
+    await parts.server.stop(_LAST_WORDS_S)
+    await closing
+
+
+async def _first_of(*waits: Coroutine[Any, Any, object], timeout_s: float | None = None) -> None:
+    """Wait until one of them is done, or for so many seconds; what they raise is raised."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _run_until_signalled(command: Command) -> int:
+    loop, stop = asyncio.get_running_loop(), StopRequests()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.notify)
+    return await run(command, build=build, stop=stop)
+
+
+def build(bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: StepObserver) -> BuiltEngine:
+    """The real engine; a `BuildEngine`."""
+    device = choose_device(settings.device, bundle.manifest.precision)
+    options = EngineOptions(
+        device=device,
+        workers=_number(settings.workers),
+        threads=_number(settings.threads_per_worker),
+        rows=settings.max_rows,
+        slots=_number(settings.kv_slots),
+        queue_rows=settings.max_queue_rows,
+    )
+    engine = build_engine(bundle, options, deliver=deliver, observer=observer)
+
+    def warm_up(runner: StepRunner) -> None:
+        check_golden(bundle, runner)
+        exercise(bundle, runner, options)
+
+    return BuiltEngine(engine, device, lambda: engine.warm_up(warm_up))
+
+
+def _number(setting: int | str) -> int | None:
+    return None if isinstance(setting, str) else setting
+
+
+def _metrics_server(metrics: Metrics, settings: Settings) -> MetricsServer:
+    host, port = settings.host, settings.metrics_port
+    try:
+        return MetricsServer(metrics.registry, host, port)
+    except OSError as error:
+        raise PortError(f"{host}:{port} cannot be listened on for metrics ({error.strerror})") from error
+
+
+def _fields(ports: Ports) -> dict[str, int]:
+    return {"grpc_port": ports.grpc_port, "metrics_port": ports.metrics_port}
+
+
+def _refuse(status: int, *problems: str) -> int:
+    for problem in problems:
+        sys.stderr.write(f"beamline serve: {problem}\n")
+    return status

@@ -1,0 +1,85 @@
+"""`beamline inspect`: tells what is in a bundle."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from beamline_server.bundle import BundleError, Manifest, load_bundle, read_manifest
+
+EXIT_BUNDLE = 3
+
+Row = tuple[str, str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `beamline inspect` with these arguments; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="beamline inspect",
+        description="Tell what is in a bundle. Exit status: 0, or 3 for a bundle that cannot be served.",
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that `beamline export` has written")
+    parser.add_argument("--verify", action="store_true", help="check every file against its checksum as well")
+    parser.add_argument("--json", action="store_true", help="print the manifest as JSON, with the fingerprint")
+    arguments = parser.parse_args(argv)
+    try:
+        manifest, fingerprint = read_manifest(arguments.bundle)
+        if arguments.verify:
+            load_bundle(arguments.bundle)
+    except BundleError as error:
+        sys.stderr.write(f"beamline inspect: {error}\n")
+        return EXIT_BUNDLE
+    if arguments.json:
+        content = {"fingerprint": fingerprint, **manifest.model_dump(mode="json")}
+        sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    else:
+        rows = [*description(manifest, fingerprint), ("files verified", "yes" if arguments.verify else "no; --verify")]
+        sys.stdout.write(aligned(rows))
+    return 0
+
+
+def description(manifest: Manifest, fingerprint: str) -> Iterator[Row]:
+    """A bundle for people: a name and a value per line, and headings, which have no value."""
+    dimensions, tokens, defaults = manifest.dimensions, manifest.special_tokens, manifest.generation_defaults
+    yield "name", manifest.name
+    yield "architecture", manifest.architecture
+    yield "precision", manifest.precision
+    yield "created", manifest.created
+    yield "fingerprint", fingerprint
+    yield "tokenizer", f"{manifest.tokenizer.kind} {' '.join(manifest.tokenizer.files)}".rstrip()
+    yield "dimensions", ""
+    yield from _indented(dimensions.model_dump())
+    yield "special tokens", ""
+    yield from _indented({name: value for name, value in tokens.model_dump().items() if value not in (None, ())})
+    yield "generation defaults", ""
+    yield from _indented(defaults.model_dump(exclude={"not_supported"}))
+    if defaults.not_supported:
+        yield "not supported, ignored", ""
+        yield from _indented(defaults.not_supported)
+    yield "parity with PyTorch", ""
+    yield from _indented(manifest.parity)
+    yield "files", ""
+    yield from _indented({name: f"{entry.bytes:,} bytes" for name, entry in manifest.files.items()})
+    yield "", f"{sum(entry.bytes for entry in manifest.files.values()):,} bytes in all"
+    yield "exported with", ""
+    yield from _indented(manifest.producers)
+
+
+def aligned(rows: Iterable[Row]) -> str:
+    """Rows as text, their values in one column."""
+    told = list(rows)
+    width = max(len(name) for name, _ in told)
+    return "".join(f"{name:<{width}}  {value}".rstrip() + "\n" for name, value in told)
+
+
+def _indented(values: Mapping[str, object], depth: int = 1) -> Iterator[Row]:
+    indent = "  " * depth
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{name}", ""
+            yield from _indented(value, depth + 1)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            yield f"{indent}{name}", " ".join(map(str, value))
+        else:
+            yield f"{indent}{name}", str(value)

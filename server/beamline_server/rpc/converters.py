@@ -1,0 +1,262 @@
+"""From protobuf requests to what the engine takes: checked, tokenized, with every default resolved.
+
+Pure but for the tokenizer. All violations of a request are found before any is reported.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from beamline.v1 import generation_pb2 as pb
+from beamline_server.bundle import Dimensions, GenerationDefaults
+from beamline_server.engine.errors import Violation
+from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, SearchOptions
+from beamline_server.rpc.desk import Source
+from beamline_server.rpc.errors import InvalidRequest, ModelNotFound
+from beamline_server.settings import Settings, SettingsError
+from beamline_server.tokenizer import Tokenizer
+
+MAX_LENGTH_PENALTY = 10.0
+"""Greatest magnitude of the exponent: beyond it, scores of long hypotheses leave fp32."""
+
+LENGTH_PENALTY_KINDS: Mapping[pb.LengthPenaltyKind, LengthPenaltyKind] = {
+    pb.LENGTH_PENALTY_KIND_POWER: LengthPenaltyKind.POWER,
+    pb.LENGTH_PENALTY_KIND_GNMT: LengthPenaltyKind.GNMT,
+}
+EARLY_STOPPINGS: Mapping[pb.EarlyStopping, EarlyStopping] = {
+    pb.EARLY_STOPPING_WHEN_FULL: EarlyStopping.WHEN_FULL,
+    pb.EARLY_STOPPING_HEURISTIC: EarlyStopping.HEURISTIC,
+    pb.EARLY_STOPPING_NEVER: EarlyStopping.NEVER,
+}
+
+ChoiceT = TypeVar("ChoiceT")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request may ask for."""
+
+    max_inputs: int
+    max_text_bytes: int
+    max_source_tokens: int
+    max_new_tokens: int
+    max_beam_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What to return besides the text."""
+
+    token_ids: bool
+    token_logprobs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A checked request."""
+
+    sources: tuple[Source, ...]
+    options: SearchOptions
+    output: Output
+
+
+def limits_of(settings: Settings, dimensions: Dimensions) -> Limits:
+    """What requests may ask of a model under these settings.
+
+    Raises:
+        SettingsError: the settings promise more than the model has.
+    """
+    wanted, possible = settings.max_new_tokens, dimensions.max_target_tokens
+    if wanted != "auto" and wanted > possible:
+        raise SettingsError(
+            [f"max_new_tokens: {wanted} is more than the model can generate; expected at most {possible}"]
+        )
+    return Limits(
+        max_inputs=settings.max_inputs,
+        max_text_bytes=settings.max_text_bytes,
+        max_source_tokens=dimensions.max_source_tokens,
+        max_new_tokens=possible if wanted == "auto" else wanted,
+        max_beam_size=settings.max_beam_size,
+    )
+
+
+def default_search(defaults: GenerationDefaults, limits: Limits) -> SearchOptions:
+    """What unset options mean: the model's defaults, as far as the limits allow."""
+    max_new_tokens = min(defaults.max_new_tokens, limits.max_new_tokens)
+    return SearchOptions(
+        beam_size=min(defaults.beam_size, limits.max_beam_size),
+        n_best=1,
+        length_penalty=defaults.length_penalty,
+        length_penalty_kind=LengthPenaltyKind(defaults.length_penalty_kind),
+        early_stopping=EarlyStopping(defaults.early_stopping),
+        min_new_tokens=min(defaults.min_new_tokens, max_new_tokens),
+        max_new_tokens=max_new_tokens,
+    )
+
+
+class RequestReader:
+    """Reads requests for one model.
+
+    Args:
+        model_name: The name it is served by.
+        limits: What requests may ask for.
+        defaults: What unset options mean.
+        source_vocabulary: Number of source ids.
+        source_eos: The id that ends a source and that truncation keeps, if there is one.
+        tokenizer: None for a model that takes token ids alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_name: str,
+        limits: Limits,
+        defaults: SearchOptions,
+        source_vocabulary: int,
+        source_eos: int | None,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self._model_name = model_name
+        self._limits = limits
+        self._defaults = defaults
+        self._source_vocabulary = source_vocabulary
+        self._source_eos = source_eos
+        self._tokenizer = tokenizer
+
+    def generate(self, request: pb.GenerateRequest) -> Order:
+        """Check a request and resolve it.
+
+        Raises:
+            ModelNotFound: it asks for another model.
+            InvalidRequest: names all violations.
+        """
+        violations: list[Violation] = []
+        count, limit = len(request.inputs), self._limits.max_inputs
+        if not 1 <= count <= limit:
+            violations.append(Violation("inputs", f"has {count} entries; expected 1 to {limit}"))
+        named = [(f"inputs[{index}]", entry) for index, entry in enumerate(request.inputs[:limit])]
+        return self._order(request, named, violations)
+
+    def stream(self, request: pb.GenerateStreamRequest) -> Order:
+        """As `generate`, with one source."""
+        return self._order(request, [("input", request.input)], [])
+
+    def _order(
+        self,
+        request: pb.GenerateRequest | pb.GenerateStreamRequest,
+        inputs: Sequence[tuple[str, pb.Input]],
+        violations: list[Violation],
+    ) -> Order:
+        if request.model not in ("", self._model_name):
+            raise ModelNotFound(request.model, self._model_name)
+        options = self._defaults
+        if request.HasField("search"):
+            options = _SearchReader(request.search, self._defaults, self._limits, violations).options()
+        sources = [self._source(path, entry, request.truncate_source, violations) for path, entry in inputs]
+        if violations:
+            raise InvalidRequest(tuple(violations))
+        output = Output(request.output.token_ids, request.output.token_logprobs)
+        return Order(tuple(sources), options, output)
+
+    def _source(self, path: str, entry: pb.Input, truncate: bool, violations: list[Violation]) -> Source:
+        """The source of one input; an empty one where there are violations."""
+        content = entry.WhichOneof("content")
+        if content == "text":
+            field, tokens, problem = f"{path}.text", *self._tokenized(entry.text)
+        elif content == "token_ids":
+            field, tokens, problem = f"{path}.token_ids", *self._checked(entry.token_ids.ids)
+        else:
+            field, tokens, problem = path, (), "is missing; expected text or token_ids"
+        limit = self._limits.max_source_tokens
+        truncated = len(tokens) > limit
+        if problem is None and truncated and not truncate:
+            problem = f"has {len(tokens)} tokens; expected at most {limit}, or truncate_source"
+        if problem is not None:
+            violations.append(Violation(field, problem))
+        return Source(self._cut(tokens) if truncated else tokens, truncated)
+
+    def _tokenized(self, text: str) -> tuple[tuple[int, ...], str | None]:
+        limit = self._limits.max_text_bytes
+        if self._tokenizer is None:
+            return (), "cannot be read: this model has no tokenizer; expected token_ids"
+        if not text:
+            return (), "is empty"
+        # No character has more than four bytes: most texts need no encoding to be measured.
+        if 4 * len(text) > limit and (size := len(text.encode())) > limit:
+            return (), f"has {size} bytes; expected at most {limit}"
+        tokens = tuple(self._tokenizer.encode(text))
+        return tokens, None if tokens else "has no tokens"
+
+    def _checked(self, ids: Sequence[int]) -> tuple[tuple[int, ...], str | None]:
+        tokens, vocabulary = tuple(ids), self._source_vocabulary
+        if not tokens:
+            return (), "is empty"
+        if min(tokens) >= 0 and max(tokens) < vocabulary:
+            return tokens, None
+        index = next(index for index, token in enumerate(tokens) if not 0 <= token < vocabulary)
+        return (), f"has the id {tokens[index]} at index {index}; expected 0 to {vocabulary - 1}"
+
+    def _cut(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        limit = self._limits.max_source_tokens
+        if tokens[-1] == self._source_eos:
+            return (*tokens[: limit - 1], tokens[-1])
+        return tokens[:limit]
+
+
+class _SearchReader:
+    """Reads one request's search options; notes what is not valid and goes on with the nearest value that is."""
+
+    def __init__(
+        self, search: pb.SearchOptions, defaults: SearchOptions, limits: Limits, violations: list[Violation]
+    ) -> None:
+        self._search = search
+        self._defaults = defaults
+        self._limits = limits
+        self._violations = violations
+
+    def options(self) -> SearchOptions:
+        """All options, resolved."""
+        defaults, limits = self._defaults, self._limits
+        beam_size = self._number("beam_size", defaults.beam_size, 1, limits.max_beam_size)
+        max_new_tokens = self._number("max_new_tokens", defaults.max_new_tokens, 1, limits.max_new_tokens)
+        # A default never contradicts what the request sets: it gives way.
+        least = min(defaults.min_new_tokens, max_new_tokens)
+        return SearchOptions(
+            beam_size=beam_size,
+            n_best=self._number("n_best", defaults.n_best, 1, beam_size, bound="beam_size"),
+            length_penalty=self._length_penalty(),
+            length_penalty_kind=self._choice("length_penalty_kind", LENGTH_PENALTY_KINDS, defaults.length_penalty_kind),
+            early_stopping=self._choice("early_stopping", EARLY_STOPPINGS, defaults.early_stopping),
+            min_new_tokens=self._number("min_new_tokens", least, 0, max_new_tokens, bound="max_new_tokens"),
+            max_new_tokens=max_new_tokens,
+        )
+
+    def _number(self, name: str, default: int, least: int, most: int, *, bound: str = "") -> int:
+        if not self._search.HasField(name):
+            return default
+        value: int = getattr(self._search, name)
+        if least <= value <= most:
+            return value
+        named = f" ({bound})" if bound else ""
+        self._violate(name, f"is {value}; expected {least} to {most}{named}")
+        return min(max(value, least), most)
+
+    def _length_penalty(self) -> float:
+        if not self._search.HasField("length_penalty"):
+            return self._defaults.length_penalty
+        # NaN fails the comparison, too.
+        if not abs(self._search.length_penalty) <= MAX_LENGTH_PENALTY:
+            expected = f"a number between -{MAX_LENGTH_PENALTY:g} and {MAX_LENGTH_PENALTY:g}"
+            self._violate("length_penalty", f"is {self._search.length_penalty}; expected {expected}")
+        return self._search.length_penalty
+
+    def _choice(self, name: str, choices: Mapping[Any, ChoiceT], default: ChoiceT) -> ChoiceT:
+        number: int = getattr(self._search, name)
+        if number == 0:  # unset, or set to UNSPECIFIED
+            return default
+        if number not in choices:
+            self._violate(name, f"is {number}; expected a value of the enum")
+        return choices.get(number, default)
+
+    def _violate(self, name: str, problem: str) -> None:
+        self._violations.append(Violation(f"search.{name}", problem))

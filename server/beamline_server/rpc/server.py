@@ -1,0 +1,122 @@
+"""Puts the gRPC server together: services, guard, transport options, port."""
+
+import random
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from beamline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+from beamline_server.metrics import Clock, Metrics
+from beamline_server.rpc.converters import RequestReader, default_search, limits_of
+from beamline_server.rpc.desk import Desk
+from beamline_server.rpc.health import SERVICE, Health
+from beamline_server.rpc.info import ServedModel, info_message
+from beamline_server.rpc.interceptors import Guard
+from beamline_server.rpc.servicer import GenerationServicer, TextWork
+from beamline_server.settings import Settings
+from beamline_server.tokenizer import Tokenizer
+
+_UNLIMITED = -1
+
+
+class PortError(Exception):
+    """An address cannot be listened on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The parts that the RPC layer is made of, each with a life of its own."""
+
+    desk: Desk
+    health: Health
+    metrics: Metrics
+    text: TextWork
+    clock: Clock = time.monotonic
+    jitter: random.Random | None = None
+
+
+def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | None, settings: Settings) -> Any:
+    """A `grpc.aio.Server` for a model: without a port, not started.
+
+    Raises:
+        SettingsError: the settings promise more than the model has.
+    """
+    manifest = model.bundle.manifest
+    limits = limits_of(settings, manifest.dimensions)
+    defaults = default_search(manifest.generation_defaults, limits)
+    reader = RequestReader(
+        model_name=model.name,
+        limits=limits,
+        defaults=defaults,
+        source_vocabulary=manifest.dimensions.source_vocabulary,
+        source_eos=manifest.special_tokens.source_eos,
+        tokenizer=tokenizer,
+    )
+    servicer = GenerationServicer(
+        desk=service.desk,
+        reader=reader,
+        tokenizer=tokenizer,
+        info=info_message(model, settings, limits, defaults),
+        text=service.text,
+        metrics=service.metrics,
+        clock=service.clock,
+    )
+    guard = Guard(service.metrics, max_duration_s=settings.max_duration_s, clock=service.clock, jitter=service.jitter)
+    server = grpc.aio.server(interceptors=[guard], options=server_options(settings))
+    add_GenerationServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]  # generated
+    health_pb2_grpc.add_HealthServicer_to_server(service.health.servicer, server)
+    if settings.reflection:
+        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+    return server
+
+
+def bind(server: Any, host: str, port: int) -> int:
+    """Let a server listen, without encryption; returns the port, which is a free one for 0.
+
+    Raises:
+        PortError: the address is taken or not this machine's.
+    """
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        _try_address(host, port)
+        bound: int = server.add_insecure_port(address)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "gRPC does not say why"
+        raise PortError(f"{address} cannot be listened on ({reason}); is another server running?") from error
+    return bound
+
+
+def _try_address(host: str, port: int) -> None:
+    """Raise OSError if an address is taken: gRPC would tell no reason, and write a line of its own into the log."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+
+
+def server_options(settings: Settings) -> list[tuple[str, int]]:
+    """The transport's options, as grpc/impl/channel_arg_names.h has them."""
+    longest_ms = int(settings.max_duration_s * 1000)
+    return [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        # The limits on requests bound responses too; a refusal here would come after all the work.
+        ("grpc.max_send_message_length", _UNLIMITED),
+        # A backstop, not admission control: clients see calls above it fail instead of waiting.
+        ("grpc.max_concurrent_streams", 1024),
+        # A second process on the same port must fail instead of taking every other connection.
+        ("grpc.so_reuseport", 0),
+        # Callers that live long connect again now and then, and so find new replicas (gRFC A9).
+        ("grpc.max_connection_age_ms", 180_000),
+        ("grpc.max_connection_age_grace_ms", longest_ms + 10_000),
+        # A peer that is gone would otherwise hold its connection for two hours.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        # Callers may ping every 20 s, also while they wait; by default that would cost them the connection (gRFC A8).
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]

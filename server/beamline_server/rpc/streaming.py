@@ -1,0 +1,69 @@
+"""Output that grows and never changes: which part of it is certain, and the messages that tell it."""
+
+from collections.abc import Sequence
+
+from beamline.v1 import generation_pb2 as pb
+from beamline_server.engine.request import Hypothesis
+from beamline_server.tokenizer import Tokenizer
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextPrefix:
+    """Turns tokens that come bit by bit into text that comes bit by bit.
+
+    The tokens are decoded from the first one each time, because pieces of a text do not decode to pieces of its text:
+    leading spaces vanish, and a character may be spread over several tokens. Such a character shows as U+FFFD until
+    it is complete, so trailing U+FFFD are held back; so is text that does not continue what was told before.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._told = ""
+
+    def extend(self, tokens: Sequence[int]) -> str:
+        """Take further tokens; returns the further text that is certain, which can be empty."""
+        self._tokens.extend(tokens)
+        return self._further(self._tokenizer.decode(self._tokens).rstrip(_REPLACEMENT))
+
+    def finish(self, tokens: Sequence[int]) -> str:
+        """Take all tokens there are; returns what has not been told of their text, whatever it ends with."""
+        return self._further(self._tokenizer.decode(tokens))
+
+    def _further(self, text: str) -> str:
+        if not text.startswith(self._told):
+            return ""
+        further = text[len(self._told) :]
+        self._told = text
+        return further
+
+
+class PieceWriter:
+    """Writes the pieces of one stream.
+
+    Together the pieces are the best hypothesis: its text, and its token ids if they are asked for.
+
+    Args:
+        tokenizer: None for a model whose results are token ids alone.
+        token_ids: Whether token ids are asked for.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, *, token_ids: bool) -> None:
+        self._prefix = None if tokenizer is None else TextPrefix(tokenizer)
+        self._token_ids = token_ids
+        self._tokens = 0
+
+    def piece(self, tokens: Sequence[int]) -> pb.GenerateStreamResponse | None:
+        """The message that tells further tokens; None if it would be empty."""
+        self._tokens += len(tokens)
+        return self._message("" if self._prefix is None else self._prefix.extend(tokens), tokens)
+
+    def rest(self, best: Hypothesis) -> pb.GenerateStreamResponse | None:
+        """The message that tells what pieces have not told of the best hypothesis; None if they have told it all."""
+        text = "" if self._prefix is None else self._prefix.finish(best.tokens)
+        return self._message(text, best.tokens[self._tokens :])
+
+    def _message(self, text: str, tokens: Sequence[int]) -> pb.GenerateStreamResponse | None:
+        told = tokens if self._token_ids else ()
+        return pb.GenerateStreamResponse(piece=pb.Piece(text=text, token_ids=told)) if text or told else None
