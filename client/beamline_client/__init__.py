@@ -1,0 +1,66 @@
+"""A typed client for Beamline.
+
+    from beamline_client import Client, SearchOptions
+
+    with Client("localhost:8001") as client:
+        print(client.generate_one("Bonjour.", search=SearchOptions(beam_size=4)).text)
+
+`AsyncClient` is the same for asyncio. Errors are drawn in `beamline_client.errors`.
+"""
+
+from beamline_client.calls import CallOptions
+from beamline_client.client import AsyncClient, Client
+from beamline_client.errors import (
+    BeamlineError,
+    Cancelled,
+    DeadlineExceeded,
+    FieldViolation,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    ProtocolError,
+    ServerError,
+    Unavailable,
+)
+from beamline_client.results import (
+    EarlyStopping,
+    FinishReason,
+    Hypothesis,
+    LengthPenaltyKind,
+    Limits,
+    ModelInfo,
+    Piece,
+    Result,
+    SearchOptions,
+    ServerInfo,
+    Source,
+    Timing,
+)
+
+__all__ = [
+    "AsyncClient",
+    "BeamlineError",
+    "CallOptions",
+    "Cancelled",
+    "Client",
+    "DeadlineExceeded",
+    "EarlyStopping",
+    "FieldViolation",
+    "FinishReason",
+    "Hypothesis",
+    "InvalidRequest",
+    "LengthPenaltyKind",
+    "Limits",
+    "ModelInfo",
+    "NotFound",
+    "Overloaded",
+    "Piece",
+    "ProtocolError",
+    "Result",
+    "SearchOptions",
+    "ServerError",
+    "ServerInfo",
+    "Source",
+    "Timing",
+    "Unavailable",
+]

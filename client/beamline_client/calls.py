@@ -1,0 +1,136 @@
+"""What one call sends and how long it may take, the same for both faces of the client."""
+
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, TypedDict, TypeVar
+
+import grpc
+
+from beamline.v1 import generation_pb2 as pb
+from beamline_client import converters
+from beamline_client.errors import REQUEST_ID_KEY, FieldViolation, InvalidRequest, ProtocolError, from_rpc_error
+from beamline_client.results import Piece, Result, SearchOptions, Source
+
+DEFAULT_TIMEOUT_S = 30.0
+DEFAULT_MAX_SEND_BYTES = 1024 * 1024
+
+RequestT = TypeVar("RequestT", pb.GenerateRequest, pb.GenerateStreamRequest, pb.GetInfoRequest)
+
+
+class CallOptions(TypedDict, total=False):
+    """The keyword arguments that every generating method takes. All of them are optional."""
+
+    search: SearchOptions | None
+    """How to search; the same for all inputs. Default: the served model's defaults."""
+    token_ids: bool
+    """Return the generated token ids. Default: False."""
+    token_logprobs: bool
+    """Return the log-probability of each generated token. Default: False."""
+    truncate: bool
+    """Cut a source that is too long instead of refusing it. Default: False."""
+    timeout_s: float | None
+    """Time for the whole call, retries included, in seconds. Default: the client's."""
+    request_id: str | None
+    """Id under which the server logs the call: printable ASCII. Default: a new random one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[RequestT]):
+    """One call, ready to be sent."""
+
+    request: RequestT
+    timeout_s: float
+    request_id: str
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The metadata to send with it."""
+        return ((REQUEST_ID_KEY, self.request_id),)
+
+    @contextmanager
+    def errors_mapped(self) -> Iterator[None]:
+        """Turns every gRPC error raised within into a `BeamlineError` that knows the request id."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, request_id=self.request_id) from error
+
+
+@dataclass(frozen=True, slots=True)
+class CallBuilder:
+    """Builds calls with a client's defaults; refuses what should not be sent.
+
+    Every method raises `InvalidRequest` for values that do not fit the message, for a message of more than
+    `max_send_bytes` bytes, and for an unprintable request id; `TypeError` for an unknown option.
+    """
+
+    timeout_s: float
+    max_send_bytes: int
+
+    def generate(self, inputs: Sequence[Source], options: CallOptions) -> Call[pb.GenerateRequest]:
+        """A call of GenerationService.Generate."""
+        request = pb.GenerateRequest(
+            inputs=converters.inputs_to_pb(inputs),
+            search=converters.search_to_pb(options.get("search")),
+            output=_output(options),
+            truncate_source=options.get("truncate", False),
+        )
+        return self._call(request, options)
+
+    def stream(self, source: Source, options: CallOptions) -> Call[pb.GenerateStreamRequest]:
+        """A call of GenerationService.GenerateStream."""
+        request = pb.GenerateStreamRequest(
+            input=converters.input_to_pb(source),
+            search=converters.search_to_pb(options.get("search")),
+            output=_output(options),
+            truncate_source=options.get("truncate", False),
+        )
+        return self._call(request, options)
+
+    def info(self, timeout_s: float | None = None) -> Call[pb.GetInfoRequest]:
+        """A call of GenerationService.GetInfo."""
+        return self._call(pb.GetInfoRequest(), {"timeout_s": timeout_s})
+
+    def _call(self, request: RequestT, options: CallOptions) -> Call[RequestT]:
+        if unknown := options.keys() - CallOptions.__annotations__.keys():
+            raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+        self._check_size(request.ByteSize())
+        timeout_s = options.get("timeout_s")
+        return Call(
+            request=request,
+            timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+            request_id=_checked_request_id(options.get("request_id") or uuid.uuid4().hex),
+        )
+
+    def _check_size(self, size: int) -> None:
+        # gRPC's own limit fails with the status of a full server, so that it would be retried.
+        if size > self.max_send_bytes:
+            raise InvalidRequest(
+                f"the request has {size} bytes and this client sends at most {self.max_send_bytes}: "
+                "send fewer or shorter inputs at once, or raise max_send_bytes if the server accepts more"
+            )
+
+
+def require_result(last: Piece | Result | None) -> None:
+    """Checks that a stream ended as it must, with a result.
+
+    Raises:
+        ProtocolError: It ended with a piece, or without having sent anything.
+    """
+    if not isinstance(last, Result):
+        raise ProtocolError("the server ended a stream without a result")
+
+
+def _output(options: CallOptions) -> pb.OutputOptions:
+    return pb.OutputOptions(
+        token_ids=options.get("token_ids", False), token_logprobs=options.get("token_logprobs", False)
+    )
+
+
+def _checked_request_id(request_id: str) -> str:
+    if not (request_id.isascii() and request_id.isprintable()):
+        problem = FieldViolation("request_id", "must be printable ASCII")
+        raise InvalidRequest("the request id cannot be sent", violations=[problem])
+    return request_id

@@ -1,0 +1,43 @@
+"""How the client connects: load balancing, retries and transport security, the same for both faces."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+
+SERVICE_CONFIG: Mapping[str, Any] = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            # All methods of the service are pure. gRPC itself retries a stream only before its first message.
+            "name": [{"service": "beamline.v1.GenerationService"}],
+            "retryPolicy": {
+                "maxAttempts": 3,
+                "initialBackoff": "0.05s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                # CANCELLED from the server is what gRPC makes of a call that comes in the moment in which it closes.
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
+            },
+        }
+    ],
+    # No retries while failures outweigh successes: they would keep an overloaded server overloaded (gRFC A6).
+    "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.1},
+}
+"""The gRPC service config, as documented in grpc/service_config.proto."""
+
+_MAX_RECONNECT_BACKOFF_MS = 5_000  # gRPC's own 120 s would notice a restarted server late
+
+
+def channel_options() -> list[tuple[str, str | int]]:
+    """The channel arguments of a client."""
+    return [
+        ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+        ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
+    ]
+
+
+def channel_credentials(root_certificates: bytes | None) -> grpc.ChannelCredentials | None:
+    """TLS credentials that trust these PEM certificates; None stays None and means plain text."""
+    return None if root_certificates is None else grpc.ssl_channel_credentials(root_certificates)

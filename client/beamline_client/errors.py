@@ -1,0 +1,251 @@
+"""What can go wrong with a call, one class per thing that the caller should do about it.
+
+BeamlineError
+├── InvalidRequest        fix the request; `violations` names every problem
+├── NotFound              ask for a model that this server serves
+├── Overloaded            come back later, after `retry_after_s`
+├── Unavailable           try another replica, or try again
+├── DeadlineExceeded      allow more time or ask for less
+├── Cancelled             nothing: somebody gave up
+├── ServerError           tell the operator `error_id`
+└── ProtocolError         check the address: what answers there does not keep to Beamline's API
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+REQUEST_ID_KEY = "x-request-id"
+"""Metadata key of the request id, both ways."""
+
+_ERROR_ID_KEY = "x-error-id"
+_ERROR_ID_IN_MESSAGE = re.compile(r"internal error:? ([\w-]+)$")
+# The text is gRPC's own: a message over the limit has the status of a full server, but waiting does not help.
+_MESSAGE_TOO_LARGE = "message larger than max"
+
+DetailT = TypeVar("DetailT", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One problem of a request: which field, as a path such as `search.beam_size`, and what would be valid."""
+
+    field: str
+    description: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.description}"
+
+
+class BeamlineError(Exception):
+    """Base of every error that a call raises.
+
+    Attributes:
+        code: The gRPC status, `grpc.StatusCode`.
+        message: What happened, in words.
+        request_id: The `x-request-id` under which the server knows the call; None when it was never sent.
+    """
+
+    default_code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
+
+    def __init__(self, message: str, *, code: grpc.StatusCode | None = None, request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = self.default_code if code is None else code
+        self.request_id = request_id
+
+
+class InvalidRequest(BeamlineError):
+    """The request breaks the API's rules or the server's limits; sending it again cannot help.
+
+    Attributes:
+        violations: Every problem that was found, may be empty.
+    """
+
+    default_code = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode | None = None,
+        request_id: str | None = None,
+        violations: Sequence[FieldViolation] = (),
+    ) -> None:
+        super().__init__(message, code=code, request_id=request_id)
+        self.violations = tuple(violations)
+
+    def __str__(self) -> str:
+        unsaid = [str(violation) for violation in self.violations if violation.description not in self.message]
+        return f"{self.message} ({'; '.join(unsaid)})" if unsaid else self.message
+
+
+class NotFound(BeamlineError):
+    """The server does not serve what was asked for."""
+
+    default_code = grpc.StatusCode.NOT_FOUND
+
+
+class Overloaded(BeamlineError):
+    """The server has no room now, and the client's own retries met the same.
+
+    Attributes:
+        retry_after_s: The server's estimate of when it will have room, in seconds; None when it gives none.
+    """
+
+    default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode | None = None,
+        request_id: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, code=code, request_id=request_id)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(BeamlineError):
+    """No server can be reached, or it is loading or draining; the client's own retries met the same."""
+
+    default_code = grpc.StatusCode.UNAVAILABLE
+
+
+class DeadlineExceeded(BeamlineError):
+    """The call's time ran out before the answer was complete."""
+
+    default_code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Cancelled(BeamlineError):
+    """The call was cancelled, by the server or by closing the `Client` in another thread."""
+
+    default_code = grpc.StatusCode.CANCELLED
+
+
+class ServerError(BeamlineError):
+    """A fault of the server.
+
+    Attributes:
+        error_id: What finds the cause in the server's log; None when the server gives none.
+    """
+
+    default_code = grpc.StatusCode.INTERNAL
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode | None = None,
+        request_id: str | None = None,
+        error_id: str | None = None,
+    ) -> None:
+        super().__init__(message, code=code, request_id=request_id)
+        self.error_id = error_id
+
+
+class ProtocolError(BeamlineError):
+    """The answer is none that Beamline's API has: most likely something else listens at that address."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """What a failed call tells, apart from gRPC's classes."""
+
+    code: grpc.StatusCode
+    message: str
+    request_id: str | None
+    trailers: Mapping[str, str]
+    details: status_pb2.Status
+
+    def detail(self, kind: type[DetailT]) -> DetailT | None:
+        """The first google.rpc detail of this kind, if there is one."""
+        for packed in self.details.details:
+            message = kind()
+            if packed.Unpack(message):
+                return message
+        return None
+
+
+def from_rpc_error(error: grpc.RpcError, *, request_id: str | None = None) -> BeamlineError:
+    """Turns an error of grpc or grpc.aio into the class that says what to do.
+
+    Args:
+        error: What the call raised.
+        request_id: The id that was sent; the server's own, if it tells one, takes precedence.
+    """
+    report = _read(error, request_id)
+    return _BY_CODE.get(report.code, _protocol_error)(report)
+
+
+def _read(error: grpc.RpcError, request_id: str | None) -> _Report:
+    failed: Any = error  # grpc and grpc.aio have the same methods, but no base class that says so
+    if not hasattr(failed, "code"):  # grpc.RpcError itself promises nothing
+        return _Report(grpc.StatusCode.UNKNOWN, str(error), request_id, {}, status_pb2.Status())
+    trailers = {key: value for key, value in failed.trailing_metadata() or () if isinstance(value, str)}
+    try:
+        details = rpc_status.from_call(failed) or status_pb2.Status()
+    except (ValueError, DecodeError):  # contradicts the status, or is no google.rpc.Status: the status alone counts
+        details = status_pb2.Status()
+    message = failed.details() or failed.code().name
+    return _Report(failed.code(), message, trailers.get(REQUEST_ID_KEY, request_id), trailers, details)
+
+
+def _plain(kind: type[BeamlineError]) -> Callable[[_Report], BeamlineError]:
+    return lambda report: kind(report.message, code=report.code, request_id=report.request_id)
+
+
+def _invalid_request(report: _Report) -> BeamlineError:
+    bad_request = report.detail(error_details_pb2.BadRequest) or error_details_pb2.BadRequest()
+    return InvalidRequest(
+        report.message,
+        code=report.code,
+        request_id=report.request_id,
+        violations=[FieldViolation(v.field, v.description) for v in bad_request.field_violations],
+    )
+
+
+def _resource_exhausted(report: _Report) -> BeamlineError:
+    if _MESSAGE_TOO_LARGE in report.message:
+        return _invalid_request(report)
+    retry_info = report.detail(error_details_pb2.RetryInfo)
+    return Overloaded(
+        report.message,
+        code=report.code,
+        request_id=report.request_id,
+        retry_after_s=None if retry_info is None else retry_info.retry_delay.ToTimedelta().total_seconds(),
+    )
+
+
+def _server_error(report: _Report) -> BeamlineError:
+    in_message = _ERROR_ID_IN_MESSAGE.search(report.message)
+    error_id = report.trailers.get(_ERROR_ID_KEY) or (in_message.group(1) if in_message else None)
+    return ServerError(report.message, code=report.code, request_id=report.request_id, error_id=error_id)
+
+
+def _protocol_error(report: _Report) -> BeamlineError:
+    message = f"unexpected status {report.code.name}: {report.message}"
+    return ProtocolError(message, code=report.code, request_id=report.request_id)
+
+
+# By what the caller should do. Statuses that Beamline never answers with are absent: _protocol_error.
+_BY_CODE: Mapping[grpc.StatusCode, Callable[[_Report], BeamlineError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: _invalid_request,
+    grpc.StatusCode.OUT_OF_RANGE: _invalid_request,
+    grpc.StatusCode.NOT_FOUND: _plain(NotFound),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: _resource_exhausted,
+    grpc.StatusCode.UNAVAILABLE: _plain(Unavailable),
+    grpc.StatusCode.DEADLINE_EXCEEDED: _plain(DeadlineExceeded),
+    grpc.StatusCode.CANCELLED: _plain(Cancelled),
+    grpc.StatusCode.INTERNAL: _server_error,
+    grpc.StatusCode.UNKNOWN: _server_error,
+    grpc.StatusCode.DATA_LOSS: _server_error,
+}

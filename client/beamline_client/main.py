@@ -1,0 +1,118 @@
+"""The `beamline` command: finds the sub-command, loads it and nothing else, and runs it."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+ENTRY_POINT_GROUP = "beamline.commands"
+
+BUILT_IN: Mapping[str, str] = {
+    "export": "beamline_export.cli:main",
+    "inspect": "beamline_server.inspect_cli:main",
+    "serve": "beamline_server.app:main",
+    "translate": "beamline_client.cli:main",
+}
+"""The sub-commands of a source tree that is not installed; the package metadata has the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class _About:
+    """What is known of a sub-command without loading it."""
+
+    summary: str
+    install: str
+    """What to pip-install for it."""
+
+
+_ABOUT: Mapping[str, _About] = {
+    "export": _About("write a PyTorch checkpoint as a bundle that the server reads", "beamline[export,server]"),
+    "inspect": _About("check a bundle and tell what is in it", "beamline[server]"),
+    "load": _About("put a server under load and measure it", "beamline[load]"),
+    "serve": _About("serve a bundle over gRPC", "beamline[server]"),
+    "translate": _About("send texts to a server and print what comes back", "beamline"),
+}
+
+_EXIT_BAD_USAGE = 2
+_EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+_EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `beamline` and returns its exit status."""
+    return run(sys.argv[1:] if argv is None else argv, available_commands())
+
+
+def available_commands() -> dict[str, metadata.EntryPoint]:
+    """The sub-commands by name: from the package metadata, or the built-in ones if there is no metadata."""
+    installed = metadata.entry_points(group=ENTRY_POINT_GROUP)
+    built_in = [metadata.EntryPoint(name, target, ENTRY_POINT_GROUP) for name, target in BUILT_IN.items()]
+    return {command.name: command for command in sorted(installed or built_in, key=lambda command: command.name)}
+
+
+def run(argv: Sequence[str], commands: Mapping[str, metadata.EntryPoint]) -> int:
+    """Runs one of these sub-commands.
+
+    Returns:
+        What the sub-command returns; 2 if it is unknown or something that it needs is not installed; 130 after Ctrl-C.
+    """
+    if not argv or argv[0].startswith("-"):
+        parser = _parser(commands)
+        parser.parse_args(argv)  # --help, --version and unknown options end here
+        parser.print_usage(sys.stderr)
+        return _EXIT_BAD_USAGE
+    name, *arguments = argv
+    if name not in commands:
+        return _refuse(f"unknown command {name!r}; there are: {', '.join(commands)}")
+    try:
+        status: int = commands[name].load()(arguments)
+        sys.stdout.flush()
+    except ModuleNotFoundError as error:
+        return _refuse(_missing_module(name, error))
+    except KeyboardInterrupt:
+        return _EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has seen enough
+        _silence_stdout()
+        return _EXIT_BROKEN_PIPE
+    return status
+
+
+def _parser(commands: Mapping[str, metadata.EntryPoint]) -> argparse.ArgumentParser:
+    width = max((len(name) for name in commands), default=0)
+    lines = [
+        f"  {name:<{width}}  {_ABOUT[name].summary if name in _ABOUT else command.value}"
+        for name, command in commands.items()
+    ]
+    parser = argparse.ArgumentParser(
+        prog="beamline",
+        usage="beamline [--help] [--version] COMMAND ...",
+        description="Serve sequence-to-sequence Transformers.",
+        epilog="\n".join(["commands:", *lines, "", "`beamline COMMAND --help` tells more."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"beamline {_version()}")
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("beamline")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _missing_module(command: str, error: ModuleNotFoundError) -> str:
+    install = _ABOUT[command].install if command in _ABOUT else error.name
+    return f"{command} needs the module {error.name!r}, which is not installed: pip install '{install}'"
+
+
+def _refuse(message: str) -> int:
+    sys.stderr.write(f"beamline: {message}\n")
+    return _EXIT_BAD_USAGE
+
+
+def _silence_stdout() -> None:
+    # What is still buffered would raise once more when the interpreter flushes it at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

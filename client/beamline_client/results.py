@@ -1,0 +1,173 @@
+"""What a caller passes in and gets back: plain frozen values, without protobuf."""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Source: TypeAlias = str | Sequence[int]
+"""One source: text for the served model's tokenizer, or token ids as its encoder expects them."""
+
+
+class LengthPenaltyKind(enum.Enum):
+    """How the length of a hypothesis weighs in its score."""
+
+    POWER = "power"
+    """score = S / n^length_penalty (Hugging Face generate)."""
+    GNMT = "gnmt"
+    """score = S / ((5 + n) / 6)^length_penalty (GNMT, Tensor2Tensor)."""
+
+
+class EarlyStopping(enum.Enum):
+    """When a beam search ends."""
+
+    WHEN_FULL = "when_full"
+    """As soon as `beam_size` hypotheses are finished."""
+    HEURISTIC = "heuristic"
+    """When no live beam scores better at its current length than the worst finished hypothesis."""
+    NEVER = "never"
+    """When no live beam can beat the worst finished hypothesis at any length."""
+
+
+class FinishReason(enum.Enum):
+    """Why a hypothesis ended."""
+
+    END_OF_SEQUENCE = "end_of_sequence"
+    """The model produced end-of-sequence."""
+    LENGTH = "length"
+    """`max_new_tokens` was reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """How to search. What is None takes the served model's default (`ServerInfo.default_search`)."""
+
+    beam_size: int | None = None
+    """Number of beams; 1 is greedy search."""
+    n_best: int | None = None
+    """Number of hypotheses to return, at most `beam_size`."""
+    length_penalty: float | None = None
+    """Exponent of the length penalty: above 0 favours longer, below 0 shorter hypotheses."""
+    length_penalty_kind: LengthPenaltyKind | None = None
+    """Which length penalty the exponent belongs to."""
+    early_stopping: EarlyStopping | None = None
+    """When the search ends. Has no effect on greedy search."""
+    min_new_tokens: int | None = None
+    """Least number of generated tokens before end-of-sequence."""
+    max_new_tokens: int | None = None
+    """Greatest number of generated tokens, end-of-sequence included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """One generated sequence."""
+
+    text: str
+    """The text; empty when the model has no tokenizer."""
+    score: float
+    """What hypotheses are ranked by: the length-penalized sum of token log-probabilities (natural log)."""
+    finish_reason: FinishReason | None
+    """Why it ended; None when the server gives a reason that this client does not know."""
+    token_ids: tuple[int, ...] | None = None
+    """Generated token ids, end-of-sequence included; None when they were not asked for."""
+    token_logprobs: tuple[float, ...] | None = None
+    """Log-probability of each generated token (natural log); None when they were not asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of one input went on the server."""
+
+    queue_s: float
+    """From acceptance to the start of encoding, in seconds."""
+    encode_s: float
+    """Encoding, shared with the other inputs of the same encoder batch, in seconds."""
+    decode_s: float
+    """From the end of encoding to the last step, in seconds."""
+    steps: int
+    """Number of decoder steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The outcome for one input."""
+
+    hypotheses: tuple[Hypothesis, ...]
+    """The `n_best` best hypotheses, best first; never empty."""
+    source_tokens: int
+    """Number of source tokens that the model has read."""
+    source_truncated: bool
+    """Whether the source was cut to `Limits.max_source_tokens`."""
+    timing: Timing
+    """Where the time went."""
+
+    @property
+    def best(self) -> Hypothesis:
+        """The hypothesis with the highest score."""
+        return self.hypotheses[0]
+
+    @property
+    def text(self) -> str:
+        """The text of the best hypothesis."""
+        return self.best.text
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of the best hypothesis that will not change any more."""
+
+    text: str
+    """Text to append to what was received before."""
+    token_ids: tuple[int, ...] = ()
+    """The token ids that have become certain; empty when they were not asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The served model."""
+
+    name: str
+    architecture: str
+    """marian, bart, nn_transformer, …"""
+    precision: str
+    """Of its weights: fp32, fp16 or int8."""
+    device: str
+    """Where it runs: cpu or cuda."""
+    source_vocabulary_size: int
+    target_vocabulary_size: int
+    has_tokenizer: bool
+    """Without one, inputs and outputs are token ids."""
+    fingerprint: str
+    """SHA-256 of its manifest, in hexadecimal: the same value means the same model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request may ask for."""
+
+    max_inputs: int
+    """Most inputs in one request."""
+    max_text_bytes: int
+    """Most bytes of UTF-8 in one text."""
+    max_source_tokens: int
+    """Most tokens in one source, end-of-sequence included."""
+    max_new_tokens: int
+    """Most generated tokens."""
+    max_beam_size: int
+    """Widest beam."""
+    max_message_bytes: int
+    """Most bytes in one request message."""
+    max_duration_s: float
+    """Longest time that a request may take, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What a server serves and accepts."""
+
+    model: ModelInfo
+    limits: Limits
+    default_search: SearchOptions
+    """What an unset search option means."""
+    versions: Mapping[str, str]
+    """Versions of the server's parts, by name: beamline, onnxruntime, grpcio, python."""

@@ -1,0 +1,180 @@
+"""A double for tests of programs that call Beamline: a real gRPC server that does not need a model.
+
+    with FakeServer() as server, Client(server.target) as client:
+        assert client.generate_one("hello").text == "HELLO"
+
+It "translates" to upper case, word by word, and scores hypothesis k (0, 1, …) with -0.5·(k + 1).
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from google.protobuf.any_pb2 import Any as PackedMessage
+from google.protobuf.message import Message
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+
+from beamline.v1 import generation_pb2 as pb
+from beamline.v1.generation_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
+
+_THREADS = 16
+_LONGEST_HANG_S = 60.0  # so that a test that forgets to stop the server ends
+
+Generate = Callable[[pb.GenerateRequest, grpc.ServicerContext], pb.GenerateResponse]
+Stream = Callable[[pb.GenerateStreamRequest, grpc.ServicerContext], Iterator[pb.GenerateStreamResponse]]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A status with which to end a call."""
+
+    code: grpc.StatusCode
+    message: str
+    details: Sequence[Message] = ()
+    """google.rpc messages to send along, such as BadRequest."""
+    trailers: Sequence[tuple[str, str]] = ()
+    """Trailing metadata."""
+
+    def end(self, context: grpc.ServicerContext) -> None:
+        """Ends the call with this status; does not return."""
+        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        for detail in self.details:
+            packed = PackedMessage()
+            packed.Pack(detail)
+            status.details.append(packed)
+        rich = rpc_status.to_status(status).trailing_metadata if self.details else ()
+        context.set_trailing_metadata((*self.trailers, *rich))
+        context.abort(self.code, self.message)
+
+
+@dataclass(frozen=True)
+class ReceivedCall:
+    """What the server has seen of one attempt of a call."""
+
+    method: str
+    request: Any
+    """The protobuf message."""
+    metadata: dict[str, str | bytes]
+    time_remaining_s: float | None
+    """Time to the deadline; None when the caller set none."""
+
+
+def shouted(source: pb.Input, search: pb.SearchOptions, output: pb.OutputOptions) -> pb.Result:
+    """The result that the fake server gives for this input."""
+    text = source.text.upper() if source.HasField("text") else " ".join(str(i) for i in source.token_ids.ids)
+    ids = range(len(text.split()))
+    result = pb.Result(source_tokens=len(text.split()))
+    for rank in range(search.n_best or 1):
+        result.hypotheses.add(
+            text=text if rank == 0 else f"{text} #{rank + 1}",
+            score=-0.5 * (rank + 1),
+            finish_reason=pb.FINISH_REASON_END_OF_SEQUENCE,
+            token_ids=ids if output.token_ids else (),
+            token_logprobs=[-0.25 for _ in ids] if output.token_logprobs else (),
+        )
+    timing = result.timing
+    timing.queue.FromMilliseconds(1)
+    timing.encode.FromMilliseconds(2)
+    timing.decode.FromMilliseconds(30)
+    timing.steps = len(ids)
+    return result
+
+
+def _generate(request: pb.GenerateRequest, _context: grpc.ServicerContext) -> pb.GenerateResponse:
+    return pb.GenerateResponse(results=[shouted(source, request.search, request.output) for source in request.inputs])
+
+
+def _stream(request: pb.GenerateStreamRequest, _context: grpc.ServicerContext) -> Iterator[pb.GenerateStreamResponse]:
+    result = shouted(request.input, request.search, request.output)
+    for index, word in enumerate(result.hypotheses[0].text.split()):
+        text = word if index == 0 else f" {word}"
+        yield pb.GenerateStreamResponse(
+            piece=pb.Piece(text=text, token_ids=[index] if request.output.token_ids else ())
+        )
+    yield pb.GenerateStreamResponse(result=result)
+
+
+@dataclass
+class FakeServer:
+    """A Beamline server on a free port of 127.0.0.1, for use in a `with` statement."""
+
+    generate: Generate = _generate
+    """Answers Generate."""
+    stream: Stream = _stream
+    """Answers GenerateStream."""
+    info: pb.GetInfoResponse = field(default_factory=pb.GetInfoResponse)
+    """The answer of GetInfo."""
+    credentials: grpc.ServerCredentials | None = None
+    """TLS; None is plain text."""
+    calls: list[ReceivedCall] = field(default_factory=list, init=False)
+    """Every attempt, in the order of arrival."""
+    target: str = field(default="", init=False)
+    """The address to connect to."""
+
+    def __post_init__(self) -> None:
+        self._failures: deque[Failure] = deque()
+        self._server = grpc.server(ThreadPoolExecutor(_THREADS))
+        self.stopping = threading.Event()
+        """Set when the server stops, for handlers that are to hang until then."""
+
+    def __enter__(self) -> Self:
+        add_GenerationServiceServicer_to_server(_Servicer(self), self._server)  # type: ignore[no-untyped-call]  # generated
+        self.target = f"127.0.0.1:{self._listen('127.0.0.1:0')}"
+        self._server.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stopping.set()
+        self._server.stop(None).wait()
+
+    def _listen(self, address: str) -> int:
+        port: int
+        if self.credentials is None:
+            port = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, self.credentials)
+        return port
+
+    def fail(self, *failures: Failure) -> None:
+        """Ends the next attempts with these failures, one each, whichever method they call."""
+        self._failures.extend(failures)
+
+    def hang(self, _request: Message, context: grpc.ServicerContext) -> Any:
+        """Answers nothing before the server stops: assign it to `generate` or `stream`."""
+        self.stopping.wait(_LONGEST_HANG_S)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "stopping")
+
+    def receive(self, method: str, request: Message, context: grpc.ServicerContext) -> None:
+        """Notes an attempt, and ends it if a failure is due."""
+        remaining_s = context.time_remaining()
+        metadata = dict(context.invocation_metadata())
+        self.calls.append(ReceivedCall(method, request, metadata, remaining_s))
+        if self._failures:
+            self._failures.popleft().end(context)
+
+
+class _Servicer(GenerationServiceServicer):
+    def __init__(self, server: FakeServer) -> None:
+        self._server = server
+
+    def Generate(self, request: pb.GenerateRequest, context: grpc.ServicerContext) -> pb.GenerateResponse:  # noqa: N802
+        self._server.receive("Generate", request, context)
+        return self._server.generate(request, context)
+
+    def GenerateStream(  # noqa: N802
+        self, request: pb.GenerateStreamRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateStreamResponse]:
+        self._server.receive("GenerateStream", request, context)
+        yield from self._server.stream(request, context)
+
+    def GetInfo(self, request: pb.GetInfoRequest, context: grpc.ServicerContext) -> pb.GetInfoResponse:  # noqa: N802
+        self._server.receive("GetInfo", request, context)
+        return self._server.info
