@@ -1,0 +1,96 @@
+# The server's image, for CPUs and for NVIDIA GPUs:
+#
+#   docker build -f deploy/docker/server.Dockerfile                     -t beamline-server:0.1.0-cpu .
+#   docker build -f deploy/docker/server.Dockerfile --build-arg VARIANT=gpu -t beamline-server:0.1.0-gpu .
+#
+# Both variants stand on the same base. The GPU variant brings CUDA and cuDNN as wheels, in the versions that its
+# onnxruntime was built for; the driver comes from the node. A CUDA base image would carry a second copy of both.
+
+# Any image with Python 3.11-3.13 as `python3`, and pip. A release passes a digest (name@sha256:...), so that what was
+# tested is what is built. The tests run on 3.11.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+# cpu or gpu.
+ARG VARIANT=cpu
+
+
+# ---- everything as wheels -------------------------------------------------------------------------------------------
+FROM ${BASE_IMAGE} AS wheels
+ARG VARIANT
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY protos protos
+COPY server server
+COPY export export
+COPY client client
+# --only-binary: no dependency is compiled, so no stage needs a compiler. The download cache belongs to the builder and
+# enters no layer.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    case "${VARIANT}" in \
+      cpu) extra=server ;; \
+      gpu) extra=server-gpu ;; \
+      *) echo "VARIANT must be cpu or gpu, not '${VARIANT}'" >&2; exit 2 ;; \
+    esac \
+    && python3 -m pip wheel --only-binary :all: --constraint constraints.txt --wheel-dir /wheels ".[${extra}]"
+
+
+# ---- the wheels, installed ------------------------------------------------------------------------------------------
+FROM ${BASE_IMAGE} AS installed
+ARG VARIANT
+COPY --from=wheels /wheels /wheels
+# --no-index: what the wheels stage resolved is all there is. The environment has no pip of its own: it is copied as it
+# stands, and nothing is ever installed into a running server.
+RUN if [ "${VARIANT}" = gpu ]; then extra=server-gpu; else extra=server; fi \
+    && python3 -m venv --without-pip /opt/beamline \
+    && python3 -m pip --python /opt/beamline/bin/python3 install --no-cache-dir --no-index --find-links /wheels \
+       "beamline[${extra}]"
+# onnxruntime's CUDA provider looks for its libraries where the linker looks, and wheels put them elsewhere. One folder
+# of links, for LD_LIBRARY_PATH; it stays empty in the CPU variant.
+RUN mkdir /opt/beamline/cuda \
+    && find /opt/beamline -path '*/nvidia/*/lib/*.so*' -exec ln -s {} /opt/beamline/cuda/ \;
+
+
+# ---- what runs ------------------------------------------------------------------------------------------------------
+FROM ${BASE_IMAGE} AS runtime
+ARG VARIANT
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="beamline-server" \
+      org.opencontainers.image.description="Beam search with encoder-decoder Transformers over gRPC (${VARIANT})" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+
+# No program of the base keeps a set-user-id bit: nothing here has a reason to become root.
+RUN find / -xdev -type f -perm /6000 -exec chmod a-s {} +
+
+COPY --from=installed /opt/beamline /opt/beamline
+
+# HOME: the user has no entry in /etc/passwd, and /tmp is the one place that a read-only container can write to.
+# NVIDIA_DRIVER_CAPABILITIES: what the container toolkit mounts of the driver; without a GPU it means nothing. Which
+# GPUs are visible is for the device plugin to say, so NVIDIA_VISIBLE_DEVICES must not be set in an image.
+ENV PATH=/opt/beamline/bin:${PATH} \
+    LD_LIBRARY_PATH=/opt/beamline/cuda \
+    HOME=/tmp \
+    PYTHONUNBUFFERED=1 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+
+USER 65532:65532
+
+# Checks, as the user who will run it. Nothing of the export side has slipped in: PyTorch alone would be larger than all
+# the rest, and a server must never unpickle anything.
+RUN python3 -c "import importlib.util as u; extra = [m for m in ('torch', 'transformers', 'onnx') if u.find_spec(m)]; \
+assert not extra, f'not for a server: {extra}'"
+# The CUDA provider finds everything but the driver, which the node brings.
+RUN if [ "${VARIANT}" = gpu ]; then \
+      ldd /opt/beamline/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so > /tmp/linked \
+      && awk '/not found/ && $1 != "libcuda.so.1" { print; missing = 1 } END { exit missing }' /tmp/linked >&2 \
+      && rm /tmp/linked; \
+    fi
+# The command starts.
+RUN beamline serve --help > /dev/null
+
+EXPOSE 8001 8002
+STOPSIGNAL SIGTERM
+# Exec form: the server is process 1 and gets SIGTERM itself.
+ENTRYPOINT ["beamline", "serve"]
+CMD ["/models/bundle"]
