@@ -1,0 +1,172 @@
+"""Where an engine's time goes, in process: sentences/s, step time, and the share outside `session.run`.
+
+    python benchmarks/engine.py [--precision int8] [--workers 2] [--beam 4] [--repeat 3]
+
+Exports the embedded model into a temporary folder, runs its test sentences through the engine as fast as it takes them
+and prints one line per repetition. Let nothing else run meanwhile.
+"""
+
+import argparse
+import gzip
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from beamline_export.bundle_writer import ExportOptions, export
+from beamline_export.progress import Progress
+from beamline_server.bundle import Bundle
+from beamline_server.engine.beam import IntArray
+from beamline_server.engine.build import EngineOptions, build_runner, capacity, model_rules
+from beamline_server.engine.loop import Engine
+from beamline_server.engine.observer import NullObserver
+from beamline_server.engine.request import (
+    Completed,
+    EarlyStopping,
+    Event,
+    GenerationRequest,
+    RequestId,
+    SearchOptions,
+)
+from beamline_server.engine.runner import Cache, Encoded, EncoderBatch, StepBatch, StepRunner
+from beamline_server.engine.scoring import FloatArray
+from beamline_server.tokenizer import load_tokenizer
+
+MODEL = Path(__file__).parent.parent / "models" / "fr-en"
+
+
+class TimedRunner:
+    """A runner that notes how long each call of another takes."""
+
+    def __init__(self, inner: StepRunner) -> None:
+        self._inner = inner
+        self.device = inner.device
+        self.encode_s: list[float] = []
+        self.step_s: list[float] = []
+
+    def encode(self, batch: EncoderBatch) -> Encoded:
+        """As the inner runner."""
+        began = time.perf_counter()
+        try:
+            return self._inner.encode(batch)
+        finally:
+            self.encode_s.append(time.perf_counter() - began)
+
+    def new_cache(self) -> Cache:
+        """As the inner runner."""
+        return self._inner.new_cache()
+
+    def step(self, cache: Cache, batch: StepBatch) -> tuple[FloatArray, IntArray]:
+        """As the inner runner."""
+        began = time.perf_counter()
+        try:
+            return self._inner.step(cache, batch)
+        finally:
+            self.step_s.append(time.perf_counter() - began)
+
+
+@dataclass
+class Tally(NullObserver):
+    """Sums what the engine tells."""
+
+    rows: int = 0
+    sentences: int = 0
+    steps: int = 0
+    step_s: float = 0.0
+
+    def stepped(self, seconds: float, rows: int, sentences: int) -> None:
+        """Count a step."""
+        self.sentences += sentences
+        self.rows += rows
+        self.steps += 1
+        self.step_s += seconds
+
+
+class Collector:
+    """Receives events and tells when all requests have ended."""
+
+    def __init__(self, expected: int) -> None:
+        self._expected = expected
+        self._lock = threading.Lock()
+        self.completed: dict[int, Completed] = {}
+        self.done = threading.Event()
+
+    def __call__(self, events: Sequence[Event]) -> None:
+        """Take events of one step."""
+        with self._lock:
+            self.completed |= {event.id: event for event in events if isinstance(event, Completed)}
+            if len(self.completed) == self._expected:
+                self.done.set()
+
+
+def test_sources() -> list[str]:
+    """The source sentences of the embedded model's test file."""
+    with gzip.open(MODEL / "test.tsv.gz", "rt", encoding="utf-8") as stream:
+        return [line.split("\t")[0] for line in stream]
+
+
+def run(bundle: Bundle, sources: Sequence[str], *, workers: int, threads: int, beam: int) -> str:
+    """One repetition; returns its line."""
+    tokenizer = load_tokenizer(bundle)
+    assert tokenizer is not None
+    runner = TimedRunner(build_runner(bundle, "cpu", threads))
+    collector, tally = Collector(len(sources)), Tally()
+    options = EngineOptions(workers=workers, threads=threads, rows=32 * beam)
+    engine = Engine(
+        [runner] * workers,
+        model_rules(bundle.manifest),
+        capacity(bundle, options),
+        queue_rows=len(sources) * beam,
+        deliver=collector,
+        observer=tally,
+    )
+    search = SearchOptions(beam_size=beam, max_new_tokens=128, early_stopping=EarlyStopping.WHEN_FULL)
+    requests = [
+        GenerationRequest(RequestId(i), tuple(tokenizer.encode(source)), search) for i, source in enumerate(sources)
+    ]
+    engine.start()
+    began, cpu = time.perf_counter(), time.process_time()
+    engine.submit(requests)
+    collector.done.wait()
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+    engine.stop(0)
+    engine.check()
+    tokens = sum(len(result.hypotheses[0].tokens) for result in collector.completed.values())
+    run_ms, encode_ms = sum(runner.step_s) * 1e3, sum(runner.encode_s) * 1e3
+    outside = 1 - (run_ms + encode_ms) / 1e3 / (wall * workers)
+    return (
+        f"{len(sources) / wall:7.1f} sentences/s  {tokens / wall:7.0f} tokens/s  "
+        f"{tally.rows / tally.steps:5.1f} rows/step  step {tally.step_s / tally.steps * 1e3:5.2f} ms, of which run "
+        f"{run_ms / tally.steps:5.2f}; encode {encode_ms / len(runner.encode_s):5.2f} ms x {len(runner.encode_s)}; "
+        f"outside session.run {outside:5.1%} of the workers' time; "
+        f"{cpu / len(sources) * 1e3:.2f} CPU ms/sentence"
+    )
+
+
+def main() -> None:
+    """Export, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", default="int8", choices=["fp32", "int8"])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--beam", type=int, default=4)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--bundle", type=Path, help="use this bundle instead of exporting the embedded model")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.bundle is None:
+            bundle = export(MODEL, Path(folder) / "bundle", ExportOptions(arguments.precision), Progress())
+        else:
+            from beamline_server.bundle import load_bundle
+
+            bundle = load_bundle(arguments.bundle)
+        sources = test_sources()
+        for _ in range(arguments.repeat):
+            line = run(bundle, sources, workers=arguments.workers, threads=arguments.threads, beam=arguments.beam)
+            print(f"{bundle.manifest.precision} {arguments.workers}x{arguments.threads} beam {arguments.beam}: {line}")
+
+
+if __name__ == "__main__":
+    main()
