@@ -1,0 +1,51 @@
+"""What tests of several folders share."""
+
+import io
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from beamline_server.bundle import Bundle
+
+# Before any test loads PyTorch: its threads must not spin while server processes want the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Started in the background, a shell leaves SIGINT ignored, and the processes that tests interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in every run; `--hypothesis-profile=explore` looks for new ones.
+hypothesis.settings.register_profile("steady", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("steady")
+
+FR_EN = Path(__file__).parents[1] / "models" / "fr-en"
+
+
+@pytest.fixture(scope="session")
+def export_fr_en(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """Exports the embedded model in a precision."""
+    from beamline_export.bundle_writer import ExportOptions, export
+    from beamline_export.progress import Progress
+
+    def exported(precision: str) -> Bundle:
+        target = tmp_path_factory.mktemp("fr-en") / precision
+        return export(FR_EN, target, ExportOptions(precision=precision), Progress(io.StringIO()))
+
+    return exported
+
+
+@pytest.fixture(scope="session")
+def fr_en_fp32(export_fr_en: Callable[[str], Bundle]) -> Bundle:
+    """The embedded model as an fp32 bundle."""
+    return export_fr_en("fp32")
+
+
+@pytest.fixture(scope="session")
+def fr_en_int8(export_fr_en: Callable[[str], Bundle]) -> Bundle:
+    """The embedded model as an int8 bundle."""
+    return export_fr_en("int8")

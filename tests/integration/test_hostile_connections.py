@@ -1,0 +1,70 @@
+"""Connections that speak no gRPC, say nothing, or never end: they cost others nothing and hold up no stop."""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+
+import pytest
+
+from beamline_client import Client
+from beamline_server.process import ServerProcess
+
+IDLE_CONNECTIONS = 200
+LONGEST_STOP_S = 5
+GARBAGE = {
+    "zeros": bytes(1000),
+    "http 1": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "broken http 2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 500,
+    "tls": b"\x16\x03\x01\x02\x00\x01\x00" + bytes(200),
+}
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[ServerProcess, str], socket.socket]]:
+    """Opens a connection to a port of a server."""
+    with ExitStack() as opened:
+
+        def open_one(server: ServerProcess, port: str) -> socket.socket:
+            address = ("127.0.0.1", server.log.wait_for("listening")[port])
+            return opened.enter_context(socket.create_connection(address, timeout=5))
+
+        yield open_one
+
+
+@pytest.mark.parametrize("port", ["grpc_port", "metrics_port"])
+@pytest.mark.parametrize("sent", GARBAGE.values(), ids=GARBAGE)
+def test_garbage_harms_nobody(
+    server: ServerProcess,
+    client: Client,
+    connect: Callable[[ServerProcess, str], socket.socket],
+    port: str,
+    sent: bytes,
+) -> None:
+    connection = connect(server, port)
+    connection.sendall(sent)
+    connection.shutdown(socket.SHUT_WR)
+    with suppress(ConnectionError):
+        while connection.recv(4096):
+            pass  # until the server has enough of it
+
+    assert client.generate_one("Bonjour.").hypotheses
+    assert server.samples()["beamline_ready"] == 1
+
+
+def test_idle_connections_hold_up_neither_calls_nor_the_stop(
+    serve: Callable[..., ServerProcess], connect: Callable[[ServerProcess, str], socket.socket]
+) -> None:
+    server = serve()
+    for _ in range(IDLE_CONNECTIONS):
+        connect(server, "grpc_port")
+    for _ in range(3):
+        connect(server, "metrics_port").sendall(b"GET /metrics HTTP/1.1\r\n")  # and nothing more
+
+    with Client(server.target) as client:
+        assert client.generate_one("Bonjour.", timeout_s=5).hypotheses
+    assert server.samples()["beamline_ready"] == 1
+    began = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - began < LONGEST_STOP_S
+    assert [line for line in server.log.text().splitlines() if not line.startswith("{")] == []

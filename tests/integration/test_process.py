@@ -1,0 +1,29 @@
+"""The server process as tests, benchmarks and demos handle it: what they see when it does not do as they wish."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from beamline_server.bundle import MANIFEST
+from beamline_server.process import ProcessFailed, ServerProcess
+
+
+def test_a_server_that_cannot_start_fails_with_its_log(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path) as server, pytest.raises(ProcessFailed, match=re.escape(MANIFEST)):
+        server.wait_until_serving()
+
+
+def test_an_event_that_does_not_come_fails_in_time(server: ServerProcess) -> None:
+    with pytest.raises(ProcessFailed, match="'stopped'} came 0 times within 0 s"):
+        server.log.wait_for("stopped", within_s=0)
+
+
+def test_metrics_that_do_not_change_fail_in_time(server: ServerProcess) -> None:
+    with pytest.raises(ProcessFailed, match="beamline_running_rows"):
+        server.scrape_until(lambda _: False, within_s=0)
+
+
+def test_a_server_that_does_not_end_fails_in_time(server: ServerProcess) -> None:
+    with pytest.raises(ProcessFailed, match="still runs"):
+        server.wait(within_s=0)

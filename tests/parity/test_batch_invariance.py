@@ -1,0 +1,142 @@
+"""The relation that everything else rests on: an answer does not depend on who else is in the batch.
+
+Random arrivals of real sentences, of all widths and stopping rules, with some that are given up, through the embedded
+model on one thread: every result has the tokens, and bit for bit the scores, of the same request alone.
+"""
+
+import gzip
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from beamline_server.bundle import Bundle
+from beamline_server.engine.admission import Capacity
+from beamline_server.engine.build import model_rules
+from beamline_server.engine.core import EngineCore, ModelRules
+from beamline_server.engine.errors import RequestCancelled
+from beamline_server.engine.observer import NullObserver
+from beamline_server.engine.ort_runner import DeviceRunner, HostRunner
+from beamline_server.engine.request import (
+    Completed,
+    EarlyStopping,
+    Event,
+    Failed,
+    GenerationRequest,
+    LengthPenaltyKind,
+    RequestId,
+    SearchOptions,
+)
+from beamline_server.engine.runner import StepRunner
+from beamline_server.engine.testing import ManualClock, run_alone
+from beamline_server.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.parity
+
+TEST_SENTENCES = Path(__file__).parents[2] / "models" / "fr-en" / "test.tsv.gz"
+REQUESTS = 300
+
+
+@dataclass(frozen=True)
+class Model:
+    """A bundle, ready to run on one thread."""
+
+    runner: StepRunner
+    rules: ModelRules
+    sources: tuple[tuple[int, ...], ...]
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8"])
+def model(request: pytest.FixtureRequest) -> Model:
+    bundle: Bundle = request.getfixturevalue(f"fr_en_{request.param}")
+    return Model(HostRunner(bundle, threads=1), model_rules(bundle.manifest), sources_of(bundle))
+
+
+def sources_of(bundle: Bundle) -> tuple[tuple[int, ...], ...]:
+    tokenizer = load_tokenizer(bundle)
+    assert tokenizer is not None
+    with gzip.open(TEST_SENTENCES, "rt", encoding="utf-8") as lines:
+        return tuple(tuple(tokenizer.encode(line.split("\t")[0])) for line in lines)
+
+
+def requests(sources: Sequence[tuple[int, ...]], seed: int) -> list[GenerationRequest]:
+    """Requests of all kinds; one of them is long, and two are as wide as can be."""
+    rng = random.Random(seed)
+    result = []
+    for number in range(REQUESTS):
+        beams = rng.choice([1, 1, 2, 3, 4, 4, 5, 8])
+        options = SearchOptions(
+            beam_size=beams,
+            n_best=rng.randint(1, beams),
+            length_penalty=rng.choice([0.0, 0.6, 1.0, 1.4]),
+            length_penalty_kind=rng.choice(list(LengthPenaltyKind)),
+            early_stopping=rng.choice(list(EarlyStopping)),
+            min_new_tokens=rng.choice([0, 0, 0, 12]),
+            max_new_tokens=rng.choice([1, 6, 20, 40]) if rng.random() < 0.3 else 40,
+        )
+        options = replace(options, min_new_tokens=min(options.min_new_tokens, options.max_new_tokens))
+        result.append(GenerationRequest(RequestId(number), rng.choice(sources), options))
+    long: tuple[int, ...] = ()
+    while len(long) < 120:
+        long = (*long[:-1], *rng.choice(sources))
+    result[40] = replace(result[40], source=long, options=SearchOptions(beam_size=4, n_best=4, max_new_tokens=120))
+    for number in (60, 200):
+        result[number] = replace(result[number], options=SearchOptions(beam_size=16, n_best=16, max_new_tokens=40))
+    return result
+
+
+def through_the_engine(model: Model, asked: Sequence[GenerationRequest], seed: int) -> dict[RequestId, Event]:
+    """All requests, some at a time at random; one in ten is cancelled while it waits or runs."""
+    rng = random.Random(seed)
+    core = EngineCore(model.runner, model.rules, Capacity(128, 1 << 16), clock=ManualClock(), observer=NullObserver())
+    arrivals: Iterator[GenerationRequest] = iter(asked)
+    coming: list[RequestId] = []
+    outcomes: dict[RequestId, Event] = {}
+    while len(outcomes) < len(asked):
+        if core.queued_requests < 8:
+            newcomers = list(itertools.islice(arrivals, rng.randint(0, 6)))
+            core.accept(newcomers)
+            coming += [request.id for request in newcomers]
+        if coming and rng.random() < 0.2:
+            core.cancel([rng.choice(coming[-20:])])
+        for event in core.step():
+            assert event.id not in outcomes
+            outcomes[event.id] = event
+        core.check()
+    return outcomes
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_answer_is_the_same_alone_and_in_any_batch(model: Model, seed: int) -> None:
+    asked = requests(model.sources, seed)
+    outcomes = through_the_engine(model, asked, seed)
+    completed = 0
+    for request in asked:
+        outcome = outcomes[request.id]
+        if isinstance(outcome, Failed):
+            assert isinstance(outcome.error, RequestCancelled)
+            continue
+        assert isinstance(outcome, Completed)
+        alone = run_alone(model.runner, model.rules, request)
+        assert isinstance(alone, Completed)
+        # Tokens, scores and token log-probabilities, bit for bit.
+        assert outcome.hypotheses == alone.hypotheses
+        completed += 1
+    assert REQUESTS // 2 < completed < REQUESTS
+
+
+def test_caches_on_a_device_give_the_same_answers(fr_en_fp32: Bundle) -> None:
+    """The runner for GPUs, on the CPU: other code moves the caches, the same graphs compute."""
+    rules, sources = model_rules(fr_en_fp32.manifest), sources_of(fr_en_fp32)
+    asked = requests(sources, 2)[:48]
+    host = Model(HostRunner(fr_en_fp32, threads=1), rules, sources)
+    device = Model(DeviceRunner(fr_en_fp32, device="cpu"), rules, sources)
+    on_host, on_device = through_the_engine(host, asked, 2), through_the_engine(device, asked, 2)
+    for number, outcome in on_host.items():
+        other = on_device[number]
+        assert type(outcome) is type(other)
+        if isinstance(outcome, Completed) and isinstance(other, Completed):
+            assert outcome.hypotheses == other.hypotheses

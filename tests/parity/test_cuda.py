@@ -1,0 +1,101 @@
+"""The embedded model in fp16 on a GPU, with its caches in device memory, beside fp32 on the CPU."""
+
+import gzip
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from beamline_export.agreement import Tokens, search_all
+from beamline_export.parity import all_logprobs
+from beamline_server.bundle import Bundle
+from beamline_server.engine.build import model_rules
+from beamline_server.engine.ort_runner import CUDA, DeviceRunner, HostRunner, available_providers
+from beamline_server.engine.request import EarlyStopping, SearchOptions
+from beamline_server.engine.runner import StepRunner
+from beamline_server.tokenizer import load_tokenizer
+
+pytestmark = [pytest.mark.parity, pytest.mark.cuda]
+
+TEST_FILE = Path(__file__).parents[2] / "models" / "fr-en" / "test.tsv.gz"
+SENTENCES = 64
+STEPS = 12
+TOLERANCE = 2e-2
+"""How far fp16 may move a log-probability; candidates closer than twice that may change places."""
+
+
+def why_not() -> str | None:
+    """What is missing here, if anything. With both there, a provider that does not start is a failure."""
+    if CUDA not in available_providers():
+        return "this onnxruntime has no CUDA provider (pip install onnxruntime-gpu)"
+    try:
+        subprocess.run(["nvidia-smi", "--list-gpus"], check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"there is no NVIDIA GPU ({error})"
+    return None
+
+
+@pytest.fixture(scope="module")
+def cpu(fr_en_fp32: Bundle) -> StepRunner:
+    return HostRunner(fr_en_fp32, threads=1)
+
+
+@pytest.fixture(scope="module")
+def gpu(export_fr_en: Callable[[str], Bundle]) -> StepRunner:
+    return DeviceRunner(export_fr_en("fp16"), device="cuda")
+
+
+@pytest.fixture(scope="module")
+def sources(fr_en_fp32: Bundle) -> list[Tokens]:
+    tokenizer = load_tokenizer(fr_en_fp32)
+    assert tokenizer is not None
+    with gzip.open(TEST_FILE, "rt", encoding="utf-8") as lines:
+        return [tuple(tokenizer.encode(line.split("\t")[0])) for line in lines][::30][:SENTENCES]
+
+
+def forced(answers: Sequence[Tokens], start: int) -> NDArray[np.int64]:
+    """Decoder inputs along these answers, (S, T): shorter ones repeat their end-of-sequence."""
+    rows = [(start, *answer, *answer[-1:] * STEPS)[:STEPS] for answer in answers]
+    return np.array(rows, np.int64)
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_fp16_on_a_gpu_is_fp32_but_for_near_ties(
+    fr_en_fp32: Bundle, cpu: StepRunner, gpu: StepRunner, sources: list[Tokens]
+) -> None:
+    rules, vocabulary = model_rules(fr_en_fp32.manifest), fr_en_fp32.manifest.dimensions.target_vocabulary
+    greedy = SearchOptions(beam_size=1, max_new_tokens=STEPS)
+    expected = [answer.hypotheses[0].tokens for answer in search_all(cpu, rules, [(s, greedy) for s in sources])]
+    path = forced(expected, rules.decoder_start)
+
+    on_cpu, on_gpu = (all_logprobs(runner, sources, path, vocabulary) for runner in (cpu, gpu))
+
+    best = on_cpu.argmax(2)
+    differences = [np.take_along_axis(side, best[..., None], 2) for side in (on_cpu, on_gpu)]
+    largest = float(np.abs(differences[0] - differences[1]).max())
+    second, first = np.sort(on_cpu, axis=2)[..., -2:].transpose(2, 0, 1)
+    parted = (on_gpu.argmax(2) != best) & (first - second > 2 * TOLERANCE)
+    print(f"provider {CUDA}: best log-probabilities differ by at most {largest:.2e}")
+    assert largest <= TOLERANCE
+    assert not parted.any()
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_searches_on_a_gpu_agree(fr_en_fp32: Bundle, cpu: StepRunner, gpu: StepRunner, sources: list[Tokens]) -> None:
+    """All in one batch, of mixed widths; where a near-tie parts two searches, their scores are close."""
+    rules = model_rules(fr_en_fp32.manifest)
+    searches = [
+        (source, SearchOptions(beam_size=1 + number % 8, early_stopping=EarlyStopping.WHEN_FULL, max_new_tokens=60))
+        for number, source in enumerate(sources)
+    ]
+
+    on_cpu, on_gpu = (search_all(runner, rules, searches) for runner in (cpu, gpu))
+
+    pairs = [(a.hypotheses[0], b.hypotheses[0]) for a, b in zip(on_cpu, on_gpu, strict=True)]
+    same = [(a, b) for a, b in pairs if a.tokens == b.tokens]
+    print(f"provider {CUDA}: {len(same)} of {len(pairs)} best hypotheses are the same tokens")
+    assert len(same) >= 0.9 * len(pairs)
+    assert all(abs(a.score - b.score) <= TOLERANCE for a, b in same)

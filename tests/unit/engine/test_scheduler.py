@@ -1,0 +1,130 @@
+"""Who starts, who sits where, how wide seats are."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from beamline_server.engine.admission import cost
+from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
+from beamline_server.engine.scheduler import SEAT_GRANULE, Room, least_loaded, seat_width, seats, starters
+
+
+def request(beam_size: int = 1, *, max_new_tokens: int = 16, source_tokens: int = 4) -> GenerationRequest:
+    options = SearchOptions(beam_size=beam_size, max_new_tokens=max_new_tokens)
+    return GenerationRequest(RequestId(0), (7,) * source_tokens, options)
+
+
+requests = st.builds(request, st.integers(1, 16), max_new_tokens=st.integers(1, 200), source_tokens=st.integers(1, 300))
+rooms = st.builds(Room, st.integers(0, 32), st.integers(0, 64), st.integers(0, 1 << 15))
+
+
+def fit(chosen: Sequence[GenerationRequest], room: Room) -> bool:
+    costs = [cost(request) for request in chosen]
+    return (
+        len(chosen) <= room.places
+        and sum(c.rows for c in costs) <= room.rows
+        and sum(c.slots for c in costs) <= room.slots
+    )
+
+
+@given(st.lists(requests, max_size=12), rooms, st.integers(1, 1000))
+def test_as_many_start_from_the_head_as_there_is_room_for(
+    queue: list[GenerationRequest], room: Room, encode_tokens: int
+) -> None:
+    count = starters(deque(queue), room, encode_tokens=encode_tokens)
+    assert fit(queue[:count], room)
+    tokens = [len(request.source) for request in queue]
+    assert count <= 1 or count * max(tokens[:count]) <= encode_tokens
+    if count < len(queue):
+        one_more = queue[: count + 1]
+        assert not fit(one_more, room) or (count and (count + 1) * max(tokens[: count + 1]) > encode_tokens)
+
+
+def test_a_wide_request_at_the_head_holds_back_what_came_after_it() -> None:
+    queue = [request(16), request(1), request(1)]
+    assert starters(queue, Room(8, 15, 1 << 15), encode_tokens=1000) == 0
+
+
+def test_a_source_longer_than_the_bound_starts_alone() -> None:
+    queue = [request(source_tokens=300), request()]
+    assert starters(queue, Room(8, 8, 1 << 15), encode_tokens=100) == 1
+
+
+@dataclass(frozen=True)
+class Seating:
+    """Who sat, who stays, who comes."""
+
+    old: list[int]
+    staying: list[int]
+    arriving: list[int]
+
+
+@st.composite
+def seatings(draw: st.DrawFn) -> Seating:
+    people = draw(st.permutations(range(30)))
+    count = draw(st.integers(0, 12))
+    old = people[:count]
+    stays = draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    staying = [who for who, yes in zip(old, stays, strict=True) if yes]
+    # Who has left may come back at once: a place is taken again.
+    arriving = draw(st.lists(st.sampled_from([p for p in people if p not in staying]), unique=True, max_size=8))
+    return Seating(old, staying, arriving)
+
+
+@given(seatings())
+def test_everybody_has_one_seat_and_there_are_no_gaps(seating: Seating) -> None:
+    result = seats(seating.old, seating.staying, seating.arriving)
+    assert sorted(result) == sorted([*seating.staying, *seating.arriving])
+
+
+@given(seatings())
+def test_who_stays_keeps_the_seat_unless_it_would_be_beyond_the_end(seating: Seating) -> None:
+    result = seats(seating.old, seating.staying, seating.arriving)
+    for who in seating.staying:
+        before, after = seating.old.index(who), result.index(who)
+        # A mover comes from beyond the end: no seat is taken before its sentence has moved, and nobody moves in vain.
+        assert after == before or before >= len(result)
+
+
+@given(seatings())
+def test_who_comes_takes_seats_in_order(seating: Seating) -> None:
+    result = seats(seating.old, seating.staying, seating.arriving)
+    taken = [result.index(who) for who in seating.arriving]
+    assert taken == sorted(taken)
+
+
+@given(st.integers(0, 3000), st.integers(0, 3000))
+def test_seats_hold_what_is_needed_with_less_than_half_of_it_idle(needed: int, present: int) -> None:
+    present = present // SEAT_GRANULE * SEAT_GRANULE
+    width = seat_width(needed, present)
+    wanted = max(SEAT_GRANULE, needed)
+    assert width >= wanted
+    assert width % SEAT_GRANULE == 0
+    assert width < 2 * (wanted + SEAT_GRANULE - 1)
+    if width != present:
+        assert width - needed < SEAT_GRANULE or needed == 0
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_seats_do_not_change_while_they_fit(needed: int, later: int) -> None:
+    """A lane whose need goes up and down by less than half keeps its width: every change copies the lane."""
+    width = seat_width(needed, 0)
+    assume(width / 2 < later <= width)
+    assert seat_width(later, width) in (width, seat_width(later, 0))
+    if later > width - width // 2 + SEAT_GRANULE:
+        assert seat_width(later, width) == width
+
+
+def test_seats_grow_by_granules_and_shrink_when_half_is_idle() -> None:
+    assert seat_width(1, 0) == 16
+    assert seat_width(17, 16) == 32
+    assert seat_width(33, 64) == 64
+    assert seat_width(32, 64) == 32
+
+
+def test_the_least_loaded_worker_is_the_first_of_equals() -> None:
+    assert least_loaded([3, 1, 1]) == 1
+    assert least_loaded([0]) == 0

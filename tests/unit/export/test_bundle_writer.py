@@ -1,0 +1,257 @@
+"""A bundle appears whole, small and once - or not at all."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from beamline_export.bundle_writer import ExportOptions, export, export_checkpoint
+from beamline_export.families.registry import Family, detect
+from beamline_export.graph_writer import GraphWriter
+from beamline_export.parity import check_contract, random_sources
+from beamline_export.precision import Fp32Store
+from beamline_export.progress import Progress
+from beamline_export.reference import Reference
+from beamline_export.spec import Array, Checkpoint, ExportError
+from beamline_server.bundle import DECODER_STEP, Bundle, load_bundle
+
+BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+
+
+def left_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+class WrongStore(Fp32Store):
+    """Loses the sign of one projection."""
+
+    def linear(self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None) -> str:
+        """As its base, but for one name."""
+        return super().linear(g, x, name, -weight if name == "decoder.0.ffn.down" else weight, bias)
+
+
+@dataclasses.dataclass
+class Spoiled:
+    """A reference whose answers are spoiled."""
+
+    inner: Reference
+    spoil: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+    def logprobs(self, source: Sequence[int], targets: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """As the inner one, spoiled."""
+        return self.spoil(self.inner.logprobs(source, targets))
+
+
+def spoiled(family: Family, spoil: Callable[[Any], Any]) -> Family:
+    return Family(family.read, lambda folder, checkpoint: Spoiled(family.reference(folder, checkpoint), spoil))
+
+
+def interrupted(_: object) -> object:
+    raise KeyboardInterrupt
+
+
+def test_a_wrong_weight_fails_the_gate_and_leaves_nothing(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    before = left_in(tmp_path)
+    with pytest.raises(
+        ExportError, match=r"does not agree with PyTorch: log-probabilities differ by .* beam searches differ"
+    ):
+        export_checkpoint(
+            detect(checkpoint.folder), checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent, WrongStore()
+        )
+    assert left_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        pytest.param(lambda rows: rows + 2e-3, "log-probabilities differ by 0.002", id="shifted"),
+        pytest.param(lambda rows: rows * np.nan, "no numbers in PyTorch itself", id="nan"),
+        pytest.param(lambda rows: np.where(rows > -9, rows, -np.inf), "not finite", id="infinite"),
+    ],
+)
+def test_a_reference_that_differs_fails_the_gate(
+    spoil: Callable[[Any], Any], problem: str, checkpoint: Any, tmp_path: Path, silent: Progress
+) -> None:
+    before = left_in(tmp_path)
+    family = spoiled(detect(checkpoint.folder), spoil)
+    with pytest.raises(ExportError, match=problem):
+        export_checkpoint(family, checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent, Fp32Store())
+    assert left_in(tmp_path) == before
+
+
+def test_an_interrupt_leaves_nothing(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    before = left_in(tmp_path)
+    family = spoiled(detect(checkpoint.folder), interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(family, checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent, Fp32Store())
+    assert left_in(tmp_path) == before
+
+
+def test_an_interrupted_replacement_leaves_the_old_bundle(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    target = tmp_path / "bundle"
+    old = export(checkpoint.folder, target, ExportOptions(), silent)
+    family = spoiled(detect(checkpoint.folder), interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(family, checkpoint.folder, target, ExportOptions(replace=True), silent, Fp32Store())
+    assert load_bundle(target).fingerprint == old.fingerprint
+    assert left_in(tmp_path) == {"checkpoint", "bundle"}
+
+
+def test_an_existing_target_is_replaced_only_on_demand(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    target = tmp_path / "bundle"
+    export(checkpoint.folder, target, ExportOptions(name="first"), silent)
+    with pytest.raises(ExportError, match="exists already; choose another folder or give --replace"):
+        export(checkpoint.folder, target, ExportOptions(name="second"), silent)
+    assert load_bundle(target).manifest.name == "first"
+    bundle = export(checkpoint.folder, target, ExportOptions("int8", "second", replace=True), silent)
+    assert bundle.path == target
+    assert load_bundle(target).manifest.name == "second"
+    assert load_bundle(target).fingerprint == bundle.fingerprint
+    assert left_in(tmp_path) == {"checkpoint", "bundle"}
+
+
+@pytest.mark.parametrize("content", [(), ("notes.txt",)], ids=["empty", "with-files"])
+def test_a_folder_that_is_no_bundle_is_never_replaced(
+    content: tuple[str, ...], checkpoint: Any, tmp_path: Path, silent: Progress
+) -> None:
+    target = tmp_path / "mine"
+    target.mkdir()
+    for name in content:
+        (target / name).write_text("dear")
+    with pytest.raises(ExportError, match="is no bundle; it is not replaced"):
+        export(checkpoint.folder, target, ExportOptions(replace=True), silent)
+    assert left_in(target) == set(content)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (ExportOptions("int4"), "precision 'int4' is not known"),
+        (ExportOptions(name="../x"), "name '../x' is not usable"),
+        (ExportOptions(name=""), "name '' is not usable"),
+        (ExportOptions(name="x" * 65), "is not usable"),
+    ],
+)
+def test_invalid_options_are_told_before_anything_is_read(
+    options: ExportOptions, problem: str, tmp_path: Path, silent: Progress
+) -> None:
+    with pytest.raises(ExportError, match=problem):
+        export(tmp_path / "nowhere", tmp_path / "bundle", options, silent)
+
+
+def test_the_parent_of_the_target_must_exist(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    with pytest.raises(ExportError, match="does not exist; create it first"):
+        export(checkpoint.folder, tmp_path / "no" / "bundle", ExportOptions(), silent)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("my model!", "my-model-"), (".hidden", "hidden"), ("_", "model"), ("é", "model"), ("a" * 90, "a" * 64)],
+)
+def test_the_name_comes_from_the_folder(
+    folder: str, name: str, checkpoint: Any, tmp_path: Path, silent: Progress
+) -> None:
+    source = checkpoint.folder.rename(tmp_path / folder)
+    bundle = export(source, tmp_path / "bundle", ExportOptions(), silent)
+    assert bundle.manifest.name == (name if folder != "é" else "model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"eos_token_id": 500}, "special_tokens: 500 is outside the target vocabulary of 120"),
+        ({"source_eos_token_id": 100}, "special_tokens: 100 is outside the source vocabulary of 90"),
+        ({"bad_words_ids": [[3], [777]]}, "special_tokens: 777 is outside"),
+        ({"min_length": 40, "max_length": 20}, "min_new_tokens 39, max_new_tokens 19"),
+        ({"layer_norm_eps": -1.0}, "no numbers in PyTorch itself"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(
+    changes: dict[str, Any], problem: str, checkpoint: Any, tmp_path: Path, silent: Progress
+) -> None:
+    with pytest.raises(ExportError, match=problem):
+        export(checkpoint.config(**changes), tmp_path / "bundle", ExportOptions(), silent)
+    assert left_in(tmp_path) == {"checkpoint"}
+
+
+def test_a_broken_tokenizer_is_named(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    (checkpoint.folder / "tokenizer.json").write_text('{"model": null}')
+    with pytest.raises(ExportError, match="its tokenizers tokenizer cannot be read"):
+        export(checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent)
+
+
+def test_unsupported_settings_are_warned_about_and_recorded(
+    checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoint.config(generation={"no_repeat_ngram_size": 3, "num_beams": 4})
+    bundle = export(source, tmp_path / "bundle", ExportOptions(), Progress())
+    assert "warning: generation setting no_repeat_ngram_size = 3 is not supported" in capsys.readouterr().err
+    assert bundle.manifest.generation_defaults.not_supported == {"no_repeat_ngram_size": "3"}
+    assert bundle.manifest.generation_defaults.beam_size == 4
+
+
+def test_the_manifest_tells_how_the_bundle_came_to_be(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    manifest = export(checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent).manifest
+    assert set(manifest.producers) == {"beamline", "torch", "onnx", "python"}
+    assert manifest.spec["norm_placement"] == "post"
+    assert manifest.parity["device"] == "cpu"
+    assert len(manifest.golden) == 3
+    assert set(manifest.graphs) == {"encoder.onnx", "decoder_step.onnx", "kv_arrange.onnx"}
+
+
+def test_graphs_that_break_their_contract_are_named(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    from beamline_export.graphs import decoder_step_graph
+
+    bundle = export(checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent)
+    check_contract(bundle, {DECODER_STEP: decoder_step_graph(1, 32, "float32")})
+    with pytest.raises(
+        ExportError, match=r"decoder_step\.onnx does not meet its contract in cross_k_1, cross_v_1, self_k_1"
+    ):
+        check_contract(bundle, {DECODER_STEP: decoder_step_graph(2, 32, "float32")})
+    with pytest.raises(ExportError, match="does not meet its contract in ancestors, cross_k_0"):
+        check_contract(bundle, {DECODER_STEP: decoder_step_graph(1, 32, "float16")})
+
+
+def test_weights_are_given_up_before_the_reference_is_loaded(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    """Two copies of a large model need not be in memory at once."""
+    family = detect(checkpoint.folder)
+    held: list[int] = []
+
+    def reference(folder: Path, read: Checkpoint) -> Reference:
+        held.append(len(read.weights))
+        return family.reference(folder, read)
+
+    export_checkpoint(
+        Family(family.read, reference), checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent, Fp32Store()
+    )
+    assert held == [0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "fp16"])
+def test_a_bundle_is_hardly_larger_than_its_parameters(
+    precision: str, export_fr_en: Callable[[str], Bundle], request: pytest.FixtureRequest
+) -> None:
+    """Every weight once, at most 5 % for scales, positions, graphs and manifest; the tokenizer comes on top."""
+    bundle = export_fr_en("fp16") if precision == "fp16" else request.getfixturevalue(f"fr_en_{precision}")
+    model = Path(__file__).parents[3] / "models" / "fr-en" / "model.safetensors"
+    with safe_open(model, "np") as weights:
+        parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    tokenizer = set(bundle.manifest.tokenizer.files)
+    size = sum(file.stat().st_size for file in bundle.path.iterdir() if file.name not in tokenizer)
+    assert size <= 1.05 * parameters * BYTES[precision]
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3, 40])
+@pytest.mark.parametrize("eos", [None, 0, 7])
+def test_probe_sources_fit_the_model(longest: int, eos: int | None) -> None:
+    sources = random_sources(10, eos, longest, seed=longest)
+    assert len(sources) == 12
+    assert {1, longest} <= {len(source) for source in sources}
+    assert all(1 <= len(source) <= longest and max(source) < 10 for source in sources)
+    assert eos is None or all(source[-1] == eos for source in sources)

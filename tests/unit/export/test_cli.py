@@ -1,0 +1,140 @@
+"""`beamline export`: one clear line and exit status 2 for what is wrong; nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from beamline_export.cli import main
+from beamline_server.bundle import load_bundle
+from beamline_server.inspect_cli import main as inspect
+
+FR_EN = Path(__file__).parents[3] / "models" / "fr-en"
+Break = Callable[[Any], object]
+
+
+def cut(checkpoint: Any) -> None:
+    checkpoint.weights.write_bytes(checkpoint.weights.read_bytes()[:5000])
+
+
+def unlink(name: str) -> Break:
+    return lambda checkpoint: (checkpoint.folder / name).unlink()
+
+
+BROKEN: list[Any] = [
+    pytest.param(unlink("config.json"), "config.json is missing", id="no-config"),
+    pytest.param(unlink("model.safetensors"), "holds no weights", id="no-weights"),
+    pytest.param(cut, "model.safetensors cannot be read as a weights file", id="truncated"),
+    pytest.param(lambda c: c.config(model_type="t5"), "known: marian, bart, nn_transformer", id="unknown-family"),
+    pytest.param(lambda c: c.config(d_model="32", nhead=None), "d_model must be", id="types"),
+    pytest.param(lambda c: c.config(eos_token_id=10**6), "outside the target vocabulary", id="ids"),
+    pytest.param(
+        lambda c: c.tensors(lambda s: s.update({"generator.bias": torch.full((120,), torch.nan)})),
+        "not finite",
+        id="nan",
+    ),
+    pytest.param(
+        lambda c: c.tensors(lambda s: s.update({"src_embed.weight": torch.ones(90, 16)})), "has shape", id="shape"
+    ),
+    pytest.param(lambda c: (c.folder / "tokenizer.json").write_text("[" * 99_999), "tokenizer", id="tokenizer"),
+    pytest.param(lambda c: (c.folder / "tokenizer.json").mkdir(), "Is a directory", id="tokenizer-is-a-folder"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "problem"), BROKEN)
+def test_what_is_wrong_is_one_line_and_status_2(
+    spoil: Break, problem: str, checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(checkpoint)
+    assert main([str(checkpoint.folder), "-o", str(tmp_path / "bundle")]) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if not line.startswith("  ")]
+    assert len(errors) == 1, captured.err
+    assert errors[0].startswith("beamline export: ")
+    assert problem in errors[0]
+    assert not captured.out
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_source_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "no"), "-o", str(tmp_path / "bundle")]) == 2
+    assert capsys.readouterr().err == (
+        f"beamline export: {tmp_path / 'no'} is not a folder; give the folder that holds config.json and the weights\n"
+    )
+
+
+def test_a_bundle_is_written_told_and_replaced(
+    checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "bundle"
+    command = [str(checkpoint.folder), "-o", str(target), "--name", "tiny"]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "parity with PyTorch (cpu)" in captured.out
+    assert f"wrote {target}: fp32" in captured.out
+    assert [line.split(":")[0].strip() for line in captured.err.splitlines()] == [
+        "read the checkpoint",
+        "build the graphs",
+        "load the exported model",
+        "load the PyTorch model",
+        "forced decodes",
+        "beam searches",
+        "verify the bundle",
+    ]
+    assert main(command) == 2
+    assert "give --replace" in capsys.readouterr().err
+    assert main([*command, "--replace", "--precision", "int8"]) == 0
+    assert load_bundle(target).manifest.precision == "int8"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "checkpoint"]
+    assert inspect([str(target), "--verify"]) == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["folder"], ["folder", "-o", "x", "--precision", "int4"]])
+def test_wrong_arguments_are_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "beamline export: error: " in capsys.readouterr().err
+
+
+def test_an_impossible_place_is_one_line(checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(checkpoint.folder), "-o", str(tmp_path / ("x" * 300))]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].endswith("check the folder and the free space")
+
+
+def test_a_process_says_no_more_than_that(checkpoint: Any, tmp_path: Path) -> None:
+    """No traceback, warning or advice of a library."""
+    checkpoint.config(dim_feedforward=7)
+    code = "import sys; from beamline_export.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(checkpoint.folder), "-o", str(tmp_path / "bundle")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("beamline export: the checkpoint does not fit its config: ")
+
+
+def test_an_interrupted_process_says_so_and_leaves_nothing(checkpoint: Any, tmp_path: Path) -> None:
+    code = "import sys; from beamline_export.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(FR_EN), "-o", str(tmp_path / "bundle")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        for line in process.stderr:  # until half of the work is done, and a folder is there
+            if line.startswith("  load the exported model"):
+                break
+        assert len(list(tmp_path.iterdir())) == 2
+        process.send_signal(signal.SIGINT)
+        last = process.stderr.read().splitlines()[-1]
+    assert (process.returncode, last) == (130, "beamline export: interrupted; nothing was written")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -1,0 +1,229 @@
+"""How each family reads its folder: names, ties, tokenizer files, and configs that make no sense."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from beamline_export.checkpoint import read_state_dict
+from beamline_export.families.marian import sinusoidal_positions
+from beamline_export.families.nn_transformer import interleaved_positions
+from beamline_export.families.registry import detect
+from beamline_export.spec import Checkpoint as Read
+from beamline_export.spec import ExportError, check_weights
+
+FAMILY_FIELDS = {
+    "nn_transformer": [
+        "d_model", "nhead", "num_encoder_layers", "dim_feedforward", "activation", "norm_first", "layer_norm_eps",
+        "positions", "max_positions", "source_vocab_size", "target_vocab_size", "tie_embeddings", "scale_embedding",
+        "eos_token_id", "decoder_start_token_id", "source_eos_token_id", "generation", "num_beams", "length_penalty",
+        "early_stopping", "max_length", "bad_words_ids", "suppress_tokens", "forced_eos_token_id",
+    ],
+    "marian": [
+        "d_model", "vocab_size", "encoder_layers", "decoder_attention_heads", "decoder_ffn_dim",
+        "activation_function", "scale_embedding", "max_position_embeddings", "share_encoder_decoder_embeddings",
+        "tie_word_embeddings", "static_position_embeddings",
+    ],
+    "bart": ["d_model", "vocab_size", "max_position_embeddings", "normalize_before", "bos_token_id", "decoder_layers"],
+}  # fmt: skip
+ODD_VALUES = [
+    "512",
+    "",
+    -1,
+    0,
+    7,
+    10**7,
+    10**30,
+    1e300,
+    0.5,
+    float("nan"),
+    [],
+    [[1]],
+    [["x", {}]],
+    {},
+    {"a": [1]},
+    True,
+]
+
+
+def read(folder: Any) -> Read:
+    checkpoint = detect(folder).read(folder)
+    check_weights(checkpoint)
+    return checkpoint
+
+
+@pytest.mark.parametrize(("family", "field"), [(f, name) for f, names in FAMILY_FIELDS.items() for name in names])
+def test_no_value_of_a_config_field_is_worse_than_an_export_error(
+    family: str, field: str, make_checkpoint: Callable[[str], Any]
+) -> None:
+    """Whatever stands there, reading works or says in one line what is wrong."""
+    checkpoint = make_checkpoint(family)
+    messages = []
+    for value in ODD_VALUES:
+        folder = checkpoint.config(**{field: value})
+        try:
+            read(folder)
+        except ExportError as error:
+            messages.append(str(error))
+    assert messages, "some of these values make no sense anywhere"
+    assert not any("\n" in message or len(message) > 2500 for message in messages)
+
+
+@pytest.mark.parametrize("model_type", ["t5", None, 3, ["marian"], {"marian": 1}, "../marian"])
+def test_an_unknown_model_type_lists_the_known_ones(model_type: object, checkpoint: Any) -> None:
+    with pytest.raises(ExportError, match=r"is not known \(known: marian, bart, nn_transformer\)"):
+        detect(checkpoint.config(model_type=model_type))
+
+
+def test_a_file_is_no_checkpoint(checkpoint: Any) -> None:
+    with pytest.raises(ExportError, match="is not a folder"):
+        detect(checkpoint.weights)
+
+
+def test_a_folder_without_config_says_so(checkpoint: Any) -> None:
+    (checkpoint.folder / "config.json").unlink()
+    with pytest.raises(ExportError, match=r"config\.json is missing"):
+        detect(checkpoint.folder)
+
+
+def test_an_embedding_larger_than_the_vocabulary_is_refused(checkpoint: Any) -> None:
+    with pytest.raises(ExportError, match=r"src_embed\.weight .* has shape \[90, 32\], the config says \[80, 32\]"):
+        read(checkpoint.config(source_vocab_size=80))
+
+
+def test_missing_and_foreign_tensors_are_told_together(checkpoint: Any) -> None:
+    """As a checkpoint of a wrapped model has them."""
+
+    def wrap(state: dict[str, torch.Tensor]) -> None:
+        state["module.generator.bias"] = state.pop("generator.bias")
+        state["module.generator.weight"] = state.pop("generator.weight")
+
+    with pytest.raises(
+        ExportError, match=r"generator\.weight \(head\.weight\) is missing.*module\.generator\.weight is not"
+    ):
+        read(checkpoint.tensors(wrap))
+
+
+@pytest.mark.parametrize("name", ["pos_encoding.pe", "positional_encoding", "src_embed.pe"])
+def test_a_registered_sinusoidal_table_is_not_needed(name: str, checkpoint: Any) -> None:
+    read(checkpoint.tensors(lambda state: state.update({name: torch.zeros(1, 48, 32)})))
+
+
+def test_a_learned_table_without_learned_positions_is_foreign(checkpoint: Any) -> None:
+    with pytest.raises(ExportError, match=r"src_positions\.weight is not part of the model"):
+        read(checkpoint.tensors(lambda state: state.update({"src_positions.weight": torch.zeros(48, 32)})))
+
+
+def test_one_learned_table_serves_both_stacks(checkpoint: Any) -> None:
+    checkpoint.tensors(lambda state: state.update({"positions.weight": torch.ones(48, 32)}))
+    weights = read(checkpoint.config(positions="learned")).weights
+    assert weights["source_positions"] is weights["target_positions"]
+
+
+def test_a_tie_that_is_none_is_refused(checkpoint: Any) -> None:
+    with pytest.raises(
+        ExportError, match=r"tie_embeddings is true, but tgt_embed\.weight and generator\.weight differ"
+    ):
+        read(checkpoint.config(tie_embeddings=True))
+
+
+@pytest.mark.parametrize("kept", ["tgt_embed.weight", "generator.weight"])
+def test_of_tied_weights_either_may_be_in_the_file(kept: str, checkpoint: Any) -> None:
+    other = {"tgt_embed.weight", "generator.weight"} - {kept}
+    checkpoint.tensors(lambda state: [state.pop(name) for name in other])
+    weights = read(checkpoint.config(tie_embeddings=True)).weights
+    assert weights["head.weight"] is weights["target_embedding"]
+
+
+def test_a_bare_bart_is_read(make_checkpoint: Callable[[str], Any]) -> None:
+    """Pretrained BART is published without its head, and without the prefix that goes with one."""
+
+    def strip(state: dict[str, torch.Tensor]) -> None:
+        for name in list(state):
+            tensor = state.pop(name)
+            if name.startswith("model."):
+                state[name.removeprefix("model.")] = tensor
+
+    bart = make_checkpoint("bart")
+    expected = read(bart.folder).weights
+    found = read(bart.tensors(strip)).weights
+    assert set(found) == set(expected)
+    assert (found["source_embedding"] == expected["source_embedding"]).all()
+    assert not found["head.bias"].any()
+
+
+@pytest.mark.parametrize("setting", ["normalize_before", "add_final_layer_norm"])
+def test_a_bart_of_another_shape_is_refused(setting: str, make_checkpoint: Callable[[str], Any]) -> None:
+    with pytest.raises(ExportError, match=rf"{setting} True is not supported \(only false is\)"):
+        read(make_checkpoint("bart").config(**{setting: True}))
+
+
+def test_barts_positions_begin_at_their_offset(make_checkpoint: Callable[[str], Any]) -> None:
+    bart = make_checkpoint("bart")
+    table = load_file(bart.weights)["model.encoder.embed_positions.weight"]
+    assert (read(bart.folder).weights["source_positions"] == table[2:].numpy()).all()
+
+
+@pytest.mark.parametrize("missing", ["source.spm", "target.spm", "vocab.json"])
+def test_half_a_marian_tokenizer_is_refused(missing: str, make_checkpoint: Callable[[str], Any]) -> None:
+    marian = make_checkpoint("marian")
+    for name in {"source.spm", "target.spm", "vocab.json"} - {missing}:
+        (marian.folder / name).write_bytes(b"")
+    with pytest.raises(ExportError, match=f"lacks {missing} of its tokenizer"):
+        read(marian.folder)
+
+
+def test_bart_with_merges_only_says_how_to_write_its_tokenizer(make_checkpoint: Callable[[str], Any]) -> None:
+    bart = make_checkpoint("bart")
+    (bart.folder / "merges.txt").write_text("")
+    with pytest.raises(ExportError, match=r"no tokenizer\.json; write it with"):
+        read(bart.folder)
+
+
+def test_one_of_two_sentencepiece_models_is_refused(checkpoint: Any) -> None:
+    (checkpoint.folder / "source.spm").write_bytes(b"")
+    with pytest.raises(ExportError, match=r"only one of source\.spm and target\.spm"):
+        read(checkpoint.folder)
+
+
+def test_tokenizer_files_are_found(checkpoint: Any) -> None:
+    (checkpoint.folder / "tokenizer.json").write_text("{}")
+    (checkpoint.folder / "target_tokenizer.json").write_text("{}")
+    found = read(checkpoint.folder)
+    assert found.tokenizer_kind == "tokenizers"
+    assert set(found.tokenizer_files) == {"tokenizer.json", "target_tokenizer.json"}
+
+
+@pytest.mark.parametrize("width", [1, 5, 8])
+def test_position_tables_follow_their_formulas(width: int) -> None:
+    """The paper interleaves sines and cosines; Marian puts all sines first."""
+    paper, marian = interleaved_positions(7, width), sinusoidal_positions(7, width)
+    half = (width + 1) // 2
+    for position in range(7):
+        for i in range(width):
+            angle = position / 10000 ** (2 * (i // 2) / width)
+            expected = np.cos(angle) if i % 2 else np.sin(angle)
+            assert paper[position, i] == pytest.approx(expected, abs=1e-6)
+            assert marian[position, i // 2 + (half if i % 2 else 0)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_reference_is_built_from_the_file_alone(checkpoint: Any) -> None:
+    """Not from the weights that are exported: a wrong name there must show."""
+    family = detect(checkpoint.folder)
+    read_once = family.read(checkpoint.folder)
+    reference = family.reference(checkpoint.folder, read_once)
+    before = reference.logprobs([4, 1], [[2, 5]])
+    for array in read_once.weights.values():
+        array.fill(0)
+    assert (reference.logprobs([4, 1], [[2, 5]]) == before).all()
+    assert np.exp(before).sum(-1) == pytest.approx(1, abs=1e-5)
+    assert read_state_dict(checkpoint.folder)["generator.bias"].any()
+
+
+def test_config_json_may_have_fields_of_its_owner(checkpoint: Any) -> None:
+    assert json.loads((checkpoint.config(trained_by="me", notes=[1]) / "config.json").read_text())["notes"] == [1]
+    read(checkpoint.folder)

@@ -1,0 +1,153 @@
+"""Weights at each precision: what is stored, how often, and that a row's answer is its own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from beamline_export.graph_writer import GraphWriter, WeightsFile
+from beamline_export.graphs import GraphSpec, TensorSpec
+from beamline_export.precision import STORES, Fp16Store, WeightStore, column_scales, quantize_columns, quantize_rows
+from beamline_export.spec import Array, ExportError
+
+Build = Callable[[GraphWriter], dict[str, str]]
+
+
+def run(folder: Path, build: Build, inputs: dict[str, NDArray[Any]], *, fp16: bool = False) -> dict[str, NDArray[Any]]:
+    """Build a graph, run it on the CPU; `build` returns the names and types of its outputs."""
+    types = {"float32": "float32", "int64": "int64", "float16": "float16"}
+    with WeightsFile(folder / "weights.bin") as weights:
+        g = GraphWriter(weights)
+        outputs = build(g)
+    axes = {name: tuple(f"{name}{i}" for i in range(array.ndim)) for name, array in inputs.items()}
+    spec = GraphSpec(
+        {name: TensorSpec(types[str(array.dtype)], axes[name]) for name, array in inputs.items()},  # type: ignore[arg-type]
+        {name: TensorSpec(kind, (f"{name}0", f"{name}1")) for name, kind in outputs.items()},  # type: ignore[arg-type]
+    )
+    (folder / "graph.onnx").write_bytes(g.model("test", spec).SerializeToString())
+    session = onnxruntime.InferenceSession(str(folder / "graph.onnx"), providers=["CPUExecutionProvider"])
+    return dict(zip(outputs, session.run(list(outputs), inputs), strict=True))
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def named(g: GraphWriter, value: str, output: str) -> str:
+    return g.named("Identity", [value], output)
+
+
+def test_columns_are_quantized_to_their_own_largest_value() -> None:
+    weight = np.array([[1.27, -0.635, 0.0], [0.0, 0.0, 0.0], [-2.54, 0.02, 1.0]], np.float32)
+    assert column_scales(weight)[[0, 2]] == pytest.approx([0.01, 0.02])
+    assert quantize_columns(weight).tolist() == [[127, -64, 0], [0, 0, 0], [-127, 1, 50]]
+
+
+def test_rows_are_quantized_to_their_own_largest_value(tmp_path: Path) -> None:
+    x = np.array([[1.27, -0.63, 0.01], [0, 0, 0], [1e-3, -1e-3, 0], [1e6, -5e5, 1]], np.float32)
+
+    def build(g: GraphWriter) -> dict[str, str]:
+        quantized, scale = quantize_rows(g, "x")
+        g.named("Cast", [quantized], "steps", to=1)
+        named(g, scale, "scale")
+        return {"steps": "float32", "scale": "float32"}
+
+    found = run(tmp_path, build, {"x": x})
+    assert found["steps"].tolist() == [[255, 65, 129], [128, 128, 128], [255, 1, 128], [255, 64, 128]]
+    assert found["scale"][[0, 2, 3], 0] == pytest.approx(np.array([1.27, 1e-3, 1e6]) / 127)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["without-bias", "with-bias"])
+@pytest.mark.parametrize("product", ["linear", "head"])
+def test_an_int8_row_does_not_depend_on_its_neighbours(product: str, bias: bool, tmp_path: Path) -> None:
+    """The kernel takes one scale per row, which nothing documents: bit for bit, alone or beside far larger rows."""
+    weight, addend = normal(48, 32), normal(48, seed=1) if bias else None
+    x = normal(24, 32, seed=2) * np.logspace(-3, 6, 24, dtype=np.float32)[:, None]
+
+    def build(g: GraphWriter) -> dict[str, str]:
+        named(g, getattr(STORES["int8"](), product)(g, "x", "w", weight, addend), "y")
+        return {"y": "float32"}
+
+    together = run(tmp_path, build, {"x": x})["y"]
+    for i in (0, 1, 11, 23):
+        assert (run(tmp_path, build, {"x": x[i : i + 1]})["y"][0] == together[i]).all()
+        assert (run(tmp_path, build, {"x": x[[5, i, 2]]})["y"][1] == together[i]).all()
+    exact = x @ weight.T + (0 if addend is None else addend)
+    assert np.abs(together - exact).max(1) == pytest.approx(0, abs=0.05 * float(np.abs(exact).max()))
+    error = np.abs(together - exact).max(1) / np.abs(x).max(1)
+    assert error.max() < 0.15, "relative to its own row, every row is equally exact"
+
+
+@pytest.mark.parametrize("precision", STORES)
+def test_a_tied_embedding_is_stored_once(precision: str, tmp_path: Path) -> None:
+    """Embedding and head share one table; both give what numpy gives."""
+    table = normal(50, 32)
+    store: WeightStore = STORES[precision]()
+    cache = store.cache
+
+    def build(g: GraphWriter) -> dict[str, str]:
+        named(g, store.embedding(g, "ids", "table", table), "rows")
+        named(g, store.head(g, "x", "table", table, None), "logits")
+        return {"rows": cache, "logits": "float32"}
+
+    x = normal(3, 32, seed=1).astype(cache)
+    found = run(tmp_path, build, {"ids": np.array([4, 0, 49]), "x": x})
+    tolerance = {"fp32": 1e-5, "fp16": 2e-2, "int8": 0.4}[precision]
+    assert found["rows"] == pytest.approx(table[[4, 0, 49]], abs=tolerance)
+    assert found["logits"] == pytest.approx(x.astype(np.float32) @ table.T, abs=tolerance)
+    stored = (tmp_path / "weights.bin").stat().st_size
+    width = {"fp32": 4, "fp16": 2, "int8": 1}[precision]
+    assert table.size * width <= stored < table.size * width + 64
+
+
+def test_a_name_is_written_once_and_its_array_made_once(tmp_path: Path) -> None:
+    made = []
+
+    def make() -> Array:
+        made.append(1)
+        return normal(64, 64)
+
+    with WeightsFile(tmp_path / "weights.bin") as weights:
+        for graph in (GraphWriter(weights), GraphWriter(weights)):
+            graph.weight("w", make)
+            graph.weight("w", make)
+    assert len(made) == 1
+    assert (tmp_path / "weights.bin").stat().st_size == 64 * 64 * 4
+
+
+def test_weights_begin_at_aligned_offsets(tmp_path: Path) -> None:
+    with WeightsFile(tmp_path / "weights.bin") as weights:
+        tensors = [weights.store(f"w{i}", lambda: normal(17, 33)) for i in range(3)]
+    offsets = [int(next(e.value for e in t.external_data if e.key == "offset")) for t in tensors]
+    assert [offset % 64 for offset in offsets] == [0, 0, 0]
+    assert len(set(offsets)) == 3
+
+
+def test_a_weights_file_is_written_inside_its_context(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="context manager"):
+        WeightsFile(tmp_path / "weights.bin").store("w", lambda: normal(1))
+
+
+def test_what_is_once_in_a_graph_is_new_in_the_next(tmp_path: Path) -> None:
+    """Quantized rows are names of one graph's nodes."""
+    with WeightsFile(tmp_path / "weights.bin") as weights:
+        for _ in range(2):
+            graph = GraphWriter(weights)
+            STORES["int8"]().linear(graph, "x", "w", normal(4, 4), None)
+            kinds = [node.op_type for node in graph.model("test", GraphSpec({}, {})).graph.node]
+            assert kinds.count("QuantizeLinear") == 1
+            STORES["int8"]().linear(graph, "x", "v", normal(4, 4), None)
+            kinds = [node.op_type for node in graph.model("test", GraphSpec({}, {})).graph.node]
+            assert (kinds.count("QuantizeLinear"), kinds.count("MatMulIntegerToFloat")) == (1, 2)
+
+
+def test_fp16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+    with (
+        WeightsFile(tmp_path / "weights.bin") as weights,
+        pytest.raises(ExportError, match="w holds values beyond fp16's range; export it as fp32 or int8"),
+    ):
+        Fp16Store().linear(GraphWriter(weights), "x", "w", np.full((2, 2), 1e5, np.float32), None)

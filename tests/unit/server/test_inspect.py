@@ -1,0 +1,66 @@
+"""`beamline inspect`: a bundle for people and for programs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from beamline_server.inspect_cli import aligned, main
+from beamline_server.testing import write_bundle
+
+
+def test_it_tells_what_is_in_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_bundle(
+        tmp_path,
+        parity={"device": "cpu", "largest": {"logits": 1e-5}, "lengths": [1, 2]},
+        producers={"torch": "2.13.0"},
+        generation_defaults={"max_new_tokens": 9, "not_supported": {"num_beam_groups": "has no effect"}},
+    )
+    assert main([str(tmp_path)]) == 0
+    lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert {
+        "name test-model",
+        "architecture marian",
+        "precision fp32",
+        "d_model 8",
+        "max_source_tokens 512",
+        "eos 256",
+        "max_new_tokens 9",
+        "num_beam_groups has no effect",
+        "logits 1e-05",
+        "lengths 1 2",
+        "torch 2.13.0",
+        "encoder.onnx 12 bytes",
+        "55 bytes in all",
+        "files verified no; --verify",
+    } <= lines
+
+
+def test_values_are_in_one_column() -> None:
+    assert aligned([("a", "1"), ("longer", "2"), ("heading", "")]) == "a        1\nlonger   2\nheading\n"
+
+
+def test_json_is_the_manifest_with_its_fingerprint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = write_bundle(tmp_path)
+    assert main([str(tmp_path), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert len(content.pop("fingerprint")) == 64
+    assert content == manifest.model_dump(mode="json")
+
+
+def test_verifying_reads_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_bundle(tmp_path)
+    assert main([str(tmp_path), "--verify"]) == 0
+    assert capsys.readouterr().out.endswith("yes\n")
+    (tmp_path / "weights.bin").write_bytes(b"weights.bjn")
+    assert main([str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path), "--verify"]) == 3
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == f"beamline inspect: {tmp_path / 'weights.bin'}: does not match its checksum; copy the bundle again"
+
+
+def test_a_folder_that_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 3
+    [line] = capsys.readouterr().err.splitlines()
+    assert "is this a bundle?" in line

@@ -1,0 +1,205 @@
+"""What holds for every call: ids, malformed bytes, faults that leak nothing, and counting."""
+
+import logging
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from beamline.v1 import generation_pb2 as pb
+from beamline_server.metrics import Metrics
+from beamline_server.rpc.interceptors import Guard, printable
+from beamline_server.settings import Settings
+from beamline_server.testing import ByteTokenizer, ManualClock, RunningService, failure_of, serving
+
+CODE = grpc.StatusCode
+GENERATE = "/beamline.v1.GenerationService/Generate"
+REQUEST = pb.GenerateRequest(inputs=[pb.Input(text="hello")])
+LABELS = ("grpc_type", "grpc_service", "grpc_method")
+
+
+class Broken(ByteTokenizer):
+    def encode(self, text: str) -> list[int]:
+        raise ValueError(f"secret {text}")
+
+
+class BrokenAtTheEnd(ByteTokenizer):
+    def decode(self, ids: Sequence[int]) -> str:
+        raise ValueError("secret")
+
+
+def sent_raw(service: RunningService, path: str, raw: bytes) -> Any:
+    return service.channel.unary_unary(path)(raw)
+
+
+def handled(service: RunningService, service_name: str, method: str, code: str, kind: str = "unary") -> float | None:
+    labels = {"grpc_type": kind, "grpc_service": service_name, "grpc_method": method, "grpc_code": code}
+    return service.metrics.registry.get_sample_value("grpc_server_handled_total", labels)
+
+
+@pytest.mark.parametrize("path", [GENERATE, "/grpc.health.v1.Health/Check"])
+@pytest.mark.parametrize("raw", [b"\xff\xff\xff", b"\x12\x05ab"], ids=["no field", "cut off"])
+async def test_malformed_bytes_are_the_callers_fault(path: str, raw: bytes) -> None:
+    async with serving() as service:
+        error = await failure_of(sent_raw(service, path, raw))
+    assert (error.code, error.text) == (CODE.INVALID_ARGUMENT, "malformed protobuf message")
+
+
+async def test_text_that_is_not_utf8_is_malformed() -> None:
+    raw = REQUEST.SerializeToString().replace(b"hello", b"h\xff\xfelo")
+    async with serving() as service:
+        error = await failure_of(sent_raw(service, GENERATE, raw))
+        assert handled(service, "beamline.v1.GenerationService", "Generate", "INVALID_ARGUMENT") == 1
+    assert (error.code, error.text) == (CODE.INVALID_ARGUMENT, "malformed protobuf message")
+
+
+async def test_malformed_messages_of_a_request_stream() -> None:
+    async with serving() as service:
+        call = service.channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")()
+        await call.write(b"\xff\xff\xff")
+        error = await failure_of(call.read())
+    assert (error.code, error.text) == (CODE.INVALID_ARGUMENT, "malformed protobuf message")
+
+
+@pytest.mark.parametrize("tokenizer", [Broken(), BrokenAtTheEnd()], ids=["before", "after"])
+async def test_faults_of_ours_leak_nothing_but_an_id(
+    tokenizer: ByteTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(tokenizer=tokenizer) as service:
+        error = await failure_of(service.stub.Generate(REQUEST))
+        assert service.desk.in_flight == 0
+    error_id = error.trailers["x-error-id"]
+    assert error.code == CODE.INTERNAL
+    assert error.text == f"internal error {error_id}"
+    assert set(error.trailers) == {"x-request-id", "x-error-id"}
+    [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert record.error_id == error_id  # type: ignore[attr-defined]  # from extra
+    assert "ValueError: secret" in caplog.text
+
+
+async def test_faults_in_a_stream_leak_nothing_but_an_id() -> None:
+    async with serving(tokenizer=Broken()) as service:
+        call = service.stub.GenerateStream(pb.GenerateStreamRequest(input=pb.Input(text="a")))
+        error = await failure_of(call.read())
+    assert error.code == CODE.INTERNAL
+    assert error.text.startswith("internal error ")
+
+
+async def trailing(service: RunningService, metadata: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    call = service.stub.Generate(REQUEST, metadata=metadata)
+    await call
+    assert len(await call.initial_metadata()) == 0
+    return dict(await call.trailing_metadata())
+
+
+async def test_request_ids_are_echoed_at_the_end() -> None:
+    async with serving() as service:
+        assert (await trailing(service, [("x-request-id", "abc")]))["x-request-id"] == "abc"
+        assert (await trailing(service, [("x-request-id", "a" * 200)]))["x-request-id"] == "a" * 128
+        assert len((await trailing(service, []))["x-request-id"]) == 16
+        service.engine.refusal = RuntimeError()
+        error = await failure_of(service.stub.Generate(REQUEST, metadata=[("x-request-id", "abc")]))
+        assert error.trailers["x-request-id"] == "abc"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("a\r\nb", "ab"), ("é\x1b[31mx", "[31mx"), (b"ab\xff", "ab"), ("\u2028", "")]
+)
+def test_request_ids_are_printable(value: str | bytes, expected: str) -> None:
+    assert printable(value) == expected
+
+
+async def test_failed_requests_are_logged_without_their_text(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "beamline_server")
+    async with serving() as service:
+        await service.stub.Generate(REQUEST)
+        request = pb.GenerateRequest(inputs=[pb.Input(text="hello")], search=pb.SearchOptions(beam_size=0))
+        await failure_of(service.stub.Generate(request))
+    ended = [record for record in caplog.records if getattr(record, "event", "") == "request_ended"]
+    assert [(record.levelname, vars(record)["outcome"]) for record in ended] == [("DEBUG", "ok"), ("INFO", "invalid")]
+    assert "hello" not in str([vars(record) for record in caplog.records])
+
+
+async def test_unknown_methods_share_one_label(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as service:
+        for path in ("/beamline.v1.GenerationService/Nope", "/x.Y/Z", "/x.Y/W"):
+            assert (await failure_of(sent_raw(service, path, b""))).code == CODE.UNIMPLEMENTED
+        assert handled(service, "unknown", "unknown", "UNIMPLEMENTED") == 3
+
+
+async def test_every_call_is_counted() -> None:
+    async with serving() as service:
+        for _ in range(3):
+            await service.stub.Generate(REQUEST)
+        await service.stub.GetInfo(pb.GetInfoRequest())
+        await failure_of(service.stub.Generate(pb.GenerateRequest()))
+        assert handled(service, "beamline.v1.GenerationService", "Generate", "OK") == 3
+        assert handled(service, "beamline.v1.GenerationService", "Generate", "INVALID_ARGUMENT") == 1
+        assert handled(service, "beamline.v1.GenerationService", "GetInfo", "OK") == 1
+        assert service.metrics.registry.get_sample_value("beamline_request_duration_seconds_count") == 4
+
+
+async def test_retries_of_grpc_are_counted() -> None:
+    async with serving() as service:
+        await trailing(service, [("grpc-previous-rpc-attempts", "1")])
+        assert service.metrics.registry.get_sample_value("beamline_retries_seen_total") == 1
+
+
+@pytest.mark.parametrize("reflection", [True, False])
+async def test_reflection_can_be_switched_off(reflection: bool) -> None:
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    async with serving(settings=Settings(reflection=reflection)) as service:
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(service.channel)  # type: ignore[no-untyped-call, unused-ignore]  # generated
+        call = stub.ServerReflectionInfo(iter([request]))
+        if reflection:
+            answers = [answer async for answer in call]
+            names = {found.name for found in answers[0].list_services_response.service}
+            assert {"beamline.v1.GenerationService", "grpc.health.v1.Health"} <= names
+        else:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                [answer async for answer in call]
+            assert caught.value.code() == CODE.UNIMPLEMENTED
+
+
+class Context:
+    """A server's context for one call, as far as the guard uses it."""
+
+    def __init__(self, remaining_s: float | None) -> None:
+        self._remaining_s = remaining_s
+        self.aborted: tuple[Any, ...] = ()
+
+    def invocation_metadata(self) -> None:
+        return None
+
+    def set_trailing_metadata(self, metadata: object) -> None:
+        pass
+
+    def time_remaining(self) -> float | None:
+        return self._remaining_s
+
+    async def abort(self, *arguments: Any) -> None:
+        self.aborted = arguments
+        raise grpc.aio.AbortError
+
+
+async def test_a_request_that_comes_too_late_is_not_begun() -> None:
+    begun = False
+
+    async def behaviour(request: object, context: object) -> None:
+        nonlocal begun
+        begun = True
+
+    async def continuation(details: object) -> Any:
+        return grpc.unary_unary_rpc_method_handler(behaviour)
+
+    guard = Guard(Metrics(CollectorRegistry()), max_duration_s=30, clock=ManualClock())
+    handler = await guard.intercept_service(continuation, SimpleNamespace(method=GENERATE))
+    context = Context(remaining_s=0.0)
+    with pytest.raises(grpc.aio.AbortError):
+        await handler.unary_unary(REQUEST, context)
+    assert context.aborted[0] == CODE.DEADLINE_EXCEEDED
+    assert not begun

@@ -1,0 +1,239 @@
+"""A bundle is verified before it is served; what is wrong is named, with its file."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beamline_server.bundle import MANIFEST, BundleError, load_bundle, read_manifest
+from beamline_server.testing import make_manifest, write_bundle
+
+FILES = ["encoder.onnx", "decoder_step.onnx", "kv_arrange.onnx", "weights.bin"]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    write_bundle(folder)
+    return folder
+
+
+@pytest.fixture
+def edit(bundle: Path) -> Callable[..., Path]:
+    """Change the manifest by a function."""
+
+    def change(change: Callable[[Any], object]) -> Path:
+        file = bundle / MANIFEST
+        data = json.loads(file.read_text())
+        change(data)
+        file.write_text(json.dumps(data))
+        return bundle
+
+    return change
+
+
+def refused(bundle: Path) -> BundleError:
+    with pytest.raises(BundleError) as caught:
+        load_bundle(bundle)
+    assert str(caught.value) == f"{caught.value.path}: {caught.value.problem}"
+    return caught.value
+
+
+def test_a_whole_bundle_is_read(bundle: Path) -> None:
+    loaded = load_bundle(bundle)
+    assert loaded.path == bundle
+    assert loaded.manifest == read_manifest(bundle)[0]
+    assert loaded.fingerprint == read_manifest(bundle)[1]
+    assert loaded.file("weights.bin") == bundle / "weights.bin"
+    with pytest.raises(BundleError, match="is not listed in the manifest"):
+        loaded.file("other.bin")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("at", [0, -1], ids=["first", "last"])
+def test_one_changed_byte_is_found(name: str, at: int, bundle: Path) -> None:
+    content = bytearray((bundle / name).read_bytes())
+    content[at] ^= 1
+    (bundle / name).write_bytes(content)
+    error = refused(bundle)
+    assert (error.path.name, error.problem) == (name, "does not match its checksum; copy the bundle again")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file_is_found(name: str, bundle: Path) -> None:
+    (bundle / name).write_bytes((bundle / name).read_bytes()[:-1])
+    error = refused(bundle)
+    assert error.path.name == name
+    assert "bytes, the manifest says" in error.problem
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_found(name: str, bundle: Path) -> None:
+    (bundle / name).unlink()
+    assert (refused(bundle).path.name, "is missing" in refused(bundle).problem) == (name, True)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_is_no_file_of_the_bundle(name: str, bundle: Path) -> None:
+    """Even to the right content: what it points to may change under a running server."""
+    shutil.move(bundle / name, bundle.parent / name)
+    (bundle / name).symlink_to(bundle.parent / name)
+    error = refused(bundle)
+    assert error.path.name == name
+    assert "no plain file" in error.problem
+
+
+def test_a_folder_in_place_of_a_file_is_found(bundle: Path) -> None:
+    (bundle / "weights.bin").unlink()
+    (bundle / "weights.bin").mkdir()
+    assert refused(bundle).path.name == "weights.bin"
+
+
+def test_a_file_that_is_not_listed_is_found(bundle: Path) -> None:
+    (bundle / "extra.bin").write_bytes(b"")
+    error = refused(bundle)
+    assert (error.path.name, "is not listed" in error.problem) == ("extra.bin", True)
+
+
+def test_bookkeeping_of_volumes_is_left_alone(bundle: Path) -> None:
+    (bundle / "..data").mkdir()
+    load_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    "name", ["../weights.bin", "/etc/passwd", "a/b", "a/", "", ".", "..", "a\\b", "C:x", "a\0b", "a\nb", MANIFEST]
+)
+def test_names_cannot_lead_out_of_the_folder(name: str, edit: Callable[..., Path]) -> None:
+    entry = {"sha256": "0" * 64, "bytes": 0}
+    error = refused(edit(lambda data: data["files"].update({name: entry})))
+    assert error.path.name == MANIFEST
+    assert error.problem == f"files: {name!r} is not a plain file name"
+
+
+def test_tokenizer_files_must_be_listed(edit: Callable[..., Path]) -> None:
+    error = refused(edit(lambda data: data["tokenizer"].update(kind="tokenizers", files=["../../tokenizer.json"])))
+    assert error.problem == "files: '../../tokenizer.json' is not listed"
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5, [1], ...])
+def test_another_format_version_asks_for_another_export(version: object, edit: Callable[..., Path]) -> None:
+    def change(data: dict[str, object]) -> None:
+        data.pop("format_version")
+        if version is not ...:
+            data["format_version"] = version
+
+    error = refused(edit(change))
+    assert error.path.name == MANIFEST
+    assert error.problem.startswith("format version ")
+    assert error.problem.endswith("this server reads 1: export the model again")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"format_version": 1'])
+def test_a_manifest_that_is_no_json_is_named(content: bytes, bundle: Path) -> None:
+    (bundle / MANIFEST).write_bytes(content)
+    error = refused(bundle)
+    assert (error.path.name, error.problem.startswith("is not JSON")) == (MANIFEST, True)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b'"x"', b"{}"])
+def test_json_that_is_no_manifest_is_named(content: bytes, bundle: Path) -> None:
+    (bundle / MANIFEST).write_bytes(content)
+    assert "format version None" in refused(bundle).problem
+
+
+def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
+    error = refused(tmp_path)
+    assert (error.path.name, "is this a bundle?" in error.problem) == (MANIFEST, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda d: d.update(flavour="x"), "flavour"),
+        (lambda d: d["dimensions"].update(heads=4), "dimensions.heads"),
+        (lambda d: d["dimensions"].update(d_model=0), "dimensions.d_model"),
+        (lambda d: d["dimensions"].update(d_model="8 or so"), "dimensions.d_model"),
+        (lambda d: d["special_tokens"].update(eos=[]), "special_tokens.eos"),
+        (lambda d: d["special_tokens"].update(pad=-1), "special_tokens.pad"),
+        (lambda d: d["generation_defaults"].update(beam_size=17), "generation_defaults.beam_size"),
+        (lambda d: d["generation_defaults"].update(length_penalty=float("nan")), "generation_defaults.length_penalty"),
+        (lambda d: d["generation_defaults"].update(length_penalty=11), "generation_defaults.length_penalty"),
+        (lambda d: d["files"]["weights.bin"].update(sha256="xyz"), "files.weights.bin.sha256"),
+        (lambda d: d["files"]["weights.bin"].update(bytes=-1), "files.weights.bin.bytes"),
+        (lambda d: d.update(name="../model"), "name"),
+        (lambda d: d.update(precision="fp8"), "precision"),
+        (lambda d: d.update(golden_tolerance=float("inf")), "golden_tolerance"),
+        (lambda d: d.update(golden_tolerance=0), "golden_tolerance"),
+        (lambda d: d["tokenizer"].update(kind="words"), "tokenizer.kind"),
+        (lambda d: d.pop("parity"), "parity"),
+    ],
+)
+def test_an_invalid_field_is_named(change: Callable[[Any], object], field: str, edit: Callable[..., Path]) -> None:
+    error = refused(edit(change))
+    assert error.path.name == MANIFEST
+    assert error.problem.startswith(f"{field}: ")
+    assert "\n" not in str(error)
+
+
+def test_all_invalid_fields_are_named_at_once(edit: Callable[..., Path]) -> None:
+    problem = refused(edit(lambda data: data.update(flavour="x", precision="y", golden_tolerance=-1))).problem
+    assert [part.split(":")[0] for part in problem.split("; ")] == ["precision", "golden_tolerance", "flavour"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda d: d["special_tokens"].update(eos=[300]), "special_tokens: 300 is outside the target vocabulary"),
+        (lambda d: d["special_tokens"].update(banned=[3, 400]), "special_tokens: 400 is outside the target vocabulary"),
+        (lambda d: d["special_tokens"].update(source_eos=500), "special_tokens: 500 is outside the source vocabulary"),
+        (lambda d: d["generation_defaults"].update(min_new_tokens=200), "generation_defaults: min_new_tokens 200"),
+        (lambda d: d["generation_defaults"].update(max_new_tokens=300), "generation_defaults: min_new_tokens 0, max"),
+        (lambda d: d["files"].pop("kv_arrange.onnx"), "files: 'kv_arrange.onnx' is not listed"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_named(
+    change: Callable[[Any], object], problem: str, edit: Callable[..., Path]
+) -> None:
+    assert refused(edit(change)).problem.startswith(problem)
+
+
+GOLDEN = {"source": [1, 2], "forced": [0, 5], "top_token": [5, 6], "top_logprob": [-1.0, -0.5]}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, None),
+        ({"top_token": [5]}, "golden: forced, top_token and top_logprob differ in length"),
+        ({"source": []}, "golden: [] is nothing that this model reads"),
+        ({"source": [1, 9999]}, "golden: [1, 9999] is nothing that this model reads"),
+        ({"forced": [0, 9999]}, "golden: [0, 9999] is nothing that this model reads"),
+        ({"source": [1] * 600}, "golden: [1, 1,"),
+    ],
+)
+def test_golden_inputs_must_be_readable(change: dict[str, Any], problem: str | None) -> None:
+    """They run at warm-up, where nobody validates them any more."""
+    problems = list(make_manifest(golden=[{**GOLDEN, **change}]).problems())
+    assert (problem is None) == (not problems)
+    assert problem is None or problems[0].startswith(problem)
+
+
+def test_no_flipped_byte_of_a_manifest_passes_for_the_same_bundle(bundle: Path) -> None:
+    """Either it is refused, or its fingerprint tells that it is another."""
+    file = bundle / MANIFEST
+    original = file.read_bytes()
+    fingerprint = load_bundle(bundle).fingerprint
+    refusals = 0
+    for at in range(0, len(original), 3):
+        changed = bytearray(original)
+        changed[at] ^= 1
+        file.write_bytes(changed)
+        try:
+            assert load_bundle(bundle).fingerprint != fingerprint
+        except BundleError:
+            refusals += 1
+    assert refusals > 50

@@ -1,0 +1,281 @@
+"""Text to ids and back: as transformers do it, and without a trace of special tokens."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import tokenizers
+import transformers
+
+from beamline_export.reference import quiet_transformers
+from beamline_server.bundle import Bundle, BundleError
+from beamline_server.testing import make_manifest
+from beamline_server.tokenizer import Tokenizer, load_tokenizer
+
+MODEL = Path(__file__).parents[2] / "models" / "fr-en"
+MARIAN_FILES = ["source.spm", "target.spm", "vocab.json"]
+EOS, PAD = 0, 5999
+
+TEXTS = [
+    "Je ne sais pas.",
+    "",
+    " ",
+    "  deux   espaces ",
+    "Où ça ? Là-bas… « oui » !",
+    "une ligne\net une autre\t!",
+    "日本語 и кириллица 🙂",
+    "a" * 500,
+    "1 234,56 €",
+    ">>en<< Bonjour.",
+    ">>en<<Bonjour.",
+    ">>pas un code",
+    ">><< vide",
+    "a >>en<< b",
+    ">>en<< a >>fr<< b",
+]
+
+
+def bundle_of(folder: Path, kind: str, files: list[str], **tokens: Any) -> Bundle:
+    """What a tokenizer needs of a bundle: a folder and a manifest."""
+    dimensions = {
+        "d_model": 8,
+        "decoder_layers": 1,
+        "source_vocabulary": tokens.pop("vocabulary", 6000),
+        "target_vocabulary": 6000,
+        "max_source_tokens": 64,
+        "max_target_tokens": 64,
+    }
+    manifest = make_manifest(
+        tokenizer={"kind": kind, "files": files},
+        dimensions=dimensions,
+        special_tokens={"decoder_start": PAD, "eos": [EOS], "source_eos": EOS, "pad": PAD, **tokens},
+        generation_defaults={"max_new_tokens": 32},
+    )
+    return Bundle(folder, manifest, "")
+
+
+def loaded(bundle: Bundle) -> Tokenizer:
+    tokenizer = load_tokenizer(bundle)
+    assert tokenizer is not None
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def marian() -> Tokenizer:
+    return loaded(bundle_of(MODEL, "marian", MARIAN_FILES))
+
+
+@pytest.fixture(scope="module")
+def their_marian() -> Any:
+    with quiet_transformers():  # it recommends a package that this model does not use
+        return transformers.MarianTokenizer.from_pretrained(MODEL)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_marian_ids_equal_those_of_transformers(text: str, marian: Tokenizer, their_marian: Any) -> None:
+    assert marian.encode(text) == their_marian(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "text", ["I do not know.", "Where? \u201cOver there\u201d\u2026", "a  b", "", "$5.30 and 7 %", "日本語"]
+)
+def test_marian_text_equals_that_of_transformers(text: str, marian: Tokenizer, their_marian: Any) -> None:
+    ids = their_marian(text_target=text)["input_ids"]
+    assert marian.decode(ids) == their_marian.decode(ids, skip_special_tokens=True)
+
+
+def test_marian_round_trips(marian: Tokenizer) -> None:
+    """The embedded model has one vocabulary for both sides."""
+    text = "Je ne sais pas, dit-elle."
+    assert marian.decode(marian.encode(text)) == text
+
+
+def test_special_tokens_leave_no_trace(marian: Tokenizer) -> None:
+    inner = marian.encode("Bonjour.")[:-1]
+    assert marian.decode([PAD, *inner[:2], PAD, *inner[2:], EOS, PAD]) == "Bonjour."
+    assert marian.decode([PAD, EOS]) == ""
+    assert marian.decode([]) == ""
+
+
+def test_unknown_ids_leave_no_trace(marian: Tokenizer) -> None:
+    assert marian.decode([*marian.encode("Oui."), 999_999]) == "Oui."
+
+
+def test_a_language_code_is_one_token(tmp_path: Path) -> None:
+    for name in MARIAN_FILES:
+        shutil.copy(MODEL / name, tmp_path)
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    vocabulary[">>deu<<"] = 6000
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    tokenizer = loaded(bundle_of(tmp_path, "marian", MARIAN_FILES, vocabulary=6001))
+    with_code = tokenizer.encode(">>deu<< Bonjour.")
+    assert with_code == [6000, *tokenizer.encode("Bonjour.")]
+    assert tokenizer.encode(">>xyz<< Bonjour.")[0] == vocabulary["<unk>"]
+
+
+def test_marian_may_have_a_vocabulary_of_its_own_for_the_target(tmp_path: Path) -> None:
+    for name in MARIAN_FILES:
+        shutil.copy(MODEL / name, tmp_path)
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    shifted = {piece: (number + 7) % 6000 for piece, number in vocabulary.items()}
+    (tmp_path / "target_vocab.json").write_text(json.dumps(shifted))
+    tokenizer = loaded(bundle_of(tmp_path, "marian", [*MARIAN_FILES, "target_vocab.json"]))
+    ids = tokenizer.encode("Bonjour.")[:-1]
+    assert tokenizer.decode([i + 7 for i in ids]) == "Bonjour."
+
+
+def test_threads_share_a_tokenizer(marian: Tokenizer) -> None:
+    texts = [f"Le numéro {i} est arrivé." for i in range(200)]
+    expected = [marian.encode(text) for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(marian.encode, texts)) == expected
+        assert list(pool.map(marian.decode, expected)) == texts
+
+
+@pytest.fixture(scope="module")
+def byte_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer.json like BART's: byte-level pairs, and <s> … </s> around every text."""
+    folder = tmp_path_factory.mktemp("bpe")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "<pad>", "</s>", "<mask>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat, then the dog sat on the cat"] * 4, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+JSON_TOKENS = {"decoder_start": 2, "eos": [2], "source_eos": 2, "source_bos": 0, "pad": 1, "forced_bos": 0}
+
+
+def test_a_tokenizer_json_equals_transformers(byte_pairs: Path) -> None:
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(byte_pairs / "tokenizer.json"), eos_token="</s>", bos_token="<s>", pad_token="<pad>"
+    )
+    ours = loaded(bundle_of(byte_pairs, "tokenizers", ["tokenizer.json"], **JSON_TOKENS))
+    for text in ["the cat", "", "Ünïcödé 🙂\n", "the cat sat on the mat and did not move for a long time"]:
+        ids = theirs(text, truncation=False, padding=False)["input_ids"]
+        assert ours.encode(text) == ids
+        assert ours.decode([2, *ids, 1, 1]) == theirs.decode(ids, skip_special_tokens=True) == text
+
+
+def test_ids_that_the_model_does_not_have_are_left_out(byte_pairs: Path) -> None:
+    """BART's tokenizer knows <mask>, which some BARTs have no embedding for."""
+    tokens = {**JSON_TOKENS, "source_eos": 2}
+    whole = loaded(bundle_of(byte_pairs, "tokenizers", ["tokenizer.json"], **tokens))
+    small = loaded(bundle_of(byte_pairs, "tokenizers", ["tokenizer.json"], vocabulary=260, **tokens))
+    ids = whole.encode("the cat")
+    assert max(ids) >= 260
+    assert small.encode("the cat") == [i for i in ids if i < 260]
+
+
+def test_special_ids_are_added_where_the_tokenizer_does_not(tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "X": 9}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "x": 1, "y": 2, "z": 3}, unk_token="[UNK]"))
+    other.save(str(tmp_path / "target_tokenizer.json"))
+    tokens = {"source_bos": 7, "source_eos": 8, "eos": [3], "decoder_start": 5, "pad": None}
+    one = loaded(bundle_of(tmp_path, "tokenizers", ["tokenizer.json"], **tokens))
+    assert one.encode("a b c") == [7, 1, 2, 0, 8]
+    assert one.encode("") == [7, 8]
+    two = loaded(bundle_of(tmp_path, "tokenizers", ["tokenizer.json", "target_tokenizer.json"], **tokens))
+    assert two.encode("a b c") == [7, 1, 2, 0, 8]
+    assert two.decode([5, 1, 2, 3]).split() == ["x", "y"]
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model whose piece numbers are the ids."""
+    folder = tmp_path_factory.mktemp("spm")
+    model = io.BytesIO()
+    words = ["the cat sat on the mat", "a dog ran to the cat", "who let the dogs out"] * 5
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_writer=model, vocab_size=40, hard_vocab_limit=False, minloglevel=9
+    )
+    for name in ("source.spm", "target.spm"):
+        (folder / name).write_bytes(model.getvalue())
+    return folder
+
+
+def test_sentencepiece_round_trips_between_its_special_ids(pieces: Path) -> None:
+    tokens = {"source_bos": 1, "source_eos": 2, "eos": [2], "decoder_start": 1, "pad": None}
+    tokenizer = loaded(bundle_of(pieces, "sentencepiece", ["source.spm", "target.spm"], **tokens))
+    ids = tokenizer.encode("the dog sat")
+    assert (ids[0], ids[-1]) == (1, 2)
+    assert tokenizer.decode([*ids, 5999]) == "the dog sat"
+    assert tokenizer.encode("") == [1, 2]
+
+
+def test_a_model_without_tokenizer_has_none() -> None:
+    assert load_tokenizer(bundle_of(MODEL, "none", [])) is None
+
+
+def missing(folder: Path) -> None:
+    (folder / "target.spm").unlink()
+
+
+def garbage(folder: Path) -> None:
+    (folder / "source.spm").write_bytes(b"garbage")
+
+
+def empty(folder: Path) -> None:
+    (folder / "target.spm").write_bytes(b"")
+
+
+def vocabulary(content: object) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "vocab.json").write_text(json.dumps(content))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        pytest.param(missing, r"target\.spm", id="missing"),
+        pytest.param(garbage, r"source\.spm is no SentencePiece model", id="garbage"),
+        pytest.param(empty, r"target\.spm is no SentencePiece model", id="empty"),
+        pytest.param(vocabulary([1, 2]), r"vocab\.json is no object of pieces", id="list"),
+        pytest.param(vocabulary({"<unk>": "1"}), r"vocab\.json is no object of pieces", id="strings"),
+        pytest.param(vocabulary({"a": 1}), "<unk> is not in the vocabulary", id="no-unknown"),
+        pytest.param(vocabulary({"<unk>": 1, "a": 6000}), "it has ids up to 6000, the model has 6000", id="too-large"),
+    ],
+)
+def test_a_broken_marian_tokenizer_is_named(spoil: Callable[[Path], None], problem: str, tmp_path: Path) -> None:
+    for name in MARIAN_FILES:
+        shutil.copy(MODEL / name, tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(BundleError, match=f"its marian tokenizer cannot be read .*{problem}") as caught:
+        load_tokenizer(bundle_of(tmp_path, "marian", MARIAN_FILES))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {"type": "?"}}', "[" * 100_000])
+def test_a_broken_tokenizer_json_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(BundleError, match="its tokenizers tokenizer cannot be read"):
+        load_tokenizer(bundle_of(tmp_path, "tokenizers", ["tokenizer.json"]))
+
+
+def test_a_sentencepiece_model_larger_than_the_model_is_named(pieces: Path) -> None:
+    with pytest.raises(BundleError, match="it has ids up to"):
+        load_tokenizer(bundle_of(pieces, "sentencepiece", ["source.spm", "target.spm"], vocabulary=10))
