@@ -25,6 +25,7 @@ from beamline.v1.generation_pb2_grpc import GenerationServiceServicer, add_Gener
 
 _THREADS = 16
 _LONGEST_HANG_S = 60.0  # so that a test that forgets to stop the server ends
+_STOP_GRACE_S = 5.0  # for calls to end once `stopping` is set; with none left the server stops at once
 
 Generate = Callable[[pb.GenerateRequest, grpc.ServicerContext], pb.GenerateResponse]
 Stream = Callable[[pb.GenerateStreamRequest, grpc.ServicerContext], Iterator[pb.GenerateStreamResponse]]
@@ -133,7 +134,8 @@ class FakeServer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stopping.set()
-        self._server.stop(None).wait()
+        # With a grace, for a server that cancels makes the clients' gRPC write about it on standard error.
+        self._server.stop(_STOP_GRACE_S).wait()
 
     def _listen(self, address: str) -> int:
         port: int
