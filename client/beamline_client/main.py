@@ -12,6 +12,7 @@ ENTRY_POINT_GROUP = "beamline.commands"
 BUILT_IN: Mapping[str, str] = {
     "export": "beamline_export.cli:main",
     "inspect": "beamline_server.inspect_cli:main",
+    "load": "beamline_client.load.cli:main",
     "serve": "beamline_server.app:main",
     "translate": "beamline_client.cli:main",
 }
