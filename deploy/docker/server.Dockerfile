@@ -22,6 +22,7 @@ COPY protos protos
 COPY server server
 COPY export export
 COPY client client
+COPY models/fr-en/test.tsv.gz models/fr-en/LICENSE models/fr-en/
 # --only-binary: no dependency is compiled, so no stage needs a compiler. The download cache belongs to the builder and
 # enters no layer.
 RUN --mount=type=cache,target=/root/.cache/pip \

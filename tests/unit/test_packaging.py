@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -21,6 +22,11 @@ ROOTS = {
     "beamline_server": "server",
 }
 """Where the source of each package is."""
+SENTENCES = {
+    Path("beamline_client/load/sentences.tsv.gz"): Path("models/fr-en/test.tsv.gz"),
+    Path("beamline_client/load/sentences.LICENSE"): Path("models/fr-en/LICENSE"),
+}
+"""What `beamline load` asks by default and its licence, and where they are from."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,8 @@ def test_each_package_is_whole(unpacked: Path, package: str) -> None:
     source = REPOSITORY / ROOTS[package] / package
     sources = {file for file in files_below(source) if "__pycache__" not in file.parts}
 
-    assert set(files_below(unpacked / package)) == sources
+    brought_along = {file.relative_to(package) for file in SENTENCES if file.is_relative_to(package)}
+    assert set(files_below(unpacked / package)) == sources | brought_along
     assert Path("py.typed") in sources
 
 
@@ -77,10 +84,28 @@ def test_the_api_comes_with_its_stubs_and_its_definition(unpacked: Path) -> None
     assert {"generation.proto", "generation_pb2.py", "generation_pb2.pyi", "generation_pb2_grpc.py"} <= names
 
 
-def test_nothing_of_tests_models_or_deployment_is_in_it(unpacked: Path) -> None:
+def test_the_sentences_of_the_load_tester_come_with_their_licence(unpacked: Path) -> None:
+    for file, origin in SENTENCES.items():
+        assert (unpacked / file).read_bytes() == (REPOSITORY / origin).read_bytes()
+
+
+def test_nothing_else_of_tests_models_or_deployment_is_in_it(unpacked: Path) -> None:
     unwanted = {".safetensors", ".onnx", ".spm", ".gz", ".yaml", ".Dockerfile"}
 
-    assert [file for file in files_below(unpacked) if file.suffix in unwanted or file.name.startswith("test_")] == []
+    files = set(files_below(unpacked)) - SENTENCES.keys()
+    assert [file for file in files if file.suffix in unwanted or file.name.startswith("test_")] == []
+
+
+def test_an_sdist_has_what_a_wheel_is_made_of_but_no_weights(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    built = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
+    assert built.returncode == 0, built.stderr
+    (file,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
+
+    assert set(SENTENCES.values()) <= names
+    assert not [name for name in names if name.suffix == ".safetensors"]
 
 
 def test_it_installs_one_command_with_its_sub_commands(info: Path) -> None:
@@ -91,6 +116,7 @@ def test_it_installs_one_command_with_its_sub_commands(info: Path) -> None:
     assert dict(entries["beamline.commands"]) == {
         "export": "beamline_export.cli:main",
         "inspect": "beamline_server.inspect_cli:main",
+        "load": "beamline_client.load.cli:main",
         "serve": "beamline_server.app:main",
         "translate": "beamline_client.cli:main",
     }

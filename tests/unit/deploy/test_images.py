@@ -85,8 +85,8 @@ def test_every_variant_names_an_extra_that_exists(docker: Path, repository: Path
 
 def test_the_build_context_holds_what_the_wheel_is_made_of(docker: Path, repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())
-    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
-    sources = {Path(package).parts[0] for package in packages}
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    sources = {Path(package).parts[0] for package in wheel["packages"]} | set(wheel["force-include"])
     sources |= {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
     ignore = (docker / "server.Dockerfile.dockerignore").read_text().splitlines()
     assert {line[1:] for line in ignore if line.startswith("!")} == sources
