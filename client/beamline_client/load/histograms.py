@@ -4,6 +4,8 @@ Gil Tene's HdrHistogram: a fixed number of counters, every value known to three 
 and however many there are.
 """
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 from hdrh.histogram import HdrHistogram
@@ -41,8 +43,16 @@ def decoded(text: str) -> HdrHistogram:
 
 
 def percentile_ms(histogram: HdrHistogram, percentile: float) -> float:
-    """The value below or at which that share of the values lies, in milliseconds."""
-    return float(histogram.get_value_at_percentile(percentile)) / 1000
+    """The value below or at which at least that share of the values lies, in milliseconds; 0 if there are none.
+
+    The rank is rounded up, as in the original HdrHistogram. The Python one rounds to the nearest: of 60 values, its
+    99th percentile would leave out one.
+    """
+    count = histogram.get_total_count()
+    if not count:
+        return 0.0
+    rank = max(1, math.ceil(math.nextafter(percentile, 0) * count / 100))  # a step down, lest 99.9 * 1000 / 100 be 1000
+    return float(histogram.get_value_at_percentile(100 * rank / count)) / 1000
 
 
 def latency(histogram: HdrHistogram) -> Latency | None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 
 from hdrh.histogram import HdrHistogram
 
@@ -80,7 +81,8 @@ def parse_slo(text: str) -> Objective:
         elif match := _ERRORS.fullmatch(part):
             if errors is not None:
                 raise SloUnusable(f"two conditions on errors: {text!r}; keep one")
-            errors, errors_text = float(match["value"]) / 100, part
+            # Divided in decimal: 0.7 / 100 is less than 7 / 1000 in binary, and 7 failures of 1000 meet 0.7 %.
+            errors, errors_text = float(Decimal(match["value"]) / 100), part
             if errors >= 1:
                 raise SloUnusable(f"{part!r} allows every request to fail: {_EXAMPLE}")
         else:
