@@ -326,7 +326,8 @@ class FindMaxReport(Part):
     kind: Literal["find-max"] = "find-max"
     schema_version: Literal[1] = 1
     started_at: str
-    configuration: Configuration
+    configuration: Configuration | None
+    """Of the run at the highest rate; None if the search was interrupted before its first."""
     environment: Environment
     server: ServerDescription | None
     verdict: Verdict
