@@ -1,0 +1,132 @@
+"""`beamline load`: its command line."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from beamline_client.advice import EXIT_BAD_USAGE, EXIT_SERVER_FAILED
+from beamline_client.load.arguments import compare_parser, find_max_parser, load_options, run_parser
+from beamline_client.load.arrivals import ArrivalsUnusable
+from beamline_client.load.compare import NotComparable, compare, exit_status, print_comparison
+from beamline_client.load.coordinator import GeneratorFailed, Interruption
+from beamline_client.load.find_max import FindMaxOptions, find_max
+from beamline_client.load.live import open_view
+from beamline_client.load.output import RequestLog, write_report
+from beamline_client.load.quality import AnswerBook
+from beamline_client.load.report import FindMaxReport, ReportUnreadable, RunReport, json_schema, read_report
+from beamline_client.load.session import Session
+from beamline_client.load.setup import SetupUnusable, check_run, check_setup
+from beamline_client.load.summary import print_find_max, print_run
+from beamline_client.load.target import TargetUnusable
+
+EXIT_INVALID = 3
+_EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `beamline load` with these arguments; returns the exit status, see --help."""
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "find-max": _find_max,
+        "compare": _compare,
+        "schema": _schema,
+    }
+    try:
+        if argv and argv[0] in commands:
+            return commands[argv[0]](argv[1:])
+        return _run(argv)
+    except SetupUnusable as error:
+        return _complain(error.problems, EXIT_BAD_USAGE)
+    except (TargetUnusable, ReportUnreadable, NotComparable, ArrivalsUnusable) as error:
+        return _complain([str(error)], EXIT_BAD_USAGE)
+    except GeneratorFailed as error:
+        return _complain([str(error)], EXIT_SERVER_FAILED)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _complain([f"{error.filename or 'output'}: {error.strerror}"], EXIT_BAD_USAGE)
+
+
+def _run(argv: Sequence[str]) -> int:
+    arguments = run_parser().parse_args(argv)
+    options = load_options(arguments, rate=arguments.rate)
+    setup, load = check_run(options)
+    interruption = Interruption()
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(RequestLog(arguments.request_log)) if arguments.request_log else None
+        stack.enter_context(interruption.watched())
+        view = stack.enter_context(open_view(sys.stderr, quiet=arguments.quiet))
+        session = Session(setup, view, interruption, None if log is None else log.write)
+        report, book = session.run(load)
+    _write(report, arguments.output, book, arguments.record_golden)
+    print_run(report, Console())
+    _tell_files(arguments.output)
+    return _status(report)
+
+
+def _find_max(argv: Sequence[str]) -> int:
+    arguments = find_max_parser().parse_args(argv)
+    setup = check_setup(load_options(arguments, rate="10"))
+    assert setup.objective is not None
+    options = FindMaxOptions(
+        start_per_s=arguments.start,
+        precision=arguments.precision,
+        window_s=arguments.window,
+        max_windows=arguments.max_windows,
+        stability=arguments.stability,
+    )
+    interruption = Interruption()
+    with interruption.watched(), open_view(sys.stderr, quiet=arguments.quiet) as view:
+        report = find_max(Session(setup, view, interruption), setup.objective, options)
+    _write(report, arguments.output)
+    print_find_max(report, Console())
+    _tell_files(arguments.output)
+    return _status(report)
+
+
+def _compare(argv: Sequence[str]) -> int:
+    arguments = compare_parser().parse_args(argv)
+    before, after = read_report(arguments.before), read_report(arguments.after)
+    comparison = compare(before, after, tolerance=arguments.tolerance, allow_invalid=arguments.allow_invalid)
+    print_comparison(comparison, Console())
+    return exit_status(comparison)
+
+
+def _schema(argv: Sequence[str]) -> int:
+    argparse.ArgumentParser(prog="beamline load schema", description="Prints the JSON schema of reports.").parse_args(
+        argv
+    )
+    sys.stdout.write(json.dumps(json_schema(), indent=1) + "\n")
+    return 0
+
+
+def _status(report: RunReport | FindMaxReport) -> int:
+    if report.verdict.interrupted:
+        return _EXIT_INTERRUPTED
+    if not report.verdict.valid:
+        return EXIT_INVALID
+    return EXIT_SERVER_FAILED if report.verdict.failures else 0
+
+
+def _write(
+    report: RunReport | FindMaxReport, folder: Path | None, book: AnswerBook | None = None, golden: Path | None = None
+) -> None:
+    if folder is not None:
+        write_report(report, folder)
+    if book is not None and golden is not None:
+        book.write_golden(golden)
+
+
+def _tell_files(folder: Path | None) -> None:
+    if folder is not None:
+        sys.stdout.write(f"\nreport: {folder / 'report.html'}\n")
+
+
+def _complain(lines: Sequence[str], status: int) -> int:
+    sys.stdout.flush()
+    sys.stderr.writelines(f"beamline load: {line}\n" for line in lines)
+    return status
