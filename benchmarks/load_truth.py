@@ -1,6 +1,6 @@
 """Does `beamline load` tell the truth? Against a queue whose every latency can be computed.
 
-    python benchmarks/load_truth.py [--rate 26] [--duration 120] [--service-ms 25] [--stall-ms 200] [--stall-every-s 30]
+    python benchmarks/load_truth.py [--rate 13] [--duration 180] [--service-ms 50] [--stall-ms 200] [--stall-every-s 30]
 
 The server (fixed_server.py) has one worker, a fixed service time and a stall now and then. The latencies that an open
 loop must report follow from the moments at which requests were sent, by the Lindley recursion (D. V. Lindley, 1952):
@@ -79,9 +79,9 @@ def row(name: str, values: Sequence[float]) -> None:
 def main() -> int:
     """Compare; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", type=float, default=26.0)
-    parser.add_argument("--duration", type=float, default=120.0)
-    parser.add_argument("--service-ms", type=float, default=25.0)
+    parser.add_argument("--rate", type=float, default=13.0)
+    parser.add_argument("--duration", type=float, default=180.0)
+    parser.add_argument("--service-ms", type=float, default=50.0)
     parser.add_argument("--stall-ms", type=float, default=200.0)
     parser.add_argument("--stall-every-s", type=float, default=30.0)
     arguments = parser.parse_args()

@@ -107,9 +107,19 @@ def _schema(argv: Sequence[str]) -> int:
 def _status(report: RunReport | FindMaxReport) -> int:
     if report.verdict.interrupted:
         return _EXIT_INTERRUPTED
+    if _answers_were_wrong(report):  # whoever made the figures, the answers are the server's
+        return EXIT_SERVER_FAILED
     if not report.verdict.valid:
         return EXIT_INVALID
     return EXIT_SERVER_FAILED if report.verdict.failures else 0
+
+
+def _answers_were_wrong(report: RunReport | FindMaxReport) -> bool:
+    run = report if isinstance(report, RunReport) else report.best
+    if run is None or run.quality is None:
+        return False
+    golden = run.quality.golden
+    return run.quality.inconsistent > 0 or (golden is not None and golden.different + golden.missing > 0)
 
 
 def _write(

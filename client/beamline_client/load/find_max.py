@@ -21,8 +21,8 @@ PROBE_S = 5.0
 PROBE_CALLERS = 64
 PROBE_SHARE = 0.8
 """The search begins at this share of what so many callers in a closed loop get answered."""
-GROWTH = 1.25
-"""From one rate to the next as long as only one side of the bracket is known."""
+FIRST_STEP, FURTHER_STEPS = 1.25, 2.0
+"""From one rate to the next as long as only one side of the bracket is known: the start is a good guess, or far off."""
 WINDOWS_THAT_AGREE = 3
 _LOWEST_PER_S = 0.1
 _HIGHEST_PER_S = 100_000.0
@@ -71,13 +71,14 @@ def bracket(tried: Sequence[Tried]) -> Bracket:
 def next_rate(tried: Sequence[Tried], start_per_s: float, precision: float) -> float | None:
     """The rate to try next; None when the bracket is narrow enough, or there is nothing to find."""
     known = bracket(tried)
+    factor = FIRST_STEP if len(tried) == 1 else FURTHER_STEPS
     if known.met is None and known.missed is None:
         return start_per_s
     if known.missed is None:
         assert known.met is not None
-        return _within_reach(known.met * GROWTH)
+        return _within_reach(known.met * factor)
     if known.met is None:
-        return _within_reach(known.missed / GROWTH)
+        return _within_reach(known.missed / factor)
     if known.missed - known.met <= precision * known.met * (1 + 1e-9):
         return None
     return (known.met + known.missed) / 2
@@ -220,8 +221,9 @@ class _Search:
             for reason in report.verdict.invalid_because
         ]
         failures, remarks = [], list(self._session.setup.remarks)
-        if self._reports and known.met is None:
-            failures.append(f"no rate met the SLO, not even {min(p.rate_per_s for p, _ in self._reports):.2f}/s")
+        if known.met is None:
+            lowest = min((point.rate_per_s for point, _ in self._reports), default=None)
+            failures.append("no rate could be tried" if lowest is None else f"not even {lowest:.2f}/s met the SLO")
         if known.met is not None and known.missed is None:
             remarks.append("no rate missed the SLO: the server can do more than was tried")
         for point, report in self._reports:

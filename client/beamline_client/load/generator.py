@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from beamline_client.load.pinning import pin_this_process
 from beamline_client.load.quality import answer_hash
-from beamline_client.load.records import RECORD
+from beamline_client.load.records import PACKED
 from beamline_client.load.target import Answer, Outcome, Target, TargetFactory, TargetUnusable
 from beamline_client.load.workload import Workload
 
@@ -131,7 +131,7 @@ class _Generator:
         self._target: Target = part.targets(part.workload.questions)
         # A full pipe must not hold up the event loop.
         self._postman = ThreadPoolExecutor(1, "postman")
-        self._rows: list[tuple[float, ...]] = []
+        self._records = bytearray()
         self._known: dict[int, set[int]] = {}
         self._answers: list[tuple[int, int, tuple[str, ...]]] = []
         self._messages: dict[str, int] = {}
@@ -266,24 +266,23 @@ class _Generator:
         elif answer.message:
             message = answer.message if len(self._messages) < _MOST_MESSAGES else "(others)"
             self._messages[message] = self._messages.get(message, 0) + 1
-        self._rows.append(
-            (
-                int(self._part.arrivals[position]),
-                question,
-                int(answer.outcome),
-                answer.code,
-                intended_s,
-                sent_s,
-                done_s,
-                _or_nan(answer.first_piece_s),
-                _or_nan(answer.queue_s),
-                _or_nan(answer.encode_s),
-                _or_nan(answer.decode_s),
-                answer.steps,
-                answer.tokens,
-                len(answer.texts[0]) if answer.texts else 0,
-                answer_id,
-            )
+        # Packed at once: to convert many at each flush would keep requests waiting that are due then.
+        self._records += PACKED.pack(
+            int(self._part.arrivals[position]),
+            question,
+            int(answer.outcome),
+            answer.code,
+            intended_s,
+            sent_s,
+            done_s,
+            _or_nan(answer.first_piece_s),
+            _or_nan(answer.queue_s),
+            _or_nan(answer.encode_s),
+            _or_nan(answer.decode_s),
+            answer.steps,
+            answer.tokens,
+            len(answer.texts[0]) if answer.texts else 0,
+            answer_id,
         )
 
     async def _flush_now_and_then(self) -> None:
@@ -292,12 +291,10 @@ class _Generator:
             await self._flush()
 
     async def _flush(self) -> None:
-        rows, self._rows = self._rows, []
+        records, self._records = self._records, bytearray()
         answers, self._answers = self._answers, []
         messages, self._messages = self._messages, {}
-        ended = Ended(
-            np.array(rows, RECORD).tobytes(), tuple(answers), tuple(messages.items()), in_flight=len(self._tasks)
-        )
+        ended = Ended(bytes(records), tuple(answers), tuple(messages.items()), in_flight=len(self._tasks))
         await asyncio.get_running_loop().run_in_executor(self._postman, self._connection.send, ended)
 
 

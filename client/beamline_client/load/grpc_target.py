@@ -15,7 +15,6 @@ from beamline_client.channel import channel_options
 from beamline_client.load.target import Answer, Outcome, Question, Request, TargetUnusable
 
 _SERVICE = "/beamline.v1.GenerationService/"
-_CONNECT_WITHIN_S = 10.0
 
 _OUTCOMES = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Outcome.REJECTED,
@@ -36,6 +35,7 @@ class BeamlineTargets:
     """Connections of each target. Their requests take turns."""
     retries: bool
     """Whether gRPC sends refused calls again, as `beamline_client.Client` has it do."""
+    connect_within_s: float = 10.0
 
     def __call__(self, questions: tuple[Question, ...]) -> "BeamlineTarget":
         """See `TargetFactory`."""
@@ -66,11 +66,11 @@ class BeamlineTarget:
         ]
         try:
             ready = asyncio.gather(*(channel.channel_ready() for channel in self._channels))
-            await asyncio.wait_for(ready, _CONNECT_WITHIN_S)
+            await asyncio.wait_for(ready, self._factory.connect_within_s)
         except TimeoutError:
             raise TargetUnusable(
                 f"cannot open {len(self._channels)} connections to {self._factory.address} within "
-                f"{_CONNECT_WITHIN_S:g} s: is the server running and ready?"
+                f"{self._factory.connect_within_s:g} s: is the server running and ready?"
             ) from None
         self._unary = itertools.cycle(
             [

@@ -1,5 +1,7 @@
 """The record of one request, as it travels from a generator process to the coordinator: fixed size, no objects."""
 
+import struct
+
 import numpy as np
 import numpy.typing as npt
 
@@ -23,6 +25,10 @@ RECORD = np.dtype(
     ]
 )
 """All times in seconds on one monotonic clock, zero being the start of the run."""
+
+PACKED = struct.Struct("<IIBBdddffffIIIQ")
+"""A record from its fields, in their order."""
+assert PACKED.size == RECORD.itemsize
 
 Records = npt.NDArray[np.void]
 """Shape [n], dtype RECORD."""
