@@ -11,13 +11,13 @@ from rich.console import Console
 
 from beamline_client.advice import EXIT_BAD_USAGE, EXIT_SERVER_FAILED
 from beamline_client.load.arguments import compare_parser, find_max_parser, load_options, run_parser
-from beamline_client.load.arrivals import ArrivalsUnusable
 from beamline_client.load.compare import NotComparable, compare, exit_status, print_comparison
 from beamline_client.load.coordinator import GeneratorFailed, Interruption
 from beamline_client.load.find_max import FindMaxOptions, find_max
 from beamline_client.load.live import open_view
 from beamline_client.load.output import RequestLog, write_report
-from beamline_client.load.quality import AnswerBook
+from beamline_client.load.pinning import PinningUnusable
+from beamline_client.load.quality import AnswerBook, GoldenUnusable
 from beamline_client.load.report import FindMaxReport, ReportUnreadable, RunReport, json_schema, read_report
 from beamline_client.load.session import Session
 from beamline_client.load.setup import SetupUnusable, check_run, check_setup
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         return _run(argv)
     except SetupUnusable as error:
         return _complain(error.problems, EXIT_BAD_USAGE)
-    except (TargetUnusable, ReportUnreadable, NotComparable, ArrivalsUnusable) as error:
+    except (TargetUnusable, PinningUnusable, ReportUnreadable, NotComparable, GoldenUnusable) as error:
         return _complain([str(error)], EXIT_BAD_USAGE)
     except GeneratorFailed as error:
         return _complain([str(error)], EXIT_SERVER_FAILED)

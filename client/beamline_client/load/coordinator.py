@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beamline_client.load import histograms
+from beamline_client.load.aside import aside
 from beamline_client.load.generator import (
     Ended,
     Finished,
@@ -158,7 +159,8 @@ def measure(plan: Plan, view: View, observer: RunObserver, interruption: Interru
     """
     with _Processes(plan.parts()) as processes:
         processes.wait_until_ready(interruption)
-        return _Measurement(plan, view, observer, processes).run(interruption)
+        with aside(plan.cores):
+            return _Measurement(plan, view, observer, processes).run(interruption)
 
 
 class _Processes:
@@ -287,6 +289,9 @@ class _Measurement:
         self._processes.requests[connection] += len(records)
 
     def _show(self, elapsed_s: float) -> None:
+        self._note_rate(elapsed_s)
+        if not self._view.is_due():
+            return
         recorder = self._recorder
         answered = recorder.answered.get_total_count()
         lag = recorder.lag.get_total_count()
@@ -301,17 +306,19 @@ class _Measurement:
                 planned=planned,
                 in_flight=in_flight,
                 outcomes={outcome.label: count for outcome, count in sorted(recorder.outcomes.items())},
-                answered_per_s=self._recent_rate(elapsed_s),
+                answered_per_s=self._recent_rate(),
                 p50_ms=histograms.percentile_ms(recorder.answered, 50) if answered else None,
                 p99_ms=histograms.percentile_ms(recorder.answered, 99) if answered else None,
                 lag_p99_ms=histograms.percentile_ms(recorder.lag, 99) if lag and planned is not None else None,
             )
         )
 
-    def _recent_rate(self, elapsed_s: float) -> float:
+    def _note_rate(self, elapsed_s: float) -> None:
         self._recent.append((elapsed_s, self._recorder.codes[0]))
         while elapsed_s - self._recent[0][0] > _RATE_OVER_S:
             self._recent.popleft()
+
+    def _recent_rate(self) -> float:
         (first_s, first), (last_s, last) = self._recent[0], self._recent[-1]
         return (last - first) / (last_s - first_s) if last_s > first_s else 0.0
 

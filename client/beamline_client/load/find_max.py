@@ -28,6 +28,10 @@ _LOWEST_PER_S = 0.1
 _HIGHEST_PER_S = 100_000.0
 
 
+ATTEMPTS = 2
+"""A rate is missed when it was missed so often, and met when it was met once."""
+
+
 @dataclass(frozen=True, slots=True)
 class FindMaxOptions:
     """How to search."""
@@ -62,16 +66,30 @@ class Bracket:
 
 
 def bracket(tried: Sequence[Tried]) -> Bracket:
-    """Where the highest rate lies. A rate that was met above one that was missed was luck, and does not count."""
-    missed = min((each.rate_per_s for each in tried if not each.met), default=None)
-    met = (each.rate_per_s for each in tried if each.met and (missed is None or each.rate_per_s < missed))
-    return Bracket(max(met, default=None), missed)
+    """Where the highest rate lies. A rate that was met above one that was missed was luck, and does not count.
+
+    A rate is missed only if it was missed as often as it is tried, for a machine can have a bad moment; see `doubtful`.
+    """
+    rates_met = {each.rate_per_s for each in tried if each.met}
+    rates_missed = {each.rate_per_s for each in tried} - rates_met
+    missed = min(rates_missed, default=None)
+    return Bracket(max((rate for rate in rates_met if missed is None or rate < missed), default=None), missed)
+
+
+def doubtful(tried: Sequence[Tried]) -> float | None:
+    """The rate tried last, if it was missed and is to be tried once more."""
+    if not tried or tried[-1].met:
+        return None
+    last = tried[-1].rate_per_s
+    return last if [each.rate_per_s for each in tried].count(last) < ATTEMPTS else None
 
 
 def next_rate(tried: Sequence[Tried], start_per_s: float, precision: float) -> float | None:
     """The rate to try next; None when the bracket is narrow enough, or there is nothing to find."""
+    if (again := doubtful(tried)) is not None:
+        return again
     known = bracket(tried)
-    factor = FIRST_STEP if len(tried) == 1 else FURTHER_STEPS
+    factor = FIRST_STEP if len({each.rate_per_s for each in tried}) == 1 else FURTHER_STEPS
     if known.met is None and known.missed is None:
         return start_per_s
     if known.missed is None:
@@ -196,7 +214,7 @@ class _Search:
 
     def _report(self, started_at: str) -> FindMaxReport:
         known = bracket(self._tried())
-        best = next((report for point, report in self._reports if point.rate_per_s == known.met), None)
+        best = next((report for point, report in self._reports if point.met and point.rate_per_s == known.met), None)
         setup = self._session.setup
         _, last = self._reports[-1] if self._reports else (None, None)
         shown = best or last
@@ -214,7 +232,11 @@ class _Search:
         )
 
     def _verdict(self, known: Bracket) -> Verdict:
-        decisive = [(p, r) for p, r in self._reports if p.rate_per_s in (known.met, known.missed)]
+        decisive = [
+            (point, report)
+            for point, report in self._reports
+            if point.rate_per_s == (known.met if point.met else known.missed)
+        ]
         invalid = [
             f"at {point.rate_per_s:.1f}/s: {reason}"
             for point, report in decisive
@@ -244,9 +266,10 @@ def _point(rate_per_s: float, report: RunReport, patience: Patience) -> Point:
     attempted = report.latency_with_failures.count if report.latency_with_failures else 0
     answered = report.latency.count if report.latency else 0
     missed = [f"{clause.text} ({clause.measured})" for clause in report.slo.clauses if not clause.met]
-    why = "missed " + ", ".join(missed) if missed else "met"
+    why = ", ".join(missed)
     if not patience.stable:
-        why += "; far out of reach" if patience.hopeless else "; its windows do not agree"
+        doubt = "out of reach" if patience.hopeless else "its windows do not agree"
+        why = f"{why}; {doubt}" if why else doubt
     return Point(
         rate_per_s=rate_per_s,
         met=report.slo.met and not patience.hopeless,
@@ -264,4 +287,6 @@ def _point(rate_per_s: float, report: RunReport, patience: Patience) -> Point:
 def _sentence(point: Point) -> str:
     p50, p99 = milliseconds(point.p50_ms), milliseconds(point.p99_ms)
     valid = "" if point.valid else " [INVALID]"
-    return f"{point.rate_per_s:8.1f}/s  p50 {p50}  p99 {p99}  {point.seconds:.0f} s  {point.why}{valid}"
+    word = "met" if point.met else "missed"
+    why = f": {point.why}" if point.why else ""
+    return f"{point.rate_per_s:8.1f}/s  p50 {p50}  p99 {p99}  {point.seconds:.0f} s  {word}{why}{valid}"

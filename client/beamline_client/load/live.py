@@ -20,6 +20,7 @@ LINE_EVERY_S = 5.0
 """How often a line is written where nothing can move."""
 _FAILURE_LABELS = frozenset(outcome.label for outcome in FAILURES)
 _WIDEST = 76
+_REDRAW_EVERY_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,9 @@ class Snapshot:
 
 class View(Protocol):
     """Shows snapshots. Not for use by several threads at a time."""
+
+    def is_due(self) -> bool:
+        """Whether it is time to show one; to make one costs time as well."""
 
     def update(self, snapshot: Snapshot) -> None:
         """Shows where the run stands, if it is time to."""
@@ -77,7 +81,7 @@ def open_view(stream: TextIO, *, quiet: bool = False, clock: Callable[[], float]
     if quiet:
         return _Silence()
     moves = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-    return _Display(stream) if moves else _Lines(stream, clock)
+    return _Display(stream, clock) if moves else _Lines(stream, clock)
 
 
 class _Closing:
@@ -96,6 +100,9 @@ class _Closing:
 
 
 class _Silence(_Closing):
+    def is_due(self) -> bool:
+        return False
+
     def update(self, snapshot: Snapshot) -> None:
         """Nothing is shown."""
 
@@ -109,10 +116,12 @@ class _Lines(_Closing):
         self._clock = clock
         self._next_s = clock() + LINE_EVERY_S
 
+    def is_due(self) -> bool:
+        return self._clock() >= self._next_s
+
     def update(self, snapshot: Snapshot) -> None:
-        now_s = self._clock()
-        if now_s >= self._next_s:
-            self._next_s = now_s + LINE_EVERY_S
+        if self.is_due():
+            self._next_s = self._clock() + LINE_EVERY_S
             self.note(_line(snapshot))
 
     def note(self, text: str) -> None:
@@ -123,7 +132,9 @@ class _Lines(_Closing):
 class _Display(_Closing):
     """Drawn by update() only: a thread that redraws would take CPU time from the generator at any moment."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._next_s = clock()
         self._live = Live(
             console=Console(file=stream, force_terminal=True, highlight=False),
             auto_refresh=False,
@@ -133,7 +144,11 @@ class _Display(_Closing):
         )
         self._live.start()
 
+    def is_due(self) -> bool:
+        return self._clock() >= self._next_s
+
     def update(self, snapshot: Snapshot) -> None:
+        self._next_s = self._clock() + _REDRAW_EVERY_S
         self._live.update(_drawing(snapshot, min(self._live.console.width, _WIDEST)), refresh=True)
 
     def note(self, text: str) -> None:

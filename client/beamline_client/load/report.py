@@ -317,7 +317,7 @@ class Point(Part):
     p99_ms: float | None
     failed_share: float
     why: str
-    """In words: the clause that was missed, or what was not stable."""
+    """In words: the clauses that were missed, and what was not stable; empty if there is nothing to say."""
 
 
 class FindMaxReport(Part):

@@ -195,6 +195,7 @@ class Scraper:
         clock: Monotonic seconds.
         read: Reads the page; raises `MetricsUnreachable`.
         wait: Waits so many seconds; returns early with True when the run has ended.
+        prepare: Called once on the thread, before its first scrape.
     """
 
     def __init__(
@@ -204,7 +205,9 @@ class Scraper:
         *,
         read: Callable[[str, float], Samples] = fetch,
         wait: Callable[[float], bool] | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
+        self._prepare = prepare
         self.failed = 0
         """Scrapes that failed so far."""
         self._url = url
@@ -228,6 +231,8 @@ class Scraper:
         return tuple(self._samples)
 
     def _run(self, began: float) -> None:
+        if self._prepare is not None:
+            self._prepare()
         before: Samples | None = None
         before_s = 0.0
         for now_s in self._whole_seconds(began):

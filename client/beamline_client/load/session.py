@@ -67,7 +67,7 @@ class Session:
         started_at = datetime.now(UTC)
         book = AnswerBook(workload.questions, setup.golden)
         pinned = contextlib.nullcontext() if setup.pinning is None else Pinned(setup.pinning)
-        with pinned, Watch(setup.metrics_url) as watch:
+        with pinned, Watch(setup.metrics_url, is_aside=bool(plan.cores)) as watch:
             observer = _Observer(book, watch, self._log, enough)
             measured = measure(plan, self.view, observer, self.interruption)
             seen = watch.finish(measured.recorder.outcomes, retries=options.retries)

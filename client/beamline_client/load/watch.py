@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from beamline_client.load import scrape
+from beamline_client.load.aside import stand_aside
 from beamline_client.load.books import balance, settled
 from beamline_client.load.report import Books, ServerSample
 from beamline_client.load.target import Outcome
@@ -27,9 +28,11 @@ class Seen:
 class Watch:
     """Reads the server's metrics before, during and after a run; without a URL it sees nothing."""
 
-    def __init__(self, url: str | None) -> None:
+    def __init__(self, url: str | None, *, is_aside: bool) -> None:
+        """With `is_aside`, scraping lets the generator go first."""
         self._url = url
-        self._scraper = None if url is None else scrape.Scraper(url, time.monotonic)
+        prepare = stand_aside if is_aside else None
+        self._scraper = None if url is None else scrape.Scraper(url, time.monotonic, prepare=prepare)
         self._before: scrape.Samples | None = None
 
     def __enter__(self) -> "Watch":
