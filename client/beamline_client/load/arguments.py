@@ -39,7 +39,7 @@ def load_options(arguments: argparse.Namespace, rate: str) -> LoadOptions:
         max_new_tokens=arguments.max_new_tokens,
     )
     given = vars(arguments)
-    written = [given.get(name) for name in ("output", "request_log", "record_golden")]
+    written = [given.get(name) for name in ("request_log", "record_golden")]
     return LoadOptions(
         server=arguments.server,
         rate=rate,
@@ -59,6 +59,7 @@ def load_options(arguments: argparse.Namespace, rate: str) -> LoadOptions:
         slo=arguments.slo,
         golden=arguments.golden,
         metrics=arguments.metrics,
+        output=arguments.output,
         written=tuple(path for path in written if path is not None),
     )
 

@@ -230,6 +230,8 @@ class _Generator:
                 await self._one(next(positions), now_s)
 
         callers = [self._launch(caller()) for _ in range(self._part.callers)]
+        if not callers:  # more processes than callers
+            return
         try:
             await asyncio.wait(callers)
         except asyncio.CancelledError:

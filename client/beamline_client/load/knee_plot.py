@@ -34,6 +34,8 @@ def rate_against_latency(report: FindMaxReport) -> str | None:
         return None
     points = sorted(report.points, key=lambda point: point.rate_per_s)
     rates = np.array([point.rate_per_s for point in points])
+    # Sorting is stable: of a rate that was tried again, the curve goes through the last attempt, which decided.
+    decided = np.append(np.flatnonzero(np.diff(rates)), len(rates) - 1)
     with house_style():
         figure = Figure(figsize=(WIDTH, 4.6))
         above, below = figure.subplots(2, sharex=True, height_ratios=[2.6, 1])
@@ -43,14 +45,14 @@ def rate_against_latency(report: FindMaxReport) -> str | None:
             ("p99", TAIL, numbers([point.p99_ms for point in points])),
             ("p50", MIDDLE, numbers([point.p50_ms for point in points])),
         ):
-            above.plot(rates, values, color=colour, linewidth=1.6, label=label)
+            above.plot(rates[decided], values[decided], color=colour, linewidth=1.6, label=label)
             _scatter_points(above, points, values, colour)
         latency_scale(above, everything, latency_limits_ms(report.slo))
         _explain_shapes(above, points)
         answered = np.array([point.answered_per_s for point in points])
         top = max(rates.max(), answered.max()) * 1.06
         below.plot([0, top], [0, top], color=QUIET, linewidth=1, linestyle=(0, (2, 2)))
-        below.plot(rates, answered, color=MIDDLE, linewidth=1.6)
+        below.plot(rates[decided], answered[decided], color=MIDDLE, linewidth=1.6)
         _scatter_points(below, points, answered, MIDDLE)
         below.set_xlim(0, top)
         below.set_ylim(0, top)

@@ -53,8 +53,10 @@ class LoadOptions:
     golden: Path | None = None
     metrics: str | None = None
     """URL; None is where it usually is, if it answers there; "off" is not at all."""
+    output: Path | None = None
+    """Folder that the report will be written into."""
     written: tuple[Path, ...] = ()
-    """Files and folders that will be written."""
+    """Other files that will be written."""
 
 
 class SetupUnusable(Exception):
@@ -230,9 +232,17 @@ def _golden(options: LoadOptions, problems: list[str]) -> GoldenFile | None:
 
 
 def _unwritable(options: LoadOptions) -> Iterator[str]:
+    """What would only be noticed after the run."""
+    if options.output is not None and options.output.exists() and not options.output.is_dir():
+        yield f"{options.output} is a file: name a folder for the report"
     for path in options.written:
+        if path.is_dir():
+            yield f"{path} is a folder: name a file"
+    for path in filter(None, (options.output, *options.written)):
         if not path.parent.is_dir():
             yield f"{path}: its folder {path.parent} does not exist: create it, or write elsewhere"
+        elif not os.access(path if path.exists() else path.parent, os.W_OK):
+            yield f"{path} cannot be written: change its permissions, or write elsewhere"
 
 
 def _workload_sample(sentences: Sequence[Sentence], options: LoadOptions, problems: list[str]) -> Workload | None:

@@ -243,6 +243,8 @@ class TestBadInput:
             (("--trace", "nowhere.csv"), "nowhere.csv"),
             (("--golden", "nowhere.jsonl"), "nowhere.jsonl"),
             (("-o", "nowhere/report"), "its folder nowhere does not exist"),
+            (("-o", __file__), "is a file: name a folder"),
+            (("--request-log", str(Path(__file__).parent)), "is a folder: name a file"),
             (("--beam", "9"), "8"),
             (("--beam", "2", "--n-best", "3"), "3"),
             (("--lengths", "60-50"), "60-50"),

@@ -190,6 +190,14 @@ def test_a_process_that_dies_is_named() -> None:
         run(plan(FakeTargets(dies_after=3), np.linspace(0, 0.5, 20).tolist()), Keeper())
 
 
+def test_a_process_without_a_caller_or_a_request_ends_like_the_others() -> None:
+    closed = run(plan(FakeTargets(), None, callers=1, workers=2, duration_s=0.2), Keeper())
+    opened = run(plan(FakeTargets(), [0.0], workers=2, duration_s=0.2), Keeper())
+
+    assert [process.requests > 0 for process in closed.processes] == [True, False, False]
+    assert [process.requests for process in opened.processes] == [1, 0, 0]
+
+
 def test_a_closed_loop_has_as_many_in_flight_as_callers() -> None:
     keeper = Keeper()
     run(plan(FakeTargets(service_s=0.01), None, callers=5, workers=2, duration_s=0.5), keeper)
