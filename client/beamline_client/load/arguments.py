@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from beamline_client.cli import DEFAULT_SERVER
+from beamline_client.load.find_max import WINDOWS_THAT_AGREE
 from beamline_client.load.notation import NotationUnusable, parse_duration_s, parse_share
 from beamline_client.load.setup import LoadOptions
 from beamline_client.load.workload import WorkloadOptions
@@ -83,7 +84,11 @@ def run_parser() -> argparse.ArgumentParser:
     load.add_argument("--concurrency", type=_positive(int), metavar="N", help="closed loop: so many callers")
     load.add_argument("--trace", type=Path, metavar="FILE", help="send at the times of a file, in seconds")
     parser.add_argument(
-        "--duration", type=_duration, default=30.0, metavar="D", help="such as 30s or 5m (default: 30s)"
+        "--duration",
+        type=_duration,
+        default=30.0,
+        metavar="D",
+        help="such as 30s or 5m (default: 30s); a trace has its own",
     )
     parser.add_argument(
         "--slo", metavar="SLO", help="such as 'p99<=500ms,errors<=0.1%%': counts goodput, and is checked"
@@ -106,14 +111,22 @@ def find_max_parser() -> argparse.ArgumentParser:
     parser.add_argument("--slo", required=True, metavar="SLO", help="such as 'p99<=500ms,errors<=0.1%%'")
     parser.add_argument("--start", type=_positive(float), metavar="R", help="first rate; default: asks a closed loop")
     parser.add_argument(
-        "--precision", type=_share, default=0.05, metavar="SHARE", help="of the rate, at which to stop (default: 5%%)"
+        "--precision",
+        type=_some_share,
+        default=0.05,
+        metavar="SHARE",
+        help="of the rate, to stop at (default: 5%%)",
     )
     parser.add_argument("--window", type=_duration, default=5.0, metavar="D", help="length of a window (default: 5s)")
     parser.add_argument(
-        "--max-windows", type=_positive(int), default=8, metavar="N", help="windows per rate at most (default: 8)"
+        "--max-windows", type=_window_count, default=8, metavar="N", help="windows per rate at most (default: 8)"
     )
     parser.add_argument(
-        "--stability", type=_share, default=0.1, metavar="SHARE", help="by which windows may differ (default: 10%%)"
+        "--stability",
+        type=_some_share,
+        default=0.1,
+        metavar="SHARE",
+        help="windows may differ by it (default: 10%%)",
     )
     _add_common(parser)
     return parser
@@ -194,20 +207,21 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
     def number(text: str) -> float:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
         if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be above 0 and finite, not {text}")
+            raise argparse.ArgumentTypeError(f"must be {'a whole' if kind is int else 'a'} number above 0, not {text}")
         return value
 
-    number.__name__ = f"positive {kind.__name__}"
     return number
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, not {text}")
-    return value
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, not {text}")
+    return int(text)
 
 
 def _duration_or_zero(text: str) -> float:
@@ -229,3 +243,16 @@ def _share(text: str) -> float:
         return parse_share(text)
     except NotationUnusable as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _some_share(text: str) -> float:
+    value = _share(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
+def _window_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < WINDOWS_THAT_AGREE:
+        raise argparse.ArgumentTypeError(f"must be {WINDOWS_THAT_AGREE} or more, for so many have to agree, not {text}")
+    return int(text)

@@ -87,6 +87,7 @@ class Assembly:
             processes=self.measured.processes,
             outcomes=recorder.outcomes,
             max_in_flight=self.plan.max_in_flight,
+            lost=self._lost(),
         )
         failures = self.book.failures()
         if not recorder.outcomes[Outcome.OK]:
@@ -101,6 +102,12 @@ class Assembly:
             failures=failures,
             remarks=self._remarks(),
         )
+
+    def _lost(self) -> int:
+        was_stopped = self.measured.interrupted or self.measured.seconds < self.plan.frame.duration_s
+        if self.load.intended_s is None or was_stopped:
+            return 0
+        return len(self.load.intended_s) - self.measured.recorder.ended
 
     def _remarks(self) -> list[str]:
         remarks = [*self.setup.remarks, *self.seen.remarks]

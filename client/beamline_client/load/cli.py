@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from beamline_client.load.compare import NotComparable, compare, exit_status, pr
 from beamline_client.load.coordinator import GeneratorFailed, Interruption
 from beamline_client.load.find_max import FindMaxOptions, find_max
 from beamline_client.load.live import open_view
-from beamline_client.load.output import RequestLog, write_report
+from beamline_client.load.output import HTML_NAME, RequestLog, write_report
 from beamline_client.load.pinning import PinningUnusable
 from beamline_client.load.quality import AnswerBook, GoldenUnusable
 from beamline_client.load.report import FindMaxReport, ReportUnreadable, RunReport, json_schema, read_report
@@ -62,10 +62,9 @@ def _run(argv: Sequence[str]) -> int:
         view = stack.enter_context(open_view(sys.stderr, quiet=arguments.quiet))
         session = Session(setup, view, interruption, None if log is None else log.write)
         report, book = session.run(load)
-    _write(report, arguments.output, book, arguments.record_golden)
     print_run(report, Console())
-    _tell_files(arguments.output)
-    return _status(report)
+    problems = [*_write(report, arguments.output, book, arguments.record_golden), *([log.problem] if log else [])]
+    return _complain([*filter(None, problems)], EXIT_SERVER_FAILED) if any(problems) else _status(report)
 
 
 def _find_max(argv: Sequence[str]) -> int:
@@ -82,10 +81,9 @@ def _find_max(argv: Sequence[str]) -> int:
     interruption = Interruption()
     with interruption.watched(), open_view(sys.stderr, quiet=arguments.quiet) as view:
         report = find_max(Session(setup, view, interruption), setup.objective, options)
-    _write(report, arguments.output)
     print_find_max(report, Console())
-    _tell_files(arguments.output)
-    return _status(report)
+    problems = list(_write(report, arguments.output))
+    return _complain(problems, EXIT_SERVER_FAILED) if problems else _status(report)
 
 
 def _compare(argv: Sequence[str]) -> int:
@@ -124,16 +122,19 @@ def _answers_were_wrong(report: RunReport | FindMaxReport) -> bool:
 
 def _write(
     report: RunReport | FindMaxReport, folder: Path | None, book: AnswerBook | None = None, golden: Path | None = None
-) -> None:
+) -> Iterator[str]:
+    """Writes what was asked for, after the summary is on the screen; yields what could not be written."""
     if folder is not None:
-        write_report(report, folder)
+        try:
+            write_report(report, folder)
+            sys.stdout.write(f"\nreport: {folder / HTML_NAME}\n")
+        except OSError as error:
+            yield f"the report cannot be written: {error.filename or folder}: {error.strerror}"
     if book is not None and golden is not None:
-        book.write_golden(golden)
-
-
-def _tell_files(folder: Path | None) -> None:
-    if folder is not None:
-        sys.stdout.write(f"\nreport: {folder / 'report.html'}\n")
+        try:
+            book.write_golden(golden)
+        except GoldenUnusable as error:
+            yield str(error)
 
 
 def _complain(lines: Sequence[str], status: int) -> int:

@@ -173,10 +173,10 @@ class _Processes:
         self.requests: dict[Connection, int] = {}
 
     def __enter__(self) -> "_Processes":
-        # "spawn", for gRPC does not survive a fork. That SIGINT is ignored is inherited: Ctrl-C is for the coordinator.
+        # "spawn", for gRPC does not survive a fork. That SIGINT is blocked is inherited: Ctrl-C is for the coordinator,
+        # which gets it when they have started.
         context = multiprocessing.get_context("spawn")
-        main_thread = threading.current_thread() is threading.main_thread()
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main_thread else None
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for part in self._parts:
                 ours, theirs = context.Pipe()
@@ -186,8 +186,7 @@ class _Processes:
                 self._running.append(process)
                 self.names[ours], self.requests[ours] = part.name, 0
         finally:
-            if main_thread:
-                signal.signal(signal.SIGINT, handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -248,7 +247,8 @@ class _Measurement:
         self._own_memory.append(memory_mib())
         own_cpu_s = time.process_time()
         self._processes.tell(Start(began), list(self._processes.names))
-        stopped_s: float | None = None
+        stopped_s, own_share = None, None
+        is_hurried = False
         while waiting := [connection for connection in self._processes.names if connection not in self._finished]:
             for connection in wait(waiting, _LOOK_EVERY_S):
                 assert isinstance(connection, Connection)
@@ -258,17 +258,22 @@ class _Measurement:
             if len(self._own_memory) == 1 and elapsed_s >= self._plan.frame.duration_s / 4:
                 self._own_memory.append(memory_mib())
             is_over = elapsed_s >= self._plan.frame.duration_s
-            if stopped_s is None and (
-                interruption.asked or (not is_over and self._observer.enough(self._recorder, elapsed_s))
-            ):
+            if interruption.asked and not is_hurried:
+                is_hurried = True
+                stopped_s = elapsed_s if stopped_s is None else stopped_s
+                self._processes.tell(Stop(drain=False), waiting)
+            elif stopped_s is None and not is_over and self._observer.enough(self._recorder, elapsed_s):
                 stopped_s = elapsed_s
-                self._processes.tell(Stop(drain=not interruption.asked), waiting)
-        seconds = time.monotonic() - began
+                self._processes.tell(Stop(drain=True), waiting)
+            if own_share is None and (is_over or stopped_s is not None):
+                own_share = (time.process_time() - own_cpu_s) / max(elapsed_s, 1e-9)
+        if own_share is None:
+            own_share = (time.process_time() - own_cpu_s) / max(time.monotonic() - began, 1e-9)
         return Measured(
             recorder=self._recorder,
             seconds=self._plan.frame.duration_s if stopped_s is None else min(stopped_s, self._plan.frame.duration_s),
             interrupted=interruption.asked,
-            processes=[*self._generators(), self._coordinator(time.process_time() - own_cpu_s, seconds)],
+            processes=[*self._generators(), self._coordinator(own_share)],
             messages=dict(self._messages.most_common(_MOST_MESSAGES)),
         )
 
@@ -335,12 +340,12 @@ class _Measurement:
             for connection, name in self._processes.names.items()
         ]
 
-    def _coordinator(self, cpu_s: float, seconds: float) -> GeneratorProcess:
+    def _coordinator(self, cpu_share: float) -> GeneratorProcess:
         memory_end = memory_mib()
         return GeneratorProcess(
             name="coordinator",
             requests=0,
-            cpu_share=cpu_s / seconds,
+            cpu_share=cpu_share,
             memory_start_mib=self._own_memory[0],
             memory_quarter_mib=self._own_memory[1] if len(self._own_memory) > 1 else memory_end,
             memory_end_mib=memory_end,

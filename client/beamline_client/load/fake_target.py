@@ -20,6 +20,8 @@ class FakeTargets:
     """Requests in the queue beyond which others are rejected."""
     unusable: str = ""
     """Why it cannot be prepared; empty is that it can."""
+    faulty: bool = False
+    """Whether every call raises, which a target must not do."""
     dies_after: int | None = None
     """Requests after which the process ends, without a word."""
 
@@ -47,6 +49,8 @@ class FakeTarget:
         """See `Target`."""
         if self._came == self._script.dies_after:
             os._exit(1)
+        if self._script.faulty:
+            raise ZeroDivisionError("on purpose")
         now = asyncio.get_running_loop().time()
         stall_s = self._script.stall_s if self._came == self._script.stall_after else 0.0
         self._came += 1

@@ -4,17 +4,20 @@ The search itself is a pure function of the rates that were tried. A rate is tri
 last three windows agree, as NVIDIA's perf_analyzer does, in answers per second and in median latency.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from beamline_client.load.arrivals import ArrivalsUnusable
 from beamline_client.load.assembly import server_description
-from beamline_client.load.recorder import Recorder
+from beamline_client.load.coordinator import GeneratorFailed
+from beamline_client.load.recorder import SHORTEST_WINDOW_S, Recorder, whole_windows_s
 from beamline_client.load.report import FindMaxReport, Point, RunReport, Verdict
 from beamline_client.load.session import Session
 from beamline_client.load.setup import closed_load, open_load
 from beamline_client.load.slo import Objective
+from beamline_client.load.target import TargetUnusable
 from beamline_client.load.wording import milliseconds
 
 PROBE_S = 5.0
@@ -155,11 +158,12 @@ class Patience:
 
 
 def find_max(session: Session, objective: Objective, options: FindMaxOptions) -> FindMaxReport:
-    """Searches, and shows each rate that was tried.
+    """Searches, and shows each rate that was tried. What ends it early is told in the report, once a rate was tried.
 
     Raises:
-        TargetUnusable: The server cannot be reached.
-        GeneratorFailed: A process of the generator died.
+        TargetUnusable: The server could not be reached from the start.
+        GeneratorFailed: A process of the generator died before a rate was tried.
+        KeyboardInterrupt: It was interrupted before a rate was tried.
     """
     return _Search(session, objective, options).run()
 
@@ -170,19 +174,30 @@ class _Search:
         self._objective = objective
         self._options = options
         self._reports: list[tuple[Point, RunReport]] = []
+        self._ended_by = ""
 
     def run(self) -> FindMaxReport:
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        start_per_s = self._options.start_per_s or self._probe()
+        try:
+            self._search(self._options.start_per_s or self._probe())
+        except (TargetUnusable, GeneratorFailed) as error:
+            if not self._reports:
+                raise
+            self._ended_by = str(error)
+        except KeyboardInterrupt:
+            if not self._reports:
+                raise
+        return self._report(started_at)
+
+    def _search(self, start_per_s: float) -> None:
         while not self._session.interruption.asked:
             rate_per_s = next_rate(self._tried(), start_per_s, self._options.precision)
             if rate_per_s is None:
-                break
+                return
             try:
                 self._try(rate_per_s)
             except ArrivalsUnusable:  # so few requests per second that none would come
-                break
-        return self._report(started_at)
+                return
 
     def _tried(self) -> list[Tried]:
         return [Tried(point.rate_per_s, point.met) for point, _ in self._reports]
@@ -199,10 +214,13 @@ class _Search:
 
     def _try(self, rate_per_s: float) -> None:
         options, setup = self._options, self._session.setup
-        warm_up_s = setup.options.warm_up_s
+        # The recorder's windows divide the search's.
+        window_s = options.window_s / math.ceil(options.window_s / SHORTEST_WINDOW_S)
+        warm_up_s = whole_windows_s(setup.options.warm_up_s, window_s)
         # The last window has ended only when its answers are in.
         duration_s = warm_up_s + options.max_windows * options.window_s + (self._objective.limit_s or 0.0)
-        load = open_load(setup.options, f"{rate_per_s:.2f}", duration_s)
+        duration_s = max(duration_s, 2 * warm_up_s)  # a run gives no more than half of itself to the warm-up
+        load = replace(open_load(setup.options, f"{rate_per_s:.2f}", duration_s), window_s=window_s)
         assert load.intended_s is not None
         patience = Patience(self._objective, options, warm_up_s, int((load.intended_s >= warm_up_s).sum()))
         report, _ = self._session.run(load, patience.enough)
@@ -243,6 +261,8 @@ class _Search:
             for reason in report.verdict.invalid_because
         ]
         failures, remarks = [], list(self._session.setup.remarks)
+        if self._ended_by:
+            failures.append(f"the search ended early: {self._ended_by}")
         if known.met is None:
             lowest = min((point.rate_per_s for point, _ in self._reports), default=None)
             failures.append("no rate could be tried" if lowest is None else f"not even {lowest:.2f}/s met the SLO")

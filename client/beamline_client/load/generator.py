@@ -88,8 +88,9 @@ class Finished:
     """Everything is sent, answered and reported; the process ends."""
 
     seconds: float
-    """From the start to the last answer."""
+    """From the start to the last send."""
     cpu_s: float
+    """Spent in them."""
     memory_start_mib: float
     memory_quarter_mib: float
     memory_end_mib: float
@@ -137,6 +138,7 @@ class _Generator:
         self._messages: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._began = 0.0
+        self._stopping = False
 
     async def run(self) -> None:
         try:
@@ -167,12 +169,12 @@ class _Generator:
         loop.add_reader(self._connection.fileno(), stopped.set)
         try:
             await _first_of(sending, stopped)
+            # Without the wait for the last answers, which would make a busy process look idle.
+            seconds, cpu_s = max(time.monotonic() - start.at, 1e-9), time.process_time() - cpu_s
             await self._drain(sending, stopped)
         finally:
             loop.remove_reader(self._connection.fileno())
             flushing.cancel()
-        seconds = max(time.monotonic() - start.at, 1e-9)
-        cpu_s = time.process_time() - cpu_s
         await self._flush()
         memory_end = memory_mib()
         if np.isnan(memory_quarter[0]):
@@ -182,23 +184,30 @@ class _Generator:
 
     async def _drain(self, sending: "asyncio.Task[None]", stopped: asyncio.Event) -> None:
         """Waits for what is in flight; a `Stop`, now or meanwhile, ends the sending and may end the wait."""
-        patience_s = None
-        if self._tasks:
-            answers = asyncio.get_running_loop().create_task(_all_of(set(self._tasks)))
-            await _first_of(answers, stopped)
-            answers.cancel()
-        if stopped.is_set():
-            sending.cancel()
-            stop = self._connection.recv()
-            patience_s = None if isinstance(stop, Stop) and stop.drain else _LAST_ANSWERS_S
+        while self._tasks or stopped.is_set():
+            if stopped.is_set():
+                stopped.clear()
+                if self._connection.poll() and not self._stop_waits(sending):
+                    break
+            else:
+                answers = asyncio.get_running_loop().create_task(_all_of(set(self._tasks)))
+                await _first_of(answers, stopped)
+                answers.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await sending
         if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=patience_s)
+            await asyncio.wait(set(self._tasks), timeout=_LAST_ANSWERS_S)
         for task in set(self._tasks):
             task.cancel()
         if self._tasks:
             await asyncio.wait(set(self._tasks))
+
+    def _stop_waits(self, sending: "asyncio.Task[None]") -> bool:
+        """Takes a `Stop`; whether it is to wait for all answers."""
+        stop = self._connection.recv()
+        self._stopping = True
+        sending.cancel()
+        return isinstance(stop, Stop) and stop.drain
 
     async def _open(self) -> None:
         launched = 0
@@ -226,18 +235,13 @@ class _Generator:
         await asyncio.sleep(max(wait_s, 0))
 
         async def caller() -> None:
-            while (now_s := time.monotonic() - self._began) < self._part.duration_s:
+            while not self._stopping and (now_s := time.monotonic() - self._began) < self._part.duration_s:
                 await self._one(next(positions), now_s)
 
         callers = [self._launch(caller()) for _ in range(self._part.callers)]
         if not callers:  # more processes than callers
             return
-        try:
-            await asyncio.wait(callers)
-        except asyncio.CancelledError:
-            for task in callers:
-                task.cancel()
-            raise
+        await asyncio.wait(callers)
 
     def _launch(self, coroutine: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -254,6 +258,8 @@ class _Generator:
             done_s = time.monotonic() - self._began
             self._record(position, intended_s, sent_s, done_s, Answer(Outcome.CANCELLED, 1))
             raise
+        except Exception as error:  # a fault of the target's; the request has an end all the same
+            answer = Answer(Outcome.ERROR, 2, f"the load generator failed: {error!r}")
         self._record(position, intended_s, sent_s, time.monotonic() - self._began, answer)
 
     def _record(self, position: int, intended_s: float, sent_s: float, done_s: float, answer: Answer) -> None:

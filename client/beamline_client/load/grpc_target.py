@@ -130,7 +130,9 @@ def _message(question: Question) -> bytes:
 
 
 async def _answered(call: Any) -> Answer:
-    response: pb.GenerateResponse = await call
+    response: pb.GenerateResponse | None = await call
+    if response is None:  # what grpc.aio makes of bytes that are no such message
+        return _no_result("bytes that are no GenerateResponse")
     if len(response.results) != 1:
         return _no_result(f"{len(response.results)} results for one input")
     return _answer(response.results[0], None)

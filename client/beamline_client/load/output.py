@@ -2,6 +2,8 @@
 
 import gzip
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
@@ -42,13 +44,16 @@ def percentile_spectrum(histogram: str) -> str:
 class RequestLog:
     """A CSV file with a line per request, in the order of their ends; gzip if its name ends so.
 
-    Its column `intended_s` makes it a trace that `--trace` repeats.
+    Its column `intended_s` makes it a trace that `--trace` repeats. A disk that fills up ends the log, not the run.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: The file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
+        self.problem: str | None = None
+        """Why the log is not complete; None if it is."""
+        self._path = path
         binary = gzip.GzipFile(path, "wb", compresslevel=1) if path.suffix == ".gz" else path.open("wb")
         self._file: TextIO = io.TextIOWrapper(binary, encoding="ascii")  # closes what it wraps
         self._file.write(",".join(_TOLD) + "\n")
@@ -59,12 +64,22 @@ class RequestLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        with self._noting():
+            self._file.close()
 
     def write(self, records: Records) -> None:
         """Adds requests. Times are in seconds, to the microsecond; what is not known is empty."""
-        columns = [_column(records, name) for name in _TOLD]
-        self._file.writelines(",".join(row) + "\n" for row in zip(*columns, strict=True))
+        if self.problem is None:
+            columns = [_column(records, name) for name in _TOLD]
+            with self._noting():
+                self._file.writelines(",".join(row) + "\n" for row in zip(*columns, strict=True))
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.problem = f"the log of requests is not complete: {self._path}: {error.strerror}"
 
 
 def _column(records: Records, name: str) -> list[str]:

@@ -48,16 +48,9 @@ class Frame:
         return max(1, int(np.ceil(self.duration_s / self.window_s - 1e-9)))
 
 
-def frame(
-    duration_s: float,
-    warm_up_s: float,
-    limit_s: float | None,
-    class_names: Sequence[str],
-    class_of: npt.NDArray[np.integer],
-) -> Frame:
-    """A frame whose warm-up is rounded to whole windows."""
-    window_s = window_length_s(duration_s)
-    return Frame(duration_s, window_s, round(warm_up_s / window_s) * window_s, limit_s, class_names, class_of)
+def whole_windows_s(time_s: float, window_s: float) -> float:
+    """The time, rounded to whole windows."""
+    return round(time_s / window_s) * window_s
 
 
 class Recorder:
@@ -88,7 +81,7 @@ class Recorder:
         self._classes = [histograms.new_histogram() for _ in frame.class_names]
         self._class_counts = np.zeros(len(frame.class_names), np.int64)
         self.too_slow = 0
-        """Answers to requests after the warm-up that took longer than the limit."""
+        """Requests after the warm-up that failed, or were answered after the limit; 0 without one."""
         n = frame.windows
         self._window_histograms: list[HdrHistogram | None] = [None] * n
         self._offered = np.zeros(n, np.int64) if offered is None else self._per_window(offered)
@@ -133,7 +126,7 @@ class Recorder:
         histograms.record(self.answered, latency_s)
         histograms.record(self._from_send, from_send_s)
         if self.frame.limit_s is not None:
-            self.too_slow += int((latency_s > self.frame.limit_s).sum())
+            self.too_slow += int((latency_s > self.frame.limit_s).sum()) + int(_FAILED[counted["outcome"]].sum())
         if len(self._classes) > 1:
             of_answered = classes[records["outcome"] == Outcome.OK]
             for number in np.unique(of_answered):

@@ -5,9 +5,11 @@ compressed encoding of hdrhistogram.org, base64.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
+from hdrh.histogram import HdrHistogram
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 SCHEMA_VERSION = 1
@@ -47,7 +49,7 @@ class GeneratorProcess(Part):
     name: str
     requests: int
     cpu_share: float
-    """CPU time by wall time during the run; 1 is a whole core."""
+    """CPU time by wall time from the start to the last send; 1 is a whole core."""
     memory_start_mib: float
     """Resident memory when the run began."""
     memory_quarter_mib: float
@@ -368,12 +370,31 @@ def read_report(path: Path) -> RunReport | FindMaxReport:
         ReportUnreadable: There is no such file, or it is no report of this version.
     """
     try:
-        return _ADAPTER.validate_python(json.loads(path.read_text(encoding="utf-8")))
+        report = _ADAPTER.validate_python(json.loads(path.read_text(encoding="utf-8")))
+        return _checked(report)
     except OSError as error:
         raise ReportUnreadable(f"{path}: {error.strerror}") from error
-    except (ValueError, ValidationError) as error:
+    except (ValueError, RecursionError) as error:
         problem = error.errors()[0] if isinstance(error, ValidationError) else None
-        where = "/".join(map(str, problem["loc"])) + ": " + problem["msg"] if problem else "no JSON"
+        where = "/".join(map(str, problem["loc"])) + ": " + problem["msg"] if problem else str(error) or "no JSON"
         raise ReportUnreadable(
             f"{path} is not a report of `beamline load`, schema version {SCHEMA_VERSION} ({where})"
         ) from error
+
+
+def _checked(report: RunReport | FindMaxReport) -> RunReport | FindMaxReport:
+    """The report, after a check of what validation cannot see of the windows, from which comparisons draw.
+
+    Raises:
+        ValueError: A window has no length, a negative count, or a histogram that is none.
+    """
+    run = report if isinstance(report, RunReport) else report.best
+    for number, window in enumerate(run.windows if run else ()):
+        if not 0 < window.seconds < math.inf or min(window.offered, window.answered, window.failed, window.tokens) < 0:
+            raise ValueError(f"window {number} has an impossible length or count")
+        if window.histogram is not None:
+            try:
+                HdrHistogram.decode(window.histogram)
+            except Exception as error:  # the decoder raises whatever comes of it
+                raise ValueError(f"the histogram of window {number} is damaged") from error
+    return report

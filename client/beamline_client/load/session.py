@@ -10,7 +10,7 @@ from beamline_client.load.grpc_target import BeamlineTargets
 from beamline_client.load.live import View
 from beamline_client.load.pinning import Pinned
 from beamline_client.load.quality import AnswerBook
-from beamline_client.load.recorder import Recorder, frame
+from beamline_client.load.recorder import Frame, Recorder, whole_windows_s, window_length_s
 from beamline_client.load.records import Records
 from beamline_client.load.report import RunReport
 from beamline_client.load.setup import Load, Setup
@@ -52,14 +52,15 @@ class Session:
         setup, options = self.setup, self.setup.options
         workload = setup.draw(load)
         limit_s = setup.objective.limit_s if setup.objective else None
-        warm_up_s = min(options.warm_up_s, load.duration_s / 2)
+        window_s = load.window_s or window_length_s(load.duration_s)
+        warm_up_s = whole_windows_s(min(options.warm_up_s, load.duration_s / 2), window_s)
         plan = Plan(
             title=load.title,
             targets=BeamlineTargets(options.server, options.channels, options.retries),
             workload=workload,
             intended_s=load.intended_s,
             callers=load.callers,
-            frame=frame(load.duration_s, warm_up_s, limit_s, workload.class_names, workload.class_of),
+            frame=Frame(load.duration_s, window_s, warm_up_s, limit_s, workload.class_names, workload.class_of),
             workers=options.workers,
             max_in_flight=options.max_in_flight,
             cores=tuple(setup.pinning.generator_cores) if setup.pinning else (),

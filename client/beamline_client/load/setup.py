@@ -84,6 +84,8 @@ class Load:
     """Shape [requests]; None is a closed loop."""
     callers: int
     duration_s: float
+    window_s: float | None = None
+    """Length of the recorder's windows; None is whatever suits the duration."""
 
     @property
     def requests(self) -> int:
@@ -179,7 +181,7 @@ def check_setup(options: LoadOptions, problems_so_far: Sequence[str] = ()) -> Se
         SetupUnusable: With every problem of the options, those so far first; or, if there are none, with those of the
             server.
     """
-    problems = list(problems_so_far)
+    problems = [*problems_so_far, *_unreachable(options.server)]
     sentences_path, sentences = _sentences(options, problems)
     objective = _objective(options, problems)
     golden = _golden(options, problems)
@@ -229,6 +231,15 @@ def _golden(options: LoadOptions, problems: list[str]) -> GoldenFile | None:
     except GoldenUnusable as error:
         problems.append(str(error))
         return None
+
+
+def _unreachable(server: str) -> Iterator[str]:
+    """What gRPC would take for another address than the one that was written."""
+    _, colon, port = server.rpartition(":")
+    if not server.strip():
+        yield "--server is empty: write HOST:PORT"
+    elif colon and port.isdecimal() and not 0 < int(port) < 65_536:
+        yield f"{server} has no such port: ports are 1 to 65535"
 
 
 def _unwritable(options: LoadOptions) -> Iterator[str]:

@@ -24,6 +24,7 @@ def objections(
     processes: Iterable[GeneratorProcess],
     outcomes: Mapping[Outcome, int],
     max_in_flight: int,
+    lost: int = 0,
 ) -> list[str]:
     """Why the figures may be the generator's instead of the server's; empty if they are not.
 
@@ -33,6 +34,7 @@ def objections(
         processes: The generator's.
         outcomes: Of all requests.
         max_in_flight: The most requests that the generator allowed itself.
+        lost: Requests of the schedule whose end is not known although the run came to its own.
     """
     found = []
     allowed_ms = allowed_lag_ms(median_ms)
@@ -52,4 +54,6 @@ def objections(
             f"{missed} requests were not sent, for {max_in_flight} were in flight; "
             "raise --max-in-flight, or lower the rate or the deadlines"
         )
+    if lost:
+        found.append(f"{lost} requests have no record: a fault of the load generator, please report it")
     return found

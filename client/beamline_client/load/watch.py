@@ -66,6 +66,11 @@ class Watch:
             return Seen(samples, remarks=(*remarks, "the books could not be compared: no metrics before the run"))
         seen_again = after.total("beamline_retries_seen_total") - self._before.total("beamline_retries_seen_total")
         books = balance(outcomes, self._before, after, retries=retries)
+        ends = time.monotonic() + _SETTLED_WITHIN_S
+        while not books.balanced and time.monotonic() < ends:  # an end is counted just after its answer has gone out
+            time.sleep(_LOOK_EVERY_S)
+            with contextlib.suppress(scrape.MetricsUnreachable):
+                books = balance(outcomes, self._before, scrape.fetch(self._url), retries=retries)
         return Seen(samples, books, max(int(seen_again), 0), tuple(remarks))  # a server that restarted counts anew
 
     def _when_settled(self, url: str) -> scrape.Samples:

@@ -16,7 +16,8 @@ import jsonschema
 import pytest
 
 from beamline.v1 import generation_pb2 as pb
-from beamline_client.load.report import FindMaxReport, RunReport, json_schema, read_report
+from beamline_client.load.report import FindMaxReport, RunReport, json_schema, read_report, to_json
+from beamline_client.load.testing import example_run
 from beamline_client.main import main
 from beamline_client.testing import Failure, FakeServer, shouted
 
@@ -125,7 +126,7 @@ class TestARun:
         assert sorted(request.SerializeToString() for request in sent(server)) == first
 
     def test_a_closed_loop_has_callers(self, load: Load, tmp_path: Path) -> None:
-        status, _, _ = load("--concurrency", "3", "--duration", "0.5s", "-o", str(tmp_path / "report"))
+        status, _, _ = load("--concurrency", "3", "--duration", "2s", "-o", str(tmp_path / "report"))
 
         report = run_report(tmp_path / "report")
         assert is_status(report, status)
@@ -159,6 +160,24 @@ class TestARun:
         assert report.latency.count == report.outcomes["ok"]
         assert report.latency_with_failures.count == report.outcomes["ok"] + report.outcomes["rejected"]
 
+    def test_a_latency_objective_is_missed_by_requests_that_fail(
+        self, load: Load, server: FakeServer, tmp_path: Path
+    ) -> None:
+        def mostly_full(request: pb.GenerateRequest, context: grpc.ServicerContext) -> pb.GenerateResponse:
+            if len(sent(server)) % 10:
+                Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "full").end(context)
+            return answered(request, context)
+
+        server.generate = mostly_full
+        status, out, _ = load("--rate", "50", "--duration", "1s", "--slo", "p99<=10s", "-o", str(tmp_path / "report"))
+
+        report = run_report(tmp_path / "report")
+        assert is_status(report, status)
+        assert report.slo is not None
+        assert not report.slo.met
+        assert "failed" in report.slo.clauses[0].measured
+        assert "the SLO was missed" in " ".join(out.split())
+
     def test_an_slo_that_is_missed_is_a_failure(self, load: Load, tmp_path: Path) -> None:
         status, out, _ = load(
             "--rate", "30", "--duration", "1s", "-o", str(tmp_path / "report"), "--slo", "p50<=1us,errors<=1%"
@@ -173,8 +192,10 @@ class TestARun:
         assert report.throughput.goodput_per_s == 0
 
     def test_an_interrupted_run_writes_what_it_has(self, load: Load, server: FakeServer, tmp_path: Path) -> None:
+        once = threading.Lock()
+
         def interrupting(request: pb.GenerateRequest, context: grpc.ServicerContext) -> pb.GenerateResponse:
-            if len(sent(server)) == 10:
+            if len(sent(server)) >= 10 and once.acquire(blocking=False):
                 os.kill(os.getpid(), signal.SIGINT)
             return answered(request, context)
 
@@ -189,6 +210,15 @@ class TestARun:
         assert "INTERRUPTED" in out
         assert 10 <= sum(report.outcomes.values()) < report.configuration.requests
         assert (tmp_path / "report" / "report.html").exists()
+
+    def test_what_cannot_be_written_does_not_take_the_summary_along(self, load: Load, tmp_path: Path) -> None:
+        (tmp_path / "report" / "report.json").mkdir(parents=True)
+        status, out, err = load("--rate", "20", "--duration", "1s", "-o", str(tmp_path / "report"))
+
+        assert status == 1
+        assert "VALID" in out
+        assert err.startswith("beamline load: the report cannot be written")
+        assert err.count("\n") == 1
 
 
 class TestGolden:
@@ -250,6 +280,8 @@ class TestBadInput:
             (("--lengths", "60-50"), "60-50"),
             (("--deadline", "2m"), "60"),
             (("--metrics", "http://127.0.0.1:1/metrics"), "http://127.0.0.1:1/metrics"),
+            (("--server", ""), "--server is empty"),
+            (("--server", "localhost:999999"), "ports are 1 to 65535"),
             (("--server", "127.0.0.1:1"), "cannot reach a server at 127.0.0.1:1"),
         ],
     )
@@ -270,7 +302,8 @@ class TestBadInput:
         assert [line.partition(": ")[0] for line in err.splitlines()] == ["beamline load"] * 3
 
     @pytest.mark.parametrize(
-        "arguments", [("--duration", "0s"), ("--duration", "soon"), ("--workers", "0"), ("--seed", "-1")]
+        "arguments",
+        [("--duration", "0s"), ("--duration", "soon"), ("--workers", "0"), ("--workers", "many"), ("--seed", "-1")],
     )
     def test_what_argparse_refuses_names_the_argument(
         self, load: Load, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
@@ -310,7 +343,7 @@ class TestFindMax:
             return answered(request, context)
 
         server.generate = limited
-        status, out, _ = load(*self.SEARCH, "--slo", "errors<=5%", "--start", "15", "-o", str(tmp_path / "report"))
+        status, out, _ = load(*self.SEARCH, "--slo", "errors<=50%", "--start", "60", "-o", str(tmp_path / "report"))
 
         report = read_report(tmp_path / "report" / "report.json")
         assert isinstance(report, FindMaxReport)
@@ -318,7 +351,7 @@ class TestFindMax:
         assert report.highest_rate_per_s is not None
         assert report.step_per_s is not None
         assert 0 < report.step_per_s <= 0.3 * report.highest_rate_per_s * 1.001
-        assert report.highest_rate_per_s < 120  # twice what the server answers per second
+        assert report.highest_rate_per_s < 400  # the server answers 60/s; half of the requests may fail
         by_rate = {point.rate_per_s: point.met for point in report.points}
         assert by_rate[report.highest_rate_per_s]
         assert not by_rate[min(rate for rate, met in by_rate.items() if not met)]
@@ -332,6 +365,25 @@ class TestFindMax:
         assert isinstance(report, FindMaxReport)
         assert report.highest_rate_per_s is None
         assert status in {1, 3}
+
+    def test_a_server_that_goes_away_leaves_the_rates_that_were_tried(
+        self, load: Load, server: FakeServer, tmp_path: Path
+    ) -> None:
+        once = threading.Lock()
+
+        def leaving(request: pb.GenerateRequest, context: grpc.ServicerContext) -> pb.GenerateResponse:
+            if len(sent(server)) >= 30 and once.acquire(blocking=False):
+                threading.Thread(target=server.__exit__, args=(None, None, None)).start()
+            return answered(request, context)
+
+        server.generate = leaving
+        status, out, err = load(*self.SEARCH, "--slo", "p99<=10s", "--start", "40", "-o", str(tmp_path / "report"))
+
+        report = read_report(tmp_path / "report" / "report.json")
+        assert isinstance(report, FindMaxReport)
+        assert (status in {1, 3}, err) == (True, "")
+        assert report.points
+        assert "the search ended early" in " ".join(out.split())
 
     def test_needs_an_slo(self, load: Load, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
@@ -348,6 +400,32 @@ class TestCompare:
 
         assert main(["load", "compare", "--allow-invalid", path, path]) == 0
         assert "same" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda window: window.update(histogram=window["histogram"][: len(window["histogram"]) // 2]),
+            lambda window: window.update(histogram="é"),
+            lambda window: window.update(seconds=0),
+            lambda window: window.update(answered=-5),
+        ],
+    )
+    def test_a_damaged_window_is_told(
+        self, damage: Callable[[dict[str, Any]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        report = json.loads(to_json(example_run()))
+        damage(report["windows"][3])
+        (tmp_path / "a.json").write_text(json.dumps(report))
+
+        assert main(["load", "compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert "window 3" in err
+
+    def test_endless_brackets_are_no_report(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "a.json").write_text("[" * 100_000)
+        assert main(["load", "compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
     def test_what_is_no_report_is_told(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "a.json").write_text("{}")

@@ -18,7 +18,7 @@ from beamline_client.load.coordinator import (
 from beamline_client.load.fake_target import FakeTargets
 from beamline_client.load.histograms import percentile_ms
 from beamline_client.load.live import open_view
-from beamline_client.load.recorder import Recorder, frame
+from beamline_client.load.recorder import Frame, Recorder, window_length_s
 from beamline_client.load.records import RECORD, Records
 from beamline_client.load.sentences import Sentence
 from beamline_client.load.target import Outcome, TargetUnusable
@@ -65,7 +65,7 @@ def plan(
         workload=workload,
         intended_s=times,
         callers=0,
-        frame=frame(duration_s, 0.0, None, workload.class_names, workload.class_of),
+        frame=Frame(duration_s, window_length_s(duration_s), 0.0, None, workload.class_names, workload.class_of),
         workers=1,
         max_in_flight=1000,
         cores=(),
@@ -145,9 +145,39 @@ def test_deadlines_cancellations_and_refusals_are_told_apart() -> None:
     assert measured.messages == {"full": outcomes[Outcome.REJECTED], "too late": outcomes[Outcome.DEADLINE]}
 
 
+def test_a_fault_of_the_target_is_an_error_not_a_gap() -> None:
+    measured = run(plan(FakeTargets(faulty=True), [0.0, 0.1]), Keeper())
+    assert measured.recorder.outcomes == {Outcome.ERROR: 2}
+    assert measured.messages == {"the load generator failed: ZeroDivisionError('on purpose')": 2}
+
+
+def test_an_interrupted_closed_loop_gives_what_is_in_flight_a_moment() -> None:
+    interruption = Interruption()
+    keeper = Keeper(interruption=interruption)
+    measured = run(plan(FakeTargets(service_s=0.1), None, callers=3, duration_s=120), keeper, interruption)
+
+    assert measured.interrupted
+    assert measured.recorder.outcomes.keys() == {Outcome.OK}
+
+
+def test_an_interruption_hurries_a_run_that_had_enough() -> None:
+    interruption = Interruption()
+
+    class Impatient(Keeper):
+        def enough(self, recorder: Recorder, elapsed_s: float) -> bool:
+            interruption.asked = True  # as if Ctrl-C came just after
+            return True
+
+    made = plan(FakeTargets(service_s=100.0), [0.0] * 3, duration_s=120)
+    measured = run(made, Impatient(), interruption)
+
+    assert measured.interrupted
+    assert measured.recorder.outcomes == {Outcome.CANCELLED: 3}
+
+
 def test_what_exceeds_the_most_in_flight_is_recorded_as_not_sent() -> None:
     keeper = Keeper()
-    measured = run(plan(FakeTargets(service_s=0.2), [0.0] * 10, max_in_flight=3), keeper)
+    measured = run(plan(FakeTargets(service_s=1.0), [0.0] * 10, max_in_flight=3), keeper)
 
     assert measured.recorder.outcomes == {Outcome.OK: 3, Outcome.NOT_SENT: 7}
     assert np.isnan(keeper.records["sent_s"]).sum() == 7

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beamline_client.load.find_max import Bracket, FindMaxOptions, Patience, Tried, agree, bracket, next_rate
-from beamline_client.load.recorder import Recorder, frame
+from beamline_client.load.recorder import Frame, Recorder, window_length_s
 from beamline_client.load.records import RECORD
 from beamline_client.load.slo import parse_slo
 from beamline_client.load.target import Outcome
@@ -71,7 +71,10 @@ def recorded(latencies_s: Sequence[float], outcome: Outcome = Outcome.OK) -> Rec
     records["done_s"] = records["intended_s"] + np.repeat(latencies_s, RATE)
     records["outcome"] = outcome
     records["queue_s"] = records["first_piece_s"] = np.nan
-    made = Recorder(frame(13.5, WARM_UP_S, 0.5, ("all",), np.zeros(1, np.uint16)), np.arange(13.5 * RATE) / RATE)
+    made = Recorder(
+        Frame(13.5, window_length_s(13.5), WARM_UP_S, 0.5, ("all",), np.zeros(1, np.uint16)),
+        np.arange(13.5 * RATE) / RATE,
+    )
     made.add(records)
     return made
 
@@ -108,6 +111,12 @@ def test_slow_answers_that_the_slo_allows_are_no_reason_to_give_up() -> None:
 def test_a_rate_at_which_too_many_fail_is_given_up_at_once() -> None:
     waiting = patience("errors<=1%")
     assert waiting.enough(recorded([0.1, 0.1], Outcome.REJECTED), 2.0)
+    assert waiting.hopeless
+
+
+def test_a_request_that_failed_was_not_answered_in_time() -> None:
+    waiting = patience("p99<=500ms")
+    assert waiting.enough(recorded([0.1, 0.1], Outcome.DEADLINE), 2.0)
     assert waiting.hopeless
 
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beamline_client.load.histograms import percentile_ms
-from beamline_client.load.recorder import PHASES, Recorder, frame, window_length_s
+from beamline_client.load.recorder import PHASES, Frame, Recorder, window_length_s
 from beamline_client.load.records import RECORD, Records
 from beamline_client.load.target import FAILURES, Outcome
 
@@ -36,7 +36,10 @@ def drawn(n: int, seed: int) -> Records:
 
 
 def recorder(records: Records, *, limit_s: float | None = LIMIT_S, parts: int = 1) -> Recorder:
-    made = Recorder(frame(DURATION_S, WARM_UP_S, limit_s, ("short", "long"), CLASS_OF), records["intended_s"])
+    made = Recorder(
+        Frame(DURATION_S, window_length_s(DURATION_S), WARM_UP_S, limit_s, ("short", "long"), CLASS_OF),
+        records["intended_s"],
+    )
     for part in np.array_split(records, parts):
         made.add(part)
     return made
@@ -111,7 +114,7 @@ def test_goodput_counts_answers_within_the_limit_only() -> None:
     assert slow.goodput_per_s is not None
     assert 0 < slow.goodput_per_s < slow.answered_per_s
     assert all_of_them.goodput_per_s == all_of_them.answered_per_s
-    assert tight.too_slow > 0 == wide.too_slow
+    assert tight.too_slow > wide.too_slow == wide.failed_after_warm_up
 
 
 def test_rates_are_per_second_of_whole_windows_after_the_warm_up() -> None:
@@ -137,7 +140,7 @@ def test_rates_are_per_second_of_whole_windows_after_the_warm_up() -> None:
 
 def test_a_closed_loop_offers_what_it_sends() -> None:
     records = drawn(300, 5)
-    made = Recorder(frame(DURATION_S, 0.0, None, ("all",), np.zeros(3, np.uint16)), None)
+    made = Recorder(Frame(DURATION_S, window_length_s(DURATION_S), 0.0, None, ("all",), np.zeros(3, np.uint16)), None)
     made.add(records)
     assert sum(window.offered for window in made.windows(DURATION_S)) == 300
     assert made.classes() == []
@@ -155,7 +158,7 @@ def test_a_class_has_the_latency_of_its_requests() -> None:
 
 @given(st.floats(0.05, 1e6))
 def test_windows_cover_the_run_and_are_not_too_many(duration_s: float) -> None:
-    made = frame(duration_s, 0.0, None, ("all",), np.zeros(1, np.uint16))
+    made = Frame(duration_s, window_length_s(duration_s), 0.0, None, ("all",), np.zeros(1, np.uint16))
     assert made.window_s == window_length_s(duration_s)
     assert 1 <= made.windows <= 121
     assert made.windows * made.window_s >= duration_s * (1 - 1e-6)

@@ -90,10 +90,11 @@ def test_no_answers_meet_nothing() -> None:
 
 
 def test_each_condition_says_what_was_measured() -> None:
-    slo = parse_slo("p50<=10ms,p99<=10ms,errors<=1%").check(answered(5, 5, 20), attempted=1000, failed=11)
+    times_ms = answered(*[5.0] * 500, *[20.0] * 489)
+    slo = parse_slo("p50<=10ms,p98<=10ms,p99<=10ms,errors<=1%").check(times_ms, attempted=1000, failed=11)
 
-    assert [(clause.met, clause.measured.split()[0]) for clause in slo.clauses] == [
-        *((True, "5.0"), (False, "20.0"), (False, "1.100%"))
+    assert [(clause.met, clause.measured) for clause in slo.clauses] == [
+        *((True, "5.0 ms"), (False, "20.0 ms"), (False, "1.1% failed"), (False, "1.100%"))
     ]
     assert not slo.met
 
@@ -112,3 +113,12 @@ def test_met_means_that_at_least_that_share_was_in_time(count: int, percentile: 
 
     assert slo.met == ((count - 1) * 1000 >= count * round(percentile * 10))
     assert slo.met == (percentile_ms(late, percentile) <= 20)
+
+
+@given(st.lists(st.sampled_from([5.0, 50.0]), min_size=1, max_size=60), st.integers(0, 60), st.integers(1, 99))
+def test_a_request_that_failed_took_longer_than_any_limit(times_ms: list[float], failed: int, percentile: int) -> None:
+    """As if it had been answered far too late."""
+    objective = parse_slo(f"p{percentile}<=10ms")
+    with_failures = objective.check(answered(*times_ms), attempted=len(times_ms) + failed, failed=failed)
+    as_late = objective.check(answered(*times_ms, *[1e5] * failed), attempted=len(times_ms) + failed, failed=0)
+    assert with_failures.met == as_late.met

@@ -67,5 +67,12 @@ def test_requests_that_were_not_sent_are_an_objection() -> None:
     assert text.startswith("3 requests were not sent, for 7 were in flight")
 
 
+def test_requests_without_a_record_are_an_objection() -> None:
+    (text,) = objections(
+        lag_p99_ms=None, median_ms=None, processes=[], outcomes={Outcome.OK: 1}, max_in_flight=7, lost=2
+    )
+    assert text.startswith("2 requests have no record")
+
+
 def test_every_reason_is_told() -> None:
     assert len(judged(99.0, 1.0, 0.9, {Outcome.NOT_SENT: 1})) == 3
