@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beamline_client.load.find_max import Bracket, FindMaxOptions, Patience, Tried, agree, bracket, next_rate
+from beamline_client.load.find_max import ATTEMPTS, Bracket, FindMaxOptions, Patience, Tried, agree, bracket, next_rate
 from beamline_client.load.recorder import Frame, Recorder, window_length_s
 from beamline_client.load.records import RECORD
 from beamline_client.load.slo import parse_slo
@@ -31,7 +31,7 @@ def test_the_search_ends_with_the_capacity_between_two_rates_that_are_close(
     assert known.met <= capacity < known.missed
     assert known.missed - known.met <= precision * known.met * 1.001
     rates = [each.rate_per_s for each in tried]
-    assert all(rates.count(each.rate_per_s) == (1 if each.met else 2) for each in tried)
+    assert all(rates.count(each.rate_per_s) == (1 if each.met else ATTEMPTS) for each in tried)
 
 
 def test_the_search_gives_up_where_nothing_is_met_or_nothing_is_missed() -> None:
@@ -39,11 +39,12 @@ def test_the_search_gives_up_where_nothing_is_met_or_nothing_is_missed() -> None
     assert bracket(search(1e9, 10, 0.05)).missed is None
 
 
-def test_a_rate_that_was_missed_once_has_a_second_chance() -> None:
-    tried = [Tried(100, True), Tried(125, False)]
+def test_a_rate_that_was_missed_has_another_chance() -> None:
+    tried = [Tried(100, True), *[Tried(125, False)] * (ATTEMPTS - 1)]
     assert next_rate(tried, 100, 0.05) == 125
     assert bracket([*tried, Tried(125, True)]) == Bracket(125, None)
     assert bracket([*tried, Tried(125, False)]) == Bracket(100, 125)
+    assert next_rate([*tried, Tried(125, False)], 100, 0.05) == 112.5
 
 
 def test_a_rate_met_above_one_that_was_missed_does_not_count() -> None:
