@@ -21,8 +21,9 @@ other commands:
   beamline load compare BEFORE.json AFTER.json             has anything become slower?
   beamline load schema                                     the JSON schema of reports
 
-exit status: 0; 1 if the server failed at something (wrong answers, a missed SLO, no answers); 2 if the load cannot be
-run as asked for; 3 if the generator itself may have made the figures (INVALID); 130 if interrupted.
+exit status: 0; 1 if the server failed at something (wrong answers, a missed SLO, no answers) or a file could not be
+written; 2 if the load cannot be run as asked for; 3 if the generator itself may have made the figures (INVALID); 130 if
+interrupted.
 
 docs/load-testing.md is the guide."""
 
