@@ -175,7 +175,7 @@ class _Generator:
         finally:
             loop.remove_reader(self._connection.fileno())
             flushing.cancel()
-        await self._flush()
+        self._flush()
         memory_end = memory_mib()
         if np.isnan(memory_quarter[0]):
             memory_quarter[0] = memory_end
@@ -296,14 +296,15 @@ class _Generator:
     async def _flush_now_and_then(self) -> None:
         while True:
             await asyncio.sleep(_FLUSH_EVERY_S)
-            await self._flush()
+            self._flush()
 
-    async def _flush(self) -> None:
+    def _flush(self) -> None:
         records, self._records = self._records, bytearray()
         answers, self._answers = self._answers, []
         messages, self._messages = self._messages, {}
         ended = Ended(bytes(records), tuple(answers), tuple(messages.items()), in_flight=len(self._tasks))
-        await asyncio.get_running_loop().run_in_executor(self._postman, self._connection.send, ended)
+        # Not awaited: a wait that is cancelled at the end of the run would take back what is not yet on its way.
+        self._postman.submit(self._connection.send, ended)
 
 
 async def _first_of(task: "asyncio.Task[None]", event: asyncio.Event) -> None:
