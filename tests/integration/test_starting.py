@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from beamline_server.bundle import MANIFEST, Bundle
-from beamline_server.engine.ort_runner import CUDA, available_providers
+from beamline_server.engine.ort.sessions import CUDA, available_providers
 from beamline_server.process import BEAMLINE, ServerProcess
 
 EXIT_SETTINGS = 2

@@ -19,7 +19,8 @@ from beamline_server.engine.build import model_rules
 from beamline_server.engine.core import EngineCore, ModelRules
 from beamline_server.engine.errors import RequestCancelled
 from beamline_server.engine.observer import NullObserver
-from beamline_server.engine.ort_runner import DeviceRunner, HostRunner
+from beamline_server.engine.ort.device import DeviceRunner
+from beamline_server.engine.ort.host import HostRunner
 from beamline_server.engine.request import (
     Completed,
     EarlyStopping,

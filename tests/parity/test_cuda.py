@@ -13,7 +13,9 @@ from beamline_export.agreement import Tokens, search_all
 from beamline_export.parity import all_logprobs
 from beamline_server.bundle import Bundle
 from beamline_server.engine.build import model_rules
-from beamline_server.engine.ort_runner import CUDA, DeviceRunner, HostRunner, available_providers
+from beamline_server.engine.ort.device import DeviceRunner
+from beamline_server.engine.ort.host import HostRunner
+from beamline_server.engine.ort.sessions import CUDA, available_providers
 from beamline_server.engine.request import EarlyStopping, SearchOptions
 from beamline_server.engine.runner import StepRunner
 from beamline_server.tokenizer import load_tokenizer

@@ -69,7 +69,7 @@ BANS = [
         "server",
         ("onnxruntime",),
         "what computes stands behind the StepRunner protocol",
-        but=("server/beamline_server/engine/ort_runner.py",),
+        but=tuple(f"server/beamline_server/engine/ort/{name}.py" for name in ("sessions", "host", "device")),
     ),
     Ban("export", ("beamline_client", "beamline", "grpc"), "an export needs no service"),
     Ban("protos", ("beamline_server", "beamline_export", "beamline_client"), "everybody imports the protos"),

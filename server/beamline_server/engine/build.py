@@ -75,7 +75,7 @@ def choose_device(wanted: str, precision: str) -> str:
     Raises:
         DeviceError: cuda is asked for and cannot be used.
     """
-    from beamline_server.engine.ort_runner import CUDA, available_providers
+    from beamline_server.engine.ort.sessions import CUDA, available_providers
 
     reason = None
     if CUDA not in available_providers():
@@ -98,7 +98,8 @@ def build_runner(bundle: Bundle, device: str, threads: int) -> StepRunner:
         BundleError: a graph cannot be loaded.
         DeviceError: the device does not start.
     """
-    from beamline_server.engine.ort_runner import DeviceRunner, HostRunner
+    from beamline_server.engine.ort.device import DeviceRunner
+    from beamline_server.engine.ort.host import HostRunner
 
     try:
         if device == "cuda":

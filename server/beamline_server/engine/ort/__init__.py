@@ -1,0 +1,1 @@
+"""Computes with onnxruntime: the only package that knows it."""

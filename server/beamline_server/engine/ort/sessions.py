@@ -1,0 +1,79 @@
+"""Sessions of a bundle's graphs, and what is fed to them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from beamline_server.bundle import DECODER_STEP, ENCODER, Bundle
+from beamline_server.engine.runner import EncoderBatch, StepBatch
+
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+_MASKED = -1e4
+"""What an additive mask adds where a beam has no ancestor: finite, so that a row without any gives no NaN in fp16."""
+
+
+def available_providers() -> list[str]:
+    """Execution providers that this build of onnxruntime has."""
+    return list(ort.get_available_providers())
+
+
+def open_session(bundle: Bundle, name: str, providers: Sequence[Any], threads: int) -> ort.InferenceSession:
+    """A session of one graph of a bundle."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Shapes change from step to step: a pattern of one is no use for the next.
+    options.enable_mem_pattern = False
+    # The decode threads share the cores with the front end, which a spinning pool would starve.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # On CPU the fused kernel is several times slower than its parts (onnxruntime 1.31).
+    options.add_session_config_entry(
+        "optimization.disable_specified_optimizers", "SkipLayerNormFusion;BiasSkipLayerNormFusion"
+    )
+    return ort.InferenceSession(str(bundle.file(name)), options, providers=list(providers))
+
+
+class Sessions:
+    """The encoder and the decoder step of a bundle."""
+
+    def __init__(self, bundle: Bundle, providers: Sequence[Any], threads: int) -> None:
+        layers = range(bundle.manifest.dimensions.decoder_layers)
+        self.width = bundle.manifest.dimensions.d_model
+        self.self_names = [f"self_{kind}_{i}" for i in layers for kind in ("k", "v")]
+        self.cross_names = [f"cross_{kind}_{i}" for i in layers for kind in ("k", "v")]
+        self.encoder = open_session(bundle, ENCODER, providers, threads)
+        self.decoder = open_session(bundle, DECODER_STEP, providers, threads)
+        types = {value.name: value.type for value in self.decoder.get_inputs()}
+        self.dtype = np.float16 if types[self.self_names[0]] == "tensor(float16)" else np.float32
+        self.additive_mask = types["ancestors"] != "tensor(bool)"
+
+    def encoder_feeds(self, batch: EncoderBatch) -> dict[str, NDArray[Any]]:
+        """Inputs of the encoder."""
+        return {
+            "ids": batch.ids,
+            "positions": batch.positions,
+            "row_of": batch.row_of,
+            "back": batch.back,
+            "source_length": batch.source_length,
+        }
+
+    def step_feeds(self, batch: StepBatch) -> dict[str, NDArray[Any]]:
+        """Inputs of the decoder step but for its caches."""
+        mask: NDArray[Any] = batch.ancestors
+        if self.additive_mask:
+            mask = np.where(mask, 0.0, _MASKED).astype(self.dtype)
+        return {
+            "ids": batch.ids,
+            "positions": batch.positions,
+            "slot": batch.slot,
+            "row_of": batch.row_of,
+            "back": batch.back,
+            "ancestors": mask,
+            "source_length": batch.source_length,
+            "candidates": np.array([batch.candidates], np.int64),
+        }
