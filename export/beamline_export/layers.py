@@ -105,8 +105,13 @@ class Layers:
 
     def feed_forward(self, x: str, name: str) -> str:
         """Position-wise feed-forward sub-layer, residual and norm included."""
-        y = self._activate(self._affine(self.before(x, f"{name}.ffn_norm"), f"{name}.ffn.up"))
-        return self.after(x, self._affine(y, f"{name}.ffn.down"), f"{name}.ffn_norm")
+        y = self._affine(self.before(x, f"{name}.ffn_norm"), f"{name}.ffn.up")
+        if self.spec.activation is Activation.RELU:
+            # int8 has it for nothing, in the quantization that comes next.
+            y = self._affine(y, f"{name}.ffn.down", rectify=True)
+        else:
+            y = self._affine(self._activate(y), f"{name}.ffn.down")
+        return self.after(x, y, f"{name}.ffn_norm")
 
     def logits(self, x: str) -> str:
         """Scores of the target vocabulary, (N, V), fp32."""
@@ -118,8 +123,9 @@ class Layers:
             self.g, x, self.shared_name("head.weight"), self.weights("head.weight"), _unless_zero(bias)
         )
 
-    def _affine(self, x: str, name: str) -> str:
-        return self._linear(x, name, self.weights(f"{name}.weight"), self.weights(f"{name}.bias"))
+    def _affine(self, x: str, name: str, *, rectify: bool = False) -> str:
+        weight, bias = self.weights(f"{name}.weight"), self.weights(f"{name}.bias")
+        return self.store.linear(self.g, x, name, weight, _unless_zero(bias), rectify=rectify)
 
     def _linear(self, x: str, name: str, weight: Array, bias: Array | None) -> str:
         return self.store.linear(self.g, x, name, weight, None if bias is None else _unless_zero(bias))

@@ -1,16 +1,22 @@
 """How weights are stored and multiplied at each precision: the only place that knows one precision from another."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from beamline_export.graph_writer import GraphWriter
 from beamline_export.graphs import ElementType
 from beamline_export.spec import Array, ExportError
 
-_LEAST_ROW_MAXIMUM = 1e-9
-"""Keeps the scale of an all-zero row finite."""
+_LEAST_MAXIMUM = 1e-9
+"""Keeps the scale of an all-zero column positive."""
+
+_MIDDLE = 128
+"""The step that stands for zero where values have both signs."""
 
 
 class WeightStore(ABC):
@@ -20,8 +26,10 @@ class WeightStore(ABC):
     """Element type of activations and of the key and value caches."""
 
     @abstractmethod
-    def linear(self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None) -> str:
-        """Multiply x (N, in) by weight (out, in) transposed and add bias (out) -> (N, out)."""
+    def linear(
+        self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None, *, rectify: bool = False
+    ) -> str:
+        """Multiply x (N, in), through a ReLU first if so said, by weight (out, in) transposed; add bias -> (N, out)."""
 
     @abstractmethod
     def embedding(self, g: GraphWriter, ids: str, name: str, table: Array) -> str:
@@ -43,8 +51,11 @@ class WeightStore(ABC):
 class Fp32Store(WeightStore):
     """Plain fp32."""
 
-    def linear(self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None) -> str:
+    def linear(
+        self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None, *, rectify: bool = False
+    ) -> str:
         """As `WeightStore.linear`."""
+        x = g.one("Relu", x) if rectify else x
         matrix = g.weight(name, lambda: weight.T)
         if bias is None:
             return g.one("MatMul", x, matrix)
@@ -65,8 +76,11 @@ class Fp16Store(WeightStore):
 
     cache: ElementType = "float16"
 
-    def linear(self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None) -> str:
+    def linear(
+        self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None, *, rectify: bool = False
+    ) -> str:
         """As `WeightStore.linear`."""
+        x = g.one("Relu", x) if rectify else x
         product = g.one("MatMul", x, g.weight(name, lambda: _half(name, weight.T)))
         return product if bias is None else g.one("Add", product, self.vector(g, f"{name}.bias", bias))
 
@@ -93,6 +107,25 @@ def _half(name: str, array: Array) -> NDArray[np.float16]:
     return array.astype(np.float16)
 
 
+@dataclass(frozen=True, slots=True)
+class _Factor:
+    """What a product multiplies by: a weight (out, in) by its name, and the int8 matrix (in, out) made of it."""
+
+    name: str
+    weight: Array
+    bias: Array | None
+    matrix: str
+    rectify: bool = False
+
+    def columns(self, g: GraphWriter) -> str:
+        return g.weight(f"{self.name}.scale", lambda: column_scales(self.weight))
+
+    def addend(self, g: GraphWriter) -> str:
+        bias = self.bias
+        assert bias is not None
+        return g.weight(f"{self.name}.bias", lambda: bias)
+
+
 class Int8Store(WeightStore):
     """Signed weights per column, unsigned activations per row.
 
@@ -100,9 +133,12 @@ class Int8Store(WeightStore):
     DynamicQuantizeMatMul takes, does not.
     """
 
-    def linear(self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None) -> str:
+    def linear(
+        self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None, *, rectify: bool = False
+    ) -> str:
         """As `WeightStore.linear`."""
-        return _product(g, x, g.weight(name, lambda: quantize_columns(weight).T), name, weight, bias)
+        matrix = g.weight(name, lambda: quantize_columns(weight).T)
+        return self.product(g, x, _Factor(name, weight, bias, matrix, rectify))
 
     def embedding(self, g: GraphWriter, ids: str, name: str, table: Array) -> str:
         """As `WeightStore.embedding`."""
@@ -115,16 +151,25 @@ class Int8Store(WeightStore):
         """As `WeightStore.head`."""
         # The transposition of a constant is folded when the session loads.
         matrix = g.one("Transpose", g.weight(name, lambda: quantize_columns(weight)), perm=[1, 0])
-        return _product(g, x, matrix, name, weight, bias)
+        return self.product(g, x, _Factor(name, weight, bias, matrix))
 
     def table(self, g: GraphWriter, name: str, values: Array) -> str:
         """As `WeightStore.table`: half the bytes, widened once when the session loads."""
         return g.one("Cast", g.weight(name, lambda: _half(name, values)), to=1)
 
+    def product(self, g: GraphWriter, x: str, by: _Factor) -> str:
+        """Multiply x (N, in) by a quantized weight and add its bias -> (N, out)."""
+        # All products of the same x share its quantized rows.
+        quantized, scale, zero = g.once(f"quantized {x}", lambda: quantize_rows(g, x, rectify=by.rectify))
+        # A scale per row, (N, 1), is what onnxruntime 1.31's kernel takes and multiplies after the product; its own
+        # bias input would be scaled along, hence the Add.
+        product = g.one("com.microsoft:MatMulIntegerToFloat", quantized, by.matrix, scale, by.columns(g), zero)
+        return product if by.bias is None else g.one("Add", product, by.addend(g))
+
 
 def column_scales(weight: Array) -> Array:
     """What one int8 step of each output of weight (out, in) stands for, (out)."""
-    scales: Array = (np.maximum(np.abs(weight).max(axis=1), _LEAST_ROW_MAXIMUM) / 127).astype(np.float32)
+    scales: Array = (np.maximum(np.abs(weight).max(axis=1), _LEAST_MAXIMUM) / 127).astype(np.float32)
     return scales
 
 
@@ -134,23 +179,57 @@ def quantize_columns(weight: Array) -> NDArray[np.int8]:
     return steps
 
 
-def quantize_rows(g: GraphWriter, x: str) -> tuple[str, str]:
-    """Append nodes that give x (N, in) as uint8 around 128, and its scale per row (N, 1)."""
-    largest = g.one("ReduceMax", g.one("Abs", x), g.constant([-1], np.int64), keepdims=1)
-    largest = g.one("Max", largest, g.constant(_LEAST_ROW_MAXIMUM, np.float32))
-    unit = g.constant(1 / 127, np.float32)
-    quantized = g.one("QuantizeLinear", g.one("Div", x, largest), unit, g.constant(128, np.uint8))
-    return quantized, g.one("Mul", largest, unit)
+def quantize_rows(g: GraphWriter, x: str, *, rectify: bool = False) -> tuple[str, str, str]:
+    """Append nodes that give x (N, in) in unsigned steps of each row's own size.
+
+    A ReLU costs nothing: with zero at step 0, whatever is negative saturates there, and the rest gets all 256 steps.
+
+    Returns:
+        x as uint8 (N, in), what a step of each row stands for (N, 1), and which step is zero (a scalar).
+    """
+    zero = 0 if rectify else _MIDDLE
+    magnitude = x if rectify else g.one("Abs", x)
+    largest = g.one("ReduceMax", magnitude, g.constant([-1], np.int64), keepdims=0)
+    if rectify:
+        largest = g.one("Max", largest, g.constant(0.0, np.float32))
+    # A row of zeros has the scale zero: whatever steps it is given then, its products are zeros.
+    scale = g.one("Mul", largest, g.constant(1 / (255 - zero), np.float32))
+    # Along axis 0 the kernel quantizes row by row: no division node before it, which would touch all of x once more.
+    quantized = g.one("QuantizeLinear", x, scale, *(() if rectify else (_per_row(g, x, zero),)), axis=0)
+    return quantized, g.one("Unsqueeze", scale, g.constant([1], np.int64)), g.constant(zero, np.uint8)
 
 
-def _product(g: GraphWriter, x: str, matrix: str, name: str, weight: Array, bias: Array | None) -> str:
-    # All products of the same x share its quantized rows.
-    quantized, scale = g.once(f"quantized {x}", lambda: quantize_rows(g, x))
-    columns = g.weight(f"{name}.scale", lambda: column_scales(weight))
-    # A scale per row, (N, 1), is what onnxruntime 1.31's kernel takes and multiplies after the product; its own bias
-    # input would be scaled along, hence the Add.
-    product = g.one("com.microsoft:MatMulIntegerToFloat", quantized, matrix, scale, columns, g.constant(128, np.uint8))
-    return product if bias is None else g.one("Add", product, g.weight(f"{name}.bias", lambda: bias))
+def _per_row(g: GraphWriter, x: str, zero: int) -> str:
+    """The same zero point for every row, (N); made once, since all of a graph's products have the same rows."""
+
+    def make() -> tuple[str, ...]:
+        value = numpy_helper.from_array(np.array([zero], np.uint8))
+        return (g.one("ConstantOfShape", g.one("Shape", x, end=1), value=value),)
+
+    return g.once(f"zero points {zero}", make)[0]
+
+
+class CalibratedInt8Store(Int8Store):
+    """As `Int8Store`, with activations in steps of one size, fixed per product when the model is exported.
+
+    Nothing has to be measured per row, and scale and bias go into the product's own kernel. What lies beyond the range
+    that calibration saw saturates; an answer still depends on nothing but its own sentence.
+
+    Args:
+        ranges: The largest magnitude that calibration saw in the input of each product, by the product's name.
+    """
+
+    def __init__(self, ranges: Mapping[str, float]) -> None:
+        self._ranges = ranges
+
+    def product(self, g: GraphWriter, x: str, by: _Factor) -> str:
+        """As `Int8Store.product`."""
+        middle = 0 if by.rectify else _MIDDLE
+        zero = g.constant(middle, np.uint8)
+        scale = g.constant(max(self._ranges[by.name], _LEAST_MAXIMUM) / (255 - middle), np.float32)
+        (quantized,) = g.once(f"quantized {x} {scale}", lambda: (g.one("QuantizeLinear", x, scale, zero),))
+        addend = () if by.bias is None else ("", by.addend(g))
+        return g.one("com.microsoft:MatMulIntegerToFloat", quantized, by.matrix, scale, by.columns(g), zero, *addend)
 
 
 STORES: dict[str, type[WeightStore]] = {"fp32": Fp32Store, "fp16": Fp16Store, "int8": Int8Store}

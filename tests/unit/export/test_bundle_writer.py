@@ -31,9 +31,12 @@ def left_in(folder: Path) -> set[str]:
 class WrongStore(Fp32Store):
     """Loses the sign of one projection."""
 
-    def linear(self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None) -> str:
+    def linear(
+        self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None, *, rectify: bool = False
+    ) -> str:
         """As its base, but for one name."""
-        return super().linear(g, x, name, -weight if name == "decoder.0.ffn.down" else weight, bias)
+        weight = -weight if name == "decoder.0.ffn.down" else weight
+        return super().linear(g, x, name, weight, bias, rectify=rectify)
 
 
 @dataclasses.dataclass

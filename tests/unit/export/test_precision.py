@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 
 from beamline_export.graph_writer import GraphWriter, WeightsFile
 from beamline_export.graphs import GraphSpec, TensorSpec
-from beamline_export.precision import STORES, Fp16Store, WeightStore, column_scales, quantize_columns, quantize_rows
+from beamline_export.precision import (
+    STORES,
+    CalibratedInt8Store,
+    Fp16Store,
+    Fp32Store,
+    Int8Store,
+    WeightStore,
+    column_scales,
+    quantize_columns,
+    quantize_rows,
+)
 from beamline_export.spec import Array, ExportError
 
 Build = Callable[[GraphWriter], dict[str, str]]
@@ -47,18 +57,72 @@ def test_columns_are_quantized_to_their_own_largest_value() -> None:
     assert quantize_columns(weight).tolist() == [[127, -64, 0], [0, 0, 0], [-127, 1, 50]]
 
 
-def test_rows_are_quantized_to_their_own_largest_value(tmp_path: Path) -> None:
-    x = np.array([[1.27, -0.63, 0.01], [0, 0, 0], [1e-3, -1e-3, 0], [1e6, -5e5, 1]], np.float32)
+@pytest.mark.parametrize(
+    ("rectify", "steps", "units"),
+    [
+        (False, [[255, 65, 129], [255, 1, 128], [255, 64, 128]], 127),
+        (True, [[255, 0, 2], [255, 0, 0], [255, 0, 0]], 255),
+    ],
+    ids=["both-signs", "rectified"],
+)
+def test_rows_are_quantized_to_their_own_largest_value(
+    rectify: bool, steps: list[list[int]], units: int, tmp_path: Path
+) -> None:
+    """Behind a ReLU the negative half needs no steps: the rest is twice as fine."""
+    x = np.array([[1.27, -0.63, 0.01], [1e-3, -1e-3, 0], [1e6, -5e5, 1]], np.float32)
 
     def build(g: GraphWriter) -> dict[str, str]:
-        quantized, scale = quantize_rows(g, "x")
+        quantized, scale, _ = quantize_rows(g, "x", rectify=rectify)
         g.named("Cast", [quantized], "steps", to=1)
         named(g, scale, "scale")
         return {"steps": "float32", "scale": "float32"}
 
     found = run(tmp_path, build, {"x": x})
-    assert found["steps"].tolist() == [[255, 65, 129], [128, 128, 128], [255, 1, 128], [255, 64, 128]]
-    assert found["scale"][[0, 2, 3], 0] == pytest.approx(np.array([1.27, 1e-3, 1e6]) / 127)
+    assert found["steps"].tolist() == steps
+    assert found["scale"][:, 0] == pytest.approx(np.array([1.27, 1e-3, 1e6]) / units)
+
+
+@pytest.mark.parametrize("store", [Int8Store(), CalibratedInt8Store({"w": 3.0})], ids=["per-row", "calibrated"])
+@pytest.mark.parametrize("rectify", [False, True], ids=["both-signs", "rectified"])
+def test_a_row_without_size_gives_the_bias(store: Int8Store, rectify: bool, tmp_path: Path) -> None:
+    """A row of zeros has no scale of its own, and a rectified row of negative numbers nothing left."""
+    bias = normal(8, seed=1)
+    x = np.stack([np.zeros(16, np.float32), normal(16, seed=2), -np.abs(normal(16, seed=3)) * rectify])
+
+    def build(g: GraphWriter) -> dict[str, str]:
+        named(g, store.linear(g, "x", "w", normal(8, 16), bias, rectify=rectify), "y")
+        return {"y": "float32"}
+
+    found = run(tmp_path, build, {"x": x})["y"]
+    assert (found[[0, 2]] == bias).all()
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+    "store", [Int8Store(), CalibratedInt8Store({"w": 4.0}), Fp32Store()], ids=lambda s: type(s).__name__
+)
+def test_a_product_may_rectify_its_input(store: WeightStore, tmp_path: Path) -> None:
+    weight, x = normal(8, 64), normal(20, 64, seed=2)
+
+    def build(g: GraphWriter) -> dict[str, str]:
+        named(g, store.linear(g, "x", "w", weight, None, rectify=True), "y")
+        return {"y": "float32"}
+
+    tolerance = 1e-5 if isinstance(store, Fp32Store) else 0.15
+    assert run(tmp_path, build, {"x": x})["y"] == pytest.approx(np.maximum(x, 0) @ weight.T, abs=tolerance)
+
+
+def test_what_lies_beyond_the_calibrated_range_saturates(tmp_path: Path) -> None:
+    """And a row's answer is its own, as with one scale per row."""
+    weight, x = np.eye(16, dtype=np.float32), np.linspace(-4, 4, 48, dtype=np.float32).reshape(3, 16)
+
+    def build(g: GraphWriter) -> dict[str, str]:
+        named(g, CalibratedInt8Store({"w": 2.0}).linear(g, "x", "w", weight, None), "y")
+        return {"y": "float32"}
+
+    together = run(tmp_path, build, {"x": x})["y"]
+    assert together == pytest.approx(np.clip(x, -2 * 128 / 127, 2), abs=0.02)
+    assert all((run(tmp_path, build, {"x": x[i : i + 1]})["y"][0] == together[i]).all() for i in range(3))
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["without-bias", "with-bias"])
