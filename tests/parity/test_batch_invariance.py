@@ -89,16 +89,18 @@ def requests(sources: Sequence[tuple[int, ...]], seed: int) -> list[GenerationRe
     return result
 
 
-def through_the_engine(model: Model, asked: Sequence[GenerationRequest], seed: int) -> dict[RequestId, Event]:
+def through_the_engine(
+    model: Model, asked: Sequence[GenerationRequest], seed: int, *, rows: int = 128, at_once: int = 6
+) -> dict[RequestId, Event]:
     """All requests, some at a time at random; one in ten is cancelled while it waits or runs."""
     rng = random.Random(seed)
-    core = EngineCore(model.runner, model.rules, Capacity(128, 1 << 16), clock=ManualClock(), observer=NullObserver())
+    core = EngineCore(model.runner, model.rules, Capacity(rows, 1 << 17), clock=ManualClock(), observer=NullObserver())
     arrivals: Iterator[GenerationRequest] = iter(asked)
     coming: list[RequestId] = []
     outcomes: dict[RequestId, Event] = {}
     while len(outcomes) < len(asked):
         if core.queued_requests < 8:
-            newcomers = list(itertools.islice(arrivals, rng.randint(0, 6)))
+            newcomers = list(itertools.islice(arrivals, rng.randint(0, at_once)))
             core.accept(newcomers)
             coming += [request.id for request in newcomers]
         if coming and rng.random() < 0.2:
@@ -110,10 +112,11 @@ def through_the_engine(model: Model, asked: Sequence[GenerationRequest], seed: i
     return outcomes
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_an_answer_is_the_same_alone_and_in_any_batch(model: Model, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "rows", "at_once"), [(0, 128, 6), (1, 384, 20)], ids=["few-at-a-time", "many"])
+def test_an_answer_is_the_same_alone_and_in_any_batch(model: Model, seed: int, rows: int, at_once: int) -> None:
+    """Few share a lane; many sit in lanes by length and move from one to the next."""
     asked = requests(model.sources, seed)
-    outcomes = through_the_engine(model, asked, seed)
+    outcomes = through_the_engine(model, asked, seed, rows=rows, at_once=at_once)
     completed = 0
     for request in asked:
         outcome = outcomes[request.id]

@@ -3,7 +3,7 @@
 A request with K beams holds K rows. In its cache it holds one seat, of as many slots as its lane gives to every seat;
 a sentence is never in a lane wider than the first one that holds its worst case, so
 
-    cost in slots = the least lane width >= max(K * max_new_tokens, source tokens)
+    cost in slots = the least lane width >= max(K * max_new_tokens, source tokens, SHARED_WIDTH)
 
 bounds what it occupies at any moment, padding included, and the sum over the running sentences bounds the caches.
 """
@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from beamline_server.engine.errors import RequestTooLarge
 from beamline_server.engine.request import GenerationRequest
 
-LANE_WIDTHS = tuple(64 * 4**i for i in range(16))
+SHARED_WIDTH = 64
+"""Slots and source positions of the widest lane that all sentences may be kept in, however few they need."""
+
+LANE_WIDTHS = (16, 32, *(SHARED_WIDTH * 4**i for i in range(16)))
 """Slots and source positions up to which a sentence stays in a lane; see scheduler.py. The last one holds whatever can
 be asked for, 16 beams of 2^32 tokens; lanes that nobody needs do not exist."""
 
@@ -46,7 +49,7 @@ def cost(request: GenerationRequest) -> Cost:
     """The request's worst case."""
     options = request.options
     # One token of a beam is one slot; a live branch never holds more than its own length.
-    slots = max(options.beam_size * options.max_new_tokens, len(request.source))
+    slots = max(options.beam_size * options.max_new_tokens, len(request.source), SHARED_WIDTH)
     return Cost(options.beam_size, LANE_WIDTHS[lane_of(slots)])
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from beamline_server.bundle import Bundle, BundleError, Golden, Manifest
-from beamline_server.engine.admission import LANE_WIDTHS, Capacity, lane_of
+from beamline_server.engine.admission import LANE_WIDTHS, SHARED_WIDTH, Capacity, lane_of
 from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, step_batch
 from beamline_server.engine.beam import SearchRules
 from beamline_server.engine.core import ENCODE_TOKENS, MAX_BEAMS, ModelRules
@@ -188,7 +188,7 @@ def _largest_batch(bundle: Bundle, runner: StepRunner, rows: int) -> None:
     sentences = max(1, rows // beams)
     length = max(1, min(ENCODE_TOKENS // sentences, dimensions.max_source_tokens))
     encoded = runner.encode(encoder_batch([[0] * length] * sentences, source_width=length))
-    width = LANE_WIDTHS[0]
+    width = SHARED_WIDTH
     cache = runner.new_cache()
     cache.arrange([FromEncoder(encoded, i) for i in range(sentences)], slots=width, source_width=max(length, width))
     mask = np.zeros((sentences, 1, max(beams, LEAST_QUERY_LENGTH), width), np.bool_)

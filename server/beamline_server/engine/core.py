@@ -23,7 +23,7 @@ from beamline_server.engine.kv_pool import SlotTable
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId, Timing
 from beamline_server.engine.runner import Cache, FromCache, FromEncoder, FromSeat, Origin, StepRunner
-from beamline_server.engine.scheduler import Room, seat_width, seats, starters
+from beamline_server.engine.scheduler import Room, narrowest_lane, seat_width, seats, starters
 from beamline_server.engine.searches import Searches
 
 MAX_BEAMS = 16
@@ -299,6 +299,7 @@ class EngineCore:
         self._slot[places, :beams] = self._slots.assign(places, self._searches.parent[places, :beams], live)
         needed = np.maximum(self._slots.ends(places), self._source_length[places])
         numbers = np.maximum(self._lane_of[places], np.searchsorted(LANE_WIDTHS, needed))
+        numbers = np.maximum(numbers, narrowest_lane(len(places)))
         moved = bool((numbers != self._lane_of[places]).any())
         self._lane_of[places] = numbers
         while len(self._lanes) <= int(numbers.max()):

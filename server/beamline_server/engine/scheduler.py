@@ -7,16 +7,22 @@ Sentences of a worker run in lanes. A lane is one attention rectangle: each of i
 positions as its neediest sentence, so attention costs what the longest in the lane needs. A sentence sits in the
 narrowest lane that holds it and moves over when it grows out: one sentence of 200 tokens does not make thirty of ten
 tokens pay for it.
+
+A lane is also a run of the decoder step, and every run has its price, so few sentences are kept together in a lane of
+`SHARED_WIDTH`; only from `FINE_LANES_FROM` sentences on do the narrower lanes save more than their runs cost.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from beamline_server.engine.admission import cost
+from beamline_server.engine.admission import SHARED_WIDTH, cost, lane_of
 from beamline_server.engine.request import GenerationRequest
 
-SEAT_GRANULE = 16
+SEAT_GRANULE = 8
 """Slots and source positions of a seat are a multiple of this: few distinct shapes, seldom a change of shape."""
+
+FINE_LANES_FROM = 48
+"""Sentences of a worker from which on lanes narrower than `SHARED_WIDTH` are used (docs/performance.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +78,18 @@ def seats(old: Sequence[int], staying: Iterable[int], arriving: Sequence[int]) -
     return [who for who in result if who is not None]
 
 
+def narrowest_lane(sentences: int) -> int:
+    """Number of the narrowest lane in use while so many sentences run."""
+    return 0 if sentences >= FINE_LANES_FROM else lane_of(SHARED_WIDTH)
+
+
 def seat_width(needed: int, present: int) -> int:
     """Slots (or source positions) of a lane's seats, given what the neediest sentence needs and what seats have now.
 
-    Grows by granules, and shrinks only when half is idle: every change copies the lane.
+    Grows by granules, and shrinks only when a quarter is idle: every change copies the lane.
     """
     wanted = -(-max(needed, 1) // SEAT_GRANULE) * SEAT_GRANULE
-    return present if wanted <= present < 2 * wanted else wanted
+    return present if wanted <= present and 3 * present < 4 * wanted else wanted
 
 
 def least_loaded(loads: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beamline_server.engine.admission import LANE_WIDTHS, Capacity
+from beamline_server.engine.admission import SHARED_WIDTH, Capacity
 from beamline_server.engine.beam import SearchRules
 from beamline_server.engine.core import EngineCore
 from beamline_server.engine.errors import DeadlineExceeded, EngineStopped, RequestCancelled, StepFailed
@@ -25,6 +25,7 @@ from beamline_server.engine.request import (
     SearchOptions,
 )
 from beamline_server.engine.runner import Cache
+from beamline_server.engine.scheduler import FINE_LANES_FROM
 from beamline_server.engine.testing import (
     Faults,
     ManualClock,
@@ -486,8 +487,8 @@ def test_a_long_source_does_not_widen_the_lane_of_short_ones() -> None:
     engine.core.accept([request(1), request(2, source_tokens=200), request(3)])
     engine.step()
     short, long = engine.runner.trace
-    assert (short.sources, short.source_width) == ((source_of(1, 3), source_of(3, 3)), 16)
-    assert (long.sources, long.source_width) == ((source_of(2, 200),), 208)
+    assert (short.sources, short.source_width) == ((source_of(1, 3), source_of(3, 3)), 8)
+    assert (long.sources, long.source_width) == ((source_of(2, 200),), 200)
 
 
 def test_a_sentence_that_grows_moves_to_a_wider_lane() -> None:
@@ -504,12 +505,33 @@ def test_a_sentence_that_grows_moves_to_a_wider_lane() -> None:
     for asked in [grower, *short]:
         assert_as_alone(ends[asked.id], asked)
     with_grower = [step for step in engine.runner.trace if grower.source in step.sources]
-    assert max(step.slots for step in with_grower) > LANE_WIDTHS[0]
-    assert {len(step.sources) for step in with_grower if step.slots > LANE_WIDTHS[0]} == {1}
+    assert max(step.slots for step in with_grower) > SHARED_WIDTH
+    assert {len(step.sources) for step in with_grower if step.slots > SHARED_WIDTH} == {1}
     # Once it has moved, the lane that it left shrinks again.
-    moved = next(i for i, step in enumerate(engine.runner.trace) if step.slots > LANE_WIDTHS[0])
+    moved = next(i for i, step in enumerate(engine.runner.trace) if step.slots > SHARED_WIDTH)
     later = [step.slots for step in engine.runner.trace[moved + 4 :] if grower.source not in step.sources]
-    assert set(later) <= {16, 32}
+    assert set(later) <= {8, 16, 24}
+
+
+def test_many_sentences_sit_in_lanes_by_length_and_few_together() -> None:
+    """As they grow they move from lane to lane, and when most have ended the rest comes together again."""
+    engine = bench(rows=128)
+    asked = [request(number, beams=1 + number % 2, tokens=3 + number % 40) for number in range(1, 71)]
+    engine.core.accept(asked)
+    ends = engine.finish()
+    for each in asked:
+        assert_as_alone(ends[each.id], each)
+    runs = [(len(step.sources), step.slots) for step in engine.runner.trace]
+    assert {16, 32} <= {slots for _, slots in runs}
+    assert sum(count for count, _ in runs) == sum(3 + number % 40 for number in range(1, 71)), "a run per token"
+    first, last = runs[0], runs[-1]
+    assert first[0] >= FINE_LANES_FROM
+    assert first[1] <= 16
+    assert last[0] < FINE_LANES_FROM
+    assert last[1] > 32
+    # The rest of them, few as they are by then, runs in one lane.
+    positions = [step.positions for step in engine.runner.trace if max(step.positions) >= 38]
+    assert len(positions) == len({position for each in positions for position in each})
 
 
 def test_a_sentence_moves_although_nobody_comes_or_goes() -> None:
@@ -522,7 +544,7 @@ def test_a_sentence_moves_although_nobody_comes_or_goes() -> None:
     ends = engine.finish()
     assert_as_alone(ends[first.id], first)
     assert_as_alone(ends[second.id], second)
-    wide = [step for step in engine.runner.trace if step.slots > LANE_WIDTHS[0]]
+    wide = [step for step in engine.runner.trace if step.slots > SHARED_WIDTH]
     # One after the other, each as soon as it needs to and not before.
     assert [step.positions for step in wide] == [(position,) for position in (*range(64, 100), *range(64, 100))]
 

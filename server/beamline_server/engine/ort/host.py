@@ -51,11 +51,14 @@ class _SeatedTensors:
             # Some seats more than asked for, so that a growing lane does not allocate at every newcomer.
             self._spare = np.zeros(size + size // 2, self._spare.dtype)
         stay = [(seat, origin.seat) for seat, origin in enumerate(origins) if isinstance(origin, FromSeat)]
-        moves = [(seat, before) for seat, before in stay if not in_place or before != seat]
+        moves = [(seat, before) for seat, before in stay if before != seat]
+        # Who keeps the seat while the stride changes is copied in one go, with whoever left from in between.
+        together = 0 if in_place else max((seat + 1 for seat, before in stay if before == seat), default=0)
         kept = min(self.length, length)
         for t, buffer in enumerate(self._buffers):
             old = self._view(buffer, self.seats, self.length)
             new = self._view(buffer if in_place else self._spare, len(origins), length)
+            new[:together, :kept] = old[:together, :kept]
             for seat, before in moves:
                 new[seat, :kept] = old[before, :kept]
             for seat, tensors in sources.items():
