@@ -19,7 +19,7 @@ from beamline_export.reference import Reference
 from beamline_export.reference_search import reference_search
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle
-from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, step_batch
+from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, layout, step_batch
 from beamline_server.engine.build import model_rules
 from beamline_server.engine.request import EarlyStopping, SearchOptions
 from beamline_server.engine.runner import FromEncoder, StepRunner
@@ -177,8 +177,8 @@ def all_logprobs(
         mask = np.zeros((count, 1, LEAST_QUERY_LENGTH, width), np.bool_)
         mask[..., : step + 1] = True
         batch = step_batch(
+            layout(np.ones((count, 1), np.bool_)),
             token=forced[:, step : step + 1],
-            live=np.ones((count, 1), np.bool_),
             step=np.full(count, step),
             slot=np.full((count, 1), step),
             ancestors=mask,

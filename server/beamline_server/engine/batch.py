@@ -4,6 +4,7 @@ Axes: S sentences, N rows, Q query length, R source length, P slots, K beams.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -36,41 +37,71 @@ def encoder_batch(sources: Sequence[Sequence[int]], *, source_width: int) -> Enc
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which rows the live beams of a step become, and where they stand in the attention rectangle.
+
+    It stays the same until a sentence comes or goes or a beam dies or is born.
+
+    Attributes:
+        live: Which beams exist, (S, K).
+        rows: Their numbers, counted sentence by sentence, dead ones included, (N,).
+        sentence: Their sentences, (N,).
+        row_of: The row at each place of the rectangle, (S, Q).
+        back: The place of each row, (N,).
+    """
+
+    live: BoolArray
+    rows: IntArray
+    sentence: IntArray
+    row_of: IntArray
+    back: IntArray
+
+
+def layout(live: BoolArray) -> Layout:
+    """Pack live beams, (S, K), at least one per sentence, into rows."""
+    sentences, beams = live.shape
+    query_length = max(beams, LEAST_QUERY_LENGTH)
+    rows = live.ravel().nonzero()[0]
+    sentence = rows // beams
+    row = live.ravel().cumsum().reshape(live.shape) - 1
+    # Places of the rectangle that no beam stands at repeat a row of the sentence: finite, and thrown away.
+    row_of = np.empty((sentences, query_length), np.int64)
+    row_of[:, :beams] = np.maximum(row, 0)
+    row_of[:, beams:] = row_of[:, :1]
+    return Layout(live, rows, sentence, row_of, rows + sentence * (query_length - beams))
+
+
 def step_batch(  # noqa: PLR0913 - a step is these arrays; most of them are the graph's inputs
+    at: Layout,
     *,
     token: IntArray,
-    live: BoolArray,
     step: IntArray,
     slot: IntArray,
     ancestors: BoolArray,
     source_length: IntArray,
     candidates: int,
 ) -> StepBatch:
-    """Pack live beams.
+    """The inputs of a step.
 
     Args:
+        at: Where the live beams stand.
         token: Last token of each beam, (S, K).
-        live: Which beams exist, (S, K); at least one per sentence.
         step: Tokens generated so far, which is the position of the new one, (S,).
         slot: Slot of each beam's new key and value, (S, K).
-        ancestors: Which slots each beam descends from, (S, 1, Q, P), with Q at least K and `LEAST_QUERY_LENGTH`.
+        ancestors: Which slots each beam descends from, (S, 1, Q, P), with Q as in the layout.
         source_length: Tokens of each source, (S,).
         candidates: C.
     """
-    sentences, beams = live.shape
-    query_length = ancestors.shape[2]
-    sentence, beam = np.nonzero(live)
-    row = np.cumsum(live.ravel()).reshape(live.shape) - 1
-    # Places of the rectangle that no beam stands at repeat a row of the sentence: finite, and thrown away.
-    row_of = np.empty((sentences, query_length), np.int64)
-    row_of[:, :beams] = np.maximum(row, 0)
-    row_of[:, beams:] = row_of[:, :1]
+    slots = np.empty((len(at.rows), 2), np.int64)
+    slots[:, 0] = at.sentence
+    slots[:, 1] = slot.take(at.rows)
     return StepBatch(
-        ids=token[sentence, beam],
-        positions=step[sentence],
-        slot=np.stack([sentence, slot[sentence, beam]], axis=1),
-        row_of=row_of,
-        back=sentence * query_length + beam,
+        ids=token.take(at.rows),
+        positions=step.take(at.sentence),
+        slot=slots,
+        row_of=at.row_of,
+        back=at.back,
         ancestors=ancestors,
         source_length=source_length,
         candidates=candidates,

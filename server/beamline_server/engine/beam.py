@@ -56,7 +56,12 @@ class SearchRules:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The options of each sentence, as arrays (S,)."""
+    """The options of each sentence, as arrays (S,); `all_as_wide` and `all_mean` say what is usual and saves work.
+
+    Attributes:
+        all_as_wide: All searches have the same width.
+        all_mean: All scores are the mean log-probability: n^1 divides the sum.
+    """
 
     width: IntArray
     exponent: NDArray[np.float64]
@@ -65,11 +70,13 @@ class Limits:
     never: BoolArray
     min_new: IntArray
     max_new: IntArray
+    all_as_wide: bool
+    all_mean: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The best finished hypotheses of each sentence, best first, (S, K); a score of DEAD marks an empty place.
+    """The best finished hypotheses of sentences, best first, (S, K); a score of DEAD marks an empty place.
 
     Attributes:
         score: The length-penalized sum of log-probabilities.
@@ -82,15 +89,51 @@ class Finished:
     end: IntArray
 
 
-def ends_at(length: IntArray, parent: IntArray, token: IntArray) -> IntArray:
-    """The end of a hypothesis in one number: its number of tokens, the beam of its last step, its last token."""
-    result: IntArray = (length << 40) | (parent << 32) | token
+_TOKEN_BITS, _BEAM_BITS = 32, 8
+_PARENT = np.arange(1 << _BEAM_BITS) << _TOKEN_BITS
+
+
+def choice_of(parent: IntArray, token: IntArray) -> IntArray:
+    """The beam that a hypothesis continues and the token it adds, in one number: half as many arrays to carry along."""
+    result: IntArray = (parent << _TOKEN_BITS) | token
+    return result
+
+
+def parent_of(choice: IntArray) -> IntArray:
+    """The beam in a choice."""
+    result: IntArray = choice >> _TOKEN_BITS
+    return result
+
+
+def token_of(choice: IntArray) -> IntArray:
+    """The token in a choice."""
+    result: IntArray = choice & ((1 << _TOKEN_BITS) - 1)
+    return result
+
+
+def ends_at(length: IntArray, choice: IntArray) -> IntArray:
+    """The end of a hypothesis in one number: how many tokens it has, and its last choice."""
+    result: IntArray = (length << (_TOKEN_BITS + _BEAM_BITS)) | choice
     return result
 
 
 def end_of(packed: int) -> tuple[int, int, int]:
     """Length, parent beam and last token of a hypothesis, from what `ends_at` has packed."""
-    return packed >> 40, (packed >> 32) & 0xFF, packed & 0xFFFFFFFF
+    token, beam = (1 << _TOKEN_BITS) - 1, (1 << _BEAM_BITS) - 1
+    return packed >> (_TOKEN_BITS + _BEAM_BITS), (packed >> _TOKEN_BITS) & beam, packed & token
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The finished hypotheses, old and new, of those sentences that have new ones.
+
+    Attributes:
+        sentence: Which sentences of the step, (M,).
+        finished: Their best, (M, K).
+    """
+
+    sentence: IntArray
+    finished: Finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +142,14 @@ class Selection:
 
     Attributes:
         score: Summed log-probability of the next beams, (S, K), best first; DEAD where there is none.
-        parent: The beam that each next beam continues, (S, K).
-        token: The token it adds, (S, K).
-        finished: The finished hypotheses after this step.
+        choice: What each of them continues and adds, as `choice_of` packs it, (S, K).
+        merged: What became of the finished hypotheses; None if nothing.
         done: Whether the search is over, (S,).
     """
 
     score: FloatArray
-    parent: IntArray
-    token: IntArray
-    finished: Finished
+    choice: IntArray
+    merged: Merged | None
     done: BoolArray
 
 
@@ -119,6 +160,7 @@ def advance(  # noqa: PLR0913 - the state of a search is these things; a class a
     step: IntArray,
     score: FloatArray,
     finished: Finished,
+    places: IntArray,
     top_logprob: FloatArray,
     top_token: IntArray,
 ) -> Selection:
@@ -129,28 +171,34 @@ def advance(  # noqa: PLR0913 - the state of a search is these things; a class a
         limits: What each request asks for.
         step: Tokens generated before this step, (S,).
         score: Summed log-probabilities of the live beams, (S, K); DEAD where there is none.
-        finished: Finished hypotheses so far.
+        finished: Finished hypotheses so far, of these sentences and others.
+        places: Where each sentence's are among them, (S,).
         top_logprob: The best continuations of each beam, best first, (S, K, C).
         top_token: Their tokens, (S, K, C).
     """
     logprob = _constrain(rules, limits, step, top_logprob, top_token)
     if rules.forced_first is not None or rules.forced_last is not None:
         logprob, top_token = _force(rules, limits, step, (logprob, top_token))
-    totals, parents, tokens = _rank(score[:, :, None] + logprob, top_token, rules.candidates_per_beam * score.shape[1])
+    totals, choices = _rank(score, logprob, top_token, rules.candidates_per_beam * score.shape[1])
 
     rank = np.arange(totals.shape[1])
-    exists = (totals > DEAD) & (rank < rules.candidates_per_beam * limits.width[:, None])
+    width = limits.width[:, None]
+    exists = totals > DEAD
+    if not limits.all_as_wide:
+        exists &= rank < rules.candidates_per_beam * width
     length = step + 1
     at_limit = length >= limits.max_new
-    ends = exists & (_is_any(tokens, rules.eos) | at_limit[:, None])
+    ends = exists & (_is_any(token_of(choices), rules.eos) | at_limit[:, None])
 
-    ranked = (totals, parents, tokens)
-    next_score, next_parent, next_token = _first(exists & ~ends, limits.width, score.shape[1], ranked)
-    divisor = length_divisor(length, limits.exponent, limits.gnmt)
-    new = ends & (rank < limits.width[:, None])
-    finished = _merge(finished, limits.width, new, ranked, length, divisor)
-    done = at_limit | _no_better(limits, finished, next_score[:, 0], length)
-    return Selection(next_score, next_parent, next_token, finished, done)
+    next_score, next_choice = _first(exists & ~ends, width, score.shape[1], totals, choices)
+    divisor = length.astype(np.float32) if limits.all_mean else length_divisor(length, limits.exponent, limits.gnmt)
+    merged = _merge(finished, places, limits, ends & (rank < width), (totals, choices), length, divisor)
+    worst = finished.score[places, limits.width - 1]
+    if merged is not None:
+        s = merged.sentence
+        worst[s] = merged.finished.score[np.arange(len(s)), limits.width[s] - 1]
+    done = at_limit | _no_better(limits, worst, next_score[:, 0], length, divisor)
+    return Selection(next_score, next_choice, merged, done)
 
 
 def _constrain(rules: SearchRules, limits: Limits, step: IntArray, logprob: FloatArray, token: IntArray) -> FloatArray:
@@ -183,68 +231,77 @@ def _force(
     return logprob, token
 
 
-def _rank(totals: FloatArray, token: IntArray, count: int) -> tuple[FloatArray, IntArray, IntArray]:
-    """The best continuations of each sentence with their beams and tokens, (S, M) each."""
-    sentences, beams, per_beam = totals.shape
-    flat = totals.reshape(sentences, beams * per_beam)
-    order = np.argsort(-flat, axis=1, kind="stable")[:, :count]
-    rows = np.arange(sentences)[:, None]
-    return flat[rows, order], order // per_beam, token.reshape(flat.shape)[rows, order]
+def _rank(score: FloatArray, logprob: FloatArray, token: IntArray, count: int) -> tuple[FloatArray, IntArray]:
+    """The best continuations of each sentence, their totals and choices, (S, M) each."""
+    sentences, beams, per_beam = logprob.shape
+    totals = (score[:, :, None] + logprob).reshape(sentences, beams * per_beam)
+    best = (-totals).argsort(axis=1, kind="stable")[:, :count]
+    best += np.arange(0, totals.size, beams * per_beam)[:, None]
+    return totals.take(best), (token | _PARENT[:beams, None]).take(best)
 
 
 def _first(
-    chosen: BoolArray, width: IntArray, beams: int, candidates: tuple[FloatArray, IntArray, IntArray]
-) -> tuple[FloatArray, IntArray, IntArray]:
-    """The first `width` chosen candidates of each sentence, side by side, (S, K) each."""
-    place = np.cumsum(chosen, axis=1) - 1
-    sentence, rank = np.nonzero(chosen & (place < width[:, None]))
-    place = place[sentence, rank]
+    chosen: BoolArray, width: IntArray, beams: int, totals: FloatArray, choices: IntArray
+) -> tuple[FloatArray, IntArray]:
+    """The first `width` (S, 1) chosen candidates of each sentence, side by side, (S, K) each."""
     shape = (len(chosen), beams)
-    score, parent, token = np.full(shape, DEAD), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    totals, parents, tokens = candidates
-    score[sentence, place] = totals[sentence, rank]
-    parent[sentence, place] = parents[sentence, rank]
-    token[sentence, place] = tokens[sentence, rank]
-    return score, parent, token
+    place = chosen.cumsum(axis=1)
+    taken = (chosen & (place <= width)).ravel().nonzero()[0]
+    if len(taken) == len(chosen) * beams:
+        return totals.take(taken).reshape(shape), choices.take(taken).reshape(shape)
+    score, choice = np.full(shape, DEAD), np.zeros(shape, np.int64)
+    at = (taken // chosen.shape[1], place.take(taken) - 1)
+    score[at], choice[at] = totals.take(taken), choices.take(taken)
+    return score, choice
 
 
-def _merge(
+def _merge(  # noqa: PLR0913, PLR0917 - old, new, and what ranks them
     finished: Finished,
-    width: IntArray,
+    places: IntArray,
+    limits: Limits,
     new: BoolArray,
-    candidates: tuple[FloatArray, IntArray, IntArray],
+    candidates: tuple[FloatArray, IntArray],
     length: IntArray,
     divisor: FloatArray,
-) -> Finished:
+) -> Merged | None:
     """The best `width` of the old and the new finished hypotheses; few sentences have new ones in a step."""
-    s = np.flatnonzero(new.any(axis=1))
+    s = np.logical_or.reduce(new, axis=1).nonzero()[0]
     if not len(s):
-        return finished
-    totals, parents, tokens = candidates[0][s], candidates[1][s], candidates[2][s]
-    scores = np.where(new[s], totals / divisor[s, None], DEAD)
-    beams = finished.score.shape[1]
-    merged = np.concatenate([finished.score[s], scores], axis=1)
-    order = np.argsort(-merged, axis=1, kind="stable")[:, :beams]
-    rows = np.arange(len(s))[:, None]
-    best = merged[rows, order]
-    best[np.arange(beams) >= width[s, None]] = DEAD
-    ends = ends_at(length[s, None], parents, tokens)
-    score, total, end = finished.score.copy(), finished.total.copy(), finished.end.copy()
-    score[s] = best
-    total[s] = np.concatenate([finished.total[s], totals], axis=1)[rows, order]
-    end[s] = np.concatenate([finished.end[s], ends], axis=1)[rows, order]
-    return Finished(score, total, end)
+        return None
+    totals, choices = candidates[0][s], candidates[1][s]
+    beams = int(limits.width.max())
+    old = places[s], slice(beams)
+    scores = np.concatenate([finished.score[old], np.where(new[s], totals / divisor[s, None], DEAD)], axis=1)
+    best = (-scores).argsort(axis=1, kind="stable")[:, :beams]
+    best += np.arange(0, scores.size, scores.shape[1])[:, None]
+    score = scores.take(best)
+    if not limits.all_as_wide:
+        score[np.arange(beams) >= limits.width[s, None]] = DEAD
+    total = np.concatenate([finished.total[old], totals], axis=1).take(best)
+    end = np.concatenate([finished.end[old], ends_at(length[s, None], choices)], axis=1).take(best)
+    return Merged(s, Finished(score, total, end))
 
 
-def _no_better(limits: Limits, finished: Finished, best_live: FloatArray, length: IntArray) -> BoolArray:
-    """Whether nothing that still runs can change the result, by each sentence's stopping rule."""
-    worst = finished.score[np.arange(len(length)), limits.width - 1]
+def _no_better(
+    limits: Limits, worst: FloatArray, best_live: FloatArray, length: IntArray, divisor: FloatArray
+) -> BoolArray:
+    """Whether nothing that still runs can change the result, by each sentence's stopping rule.
+
+    Args:
+        limits: What each request asks for.
+        worst: The worst of as many finished hypotheses as are wanted; DEAD while there are fewer, (S,).
+        best_live: Summed log-probability of the best live beam, (S,).
+        length: Its tokens, (S,).
+        divisor: What a hypothesis of that length is divided by, (S,).
+    """
     full = worst > DEAD
     over: BoolArray = (best_live == DEAD) | (full & limits.when_full)
     open_ = full & ~over
     if open_.any():
-        reachable = np.where(limits.never & (limits.exponent > 0), limits.max_new, length)
-        over |= open_ & (best_live / length_divisor(reachable, limits.exponent, limits.gnmt) <= worst)
+        longer = limits.never & (limits.exponent > 0)
+        if longer.any():
+            divisor = length_divisor(np.where(longer, limits.max_new, length), limits.exponent, limits.gnmt)
+        over |= open_ & (best_live / divisor <= worst)
     return over
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from beamline_server.bundle import Bundle, BundleError, Golden, Manifest
 from beamline_server.engine.admission import LANE_WIDTHS, SHARED_WIDTH, Capacity, lane_of
-from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, step_batch
+from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, layout, step_batch
 from beamline_server.engine.beam import SearchRules
 from beamline_server.engine.core import ENCODE_TOKENS, MAX_BEAMS, ModelRules
 from beamline_server.engine.loop import Engine
@@ -158,8 +158,8 @@ def forced_decode(
         mask = np.zeros((1, 1, LEAST_QUERY_LENGTH, width), np.bool_)
         mask[..., : step + 1] = True
         batch = step_batch(
+            layout(np.ones((1, 1), np.bool_)),
             token=np.array([[token]]),
-            live=np.ones((1, 1), np.bool_),
             step=np.array([step]),
             slot=np.array([[step]]),
             ancestors=mask,
@@ -195,8 +195,8 @@ def _largest_batch(bundle: Bundle, runner: StepRunner, rows: int) -> None:
     mask[..., 0] = True
     rules = model_rules(bundle.manifest).search
     batch = step_batch(
+        layout(np.ones((sentences, beams), np.bool_)),
         token=np.zeros((sentences, beams), np.int64),
-        live=np.ones((sentences, beams), np.bool_),
         step=np.zeros(sentences, np.int64),
         slot=np.tile(np.arange(beams), (sentences, 1)),
         ancestors=mask,

@@ -16,16 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beamline_server.engine.admission import LANE_WIDTHS, Capacity, Cost, cost, lane_of
-from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, step_batch
-from beamline_server.engine.beam import DEAD, BoolArray, IntArray, SearchRules, advance
+from beamline_server.engine.batch import Layout, encoder_batch, layout, step_batch
+from beamline_server.engine.beam import DEAD, BoolArray, IntArray, Limits, SearchRules, advance, parent_of, token_of
 from beamline_server.engine.errors import DeadlineExceeded, EngineError, RequestCancelled, StepFailed
 from beamline_server.engine.kv_pool import SlotTable
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId, Timing
 from beamline_server.engine.runner import Cache, FromCache, FromEncoder, FromSeat, Origin, StepRunner
-from beamline_server.engine.scheduler import Room, narrowest_lane, seat_width, seats, starters
+from beamline_server.engine.scheduler import Room, narrowest_lane, round_up, seat_width, seats, starters
 from beamline_server.engine.searches import Searches
 
+LANES = np.array(LANE_WIDTHS)
 MAX_BEAMS = 16
 ENCODE_TOKENS = 1024
 _log = logging.getLogger(__name__)
@@ -58,16 +59,32 @@ class _Running:
 
 
 class _Lane:
-    """Sentences that share an attention rectangle: who sits where."""
+    """Sentences that share an attention rectangle: who sits where, and what stays the same as long as they do."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self.members: list[int] = []
         self.places: IntArray = np.zeros(0, np.int64)
+        self.limits: Limits
+        self.beams = 0
+        self.source_length = self.places
+        self._layout: Layout | None = None
 
-    def seat(self, members: list[int]) -> None:
+    def seat(self, members: list[int], searches: Searches, source_length: IntArray) -> None:
+        """Take in who sits here from now on."""
         self.members = members
         self.places = np.array(members, np.int64)
+        self._layout = None
+        if members:
+            self.limits = searches.limits(self.places)
+            self.beams = int(self.limits.width.max())
+            self.source_length = source_length[self.places]
+
+    def layout(self, live: BoolArray) -> Layout:
+        """Where the live beams stand; once all are alive it does not change from step to step."""
+        if self._layout is None or not (self._layout.live == live).all():
+            self._layout = layout(live)
+        return self._layout
 
 
 class EngineCore:
@@ -116,6 +133,8 @@ class EngineCore:
         self._lanes: list[_Lane] = []
         # Made once: every step names the seats of those who stay.
         self._seats = [FromSeat(seat) for seat in range(places)]
+        self._places: IntArray = np.zeros(0, np.int64)
+        self._beams = 0
         self._changed = False
         self.queued_rows = 0
         self.last_step_at: float | None = None
@@ -248,7 +267,7 @@ class EngineCore:
         starting = [self._queue.popleft() for _ in range(count)]
         self.queued_rows -= sum(request.options.beam_size for request, _ in starting)
         sources = [request.source for request, _ in starting]
-        width = seat_width(max(map(len, sources)), 0)
+        width = round_up(max(map(len, sources)))
         try:
             encoded = self._runner.encode(encoder_batch(sources, source_width=width))
         except Exception as error:  # every waiter must hear of it
@@ -293,18 +312,20 @@ class EngineCore:
 
     def _seat(self) -> list[_Lane]:
         """Give every beam a slot and every sentence a seat in the narrowest lane that holds it."""
-        places = np.fromiter(self._running, np.int64, len(self._running))
-        beams = int(self._searches.width[places].max())
-        live = self._searches.live(places, beams)
-        self._slot[places, :beams] = self._slots.assign(places, self._searches.parent[places, :beams], live)
-        needed = np.maximum(self._slots.ends(places), self._source_length[places])
-        numbers = np.maximum(self._lane_of[places], np.searchsorted(LANE_WIDTHS, needed))
-        numbers = np.maximum(numbers, narrowest_lane(len(places)))
-        moved = bool((numbers != self._lane_of[places]).any())
-        self._lane_of[places] = numbers
-        while len(self._lanes) <= int(numbers.max()):
-            self._lanes.append(_Lane(self._runner.new_cache()))
-        if self._changed or moved:
+        searches = self._searches
+        if self._changed:
+            self._places = np.fromiter(self._running, np.int64, len(self._running))
+            self._beams = int(searches.width[self._places].max())
+        places, beams = self._places, self._beams
+        live = searches.score[places, :beams] > DEAD
+        self._slot[places, :beams] = self._slots.assign(places, parent_of(searches.choice[places, :beams]), live)
+        ends = self._slots.ends(places)
+        numbers = LANES.searchsorted(np.maximum(ends, self._source_length[places]))
+        numbers = np.maximum(np.maximum(numbers, self._lane_of[places]), narrowest_lane(len(places)))
+        if self._changed or (numbers != self._lane_of[places]).any():
+            self._lane_of[places] = numbers
+            while len(self._lanes) <= int(numbers.max()):
+                self._lanes.append(_Lane(self._runner.new_cache()))
             old = [lane.members for lane in self._lanes]
             # From the widest lane down: who moves up is copied before the seat is taken by another.
             for number in reversed(range(len(self._lanes))):
@@ -314,7 +335,8 @@ class EngineCore:
             self._changed = False
         else:
             for lane in self._lanes:
-                self._fit(lane, self._seats[: len(lane.members)], lane.members)
+                if lane.members and self._slots.ends(lane.places).max() > lane.cache.slots:
+                    self._fit(lane, self._seats[: len(lane.members)], lane.places)
         return [lane for lane in self._lanes if lane.members]
 
     def _arrange(self, number: int, staying: list[int], old: list[list[int]]) -> None:
@@ -324,8 +346,10 @@ class EngineCore:
         members = seats(old[number], set(staying) - set(arriving), arriving)
         seat_of = {place: seat for seat, place in enumerate(old[number])}
         origins = [self._origin(number, place, seat_of, old) for place in members]
-        self._fit(lane, origins, members)
-        lane.seat(members)
+        stay = len(members) == len(lane.members) and origins == self._seats[: len(members)]
+        lane.seat(members, self._searches, self._source_length)
+        if members:
+            self._fit(lane, origins, lane.places, stay=stay)
 
     def _origin(self, number: int, place: int, seat_of: dict[int, int], old: list[list[int]]) -> Origin:
         newcomer = self._running[place].origin
@@ -336,50 +360,43 @@ class EngineCore:
         below = next(i for i in range(number) if place in old[i])
         return FromCache(self._lanes[below].cache, old[below].index(place))
 
-    def _fit(self, lane: _Lane, origins: Sequence[Origin], members: Sequence[int]) -> None:
-        """Bring a lane's cache to the shape that its members need."""
-        if not members:
-            return
-        places = np.array(members, np.int64)
-        slots = seat_width(int(self._slots.ends(places).max()), lane.cache.slots)
-        width = seat_width(int(self._source_length[places].max()), lane.cache.source_width)
-        settled = list(origins) == self._seats[: len(origins)]
-        same_shape = (slots, width) == (lane.cache.slots, lane.cache.source_width)
-        if not (settled and same_shape and len(members) == len(lane.members)):
-            lane.cache.arrange(origins, slots=slots, source_width=width)
+    def _fit(self, lane: _Lane, origins: Sequence[Origin], places: IntArray, *, stay: bool = True) -> None:
+        """Bring a lane's cache to the shape that its members need; `stay` if they sit where they sat."""
+        cache, count = lane.cache, len(places)
+        slots = seat_width(int(self._slots.ends(places).max()), cache.slots, count)
+        width = seat_width(int(lane.source_length.max()), cache.source_width, count)
+        if not stay or (slots, width) != (cache.slots, cache.source_width):
+            cache.arrange(origins, slots=slots, source_width=width)
 
     def _decode(self, lane: _Lane) -> list[Event]:
         began = self._clock()
-        places, searches = lane.places, self._searches
-        limits = searches.limits(places)
-        beams = int(limits.width.max())
-        live = searches.live(places, beams)
-        step = searches.step[places]
-        candidates = self._rules.search.needed_candidates(beams, self._rules.vocabulary)
+        places, beams, searches = lane.places, lane.beams, self._searches
+        score, choice, step = searches.score[places, :beams], searches.choice[places, :beams], searches.step[places]
+        at = lane.layout(score > DEAD)
         batch = step_batch(
-            token=searches.token[places, :beams],
-            live=live,
+            at,
+            token=token_of(choice),
             step=step,
             slot=self._slot[places, :beams],
-            ancestors=self._slots.mask(places, max(beams, LEAST_QUERY_LENGTH), lane.cache.slots),
-            source_length=self._source_length[places],
-            candidates=candidates,
+            ancestors=self._slots.mask(places, at.row_of.shape[1], lane.cache.slots),
+            source_length=lane.source_length,
+            candidates=self._rules.search.needed_candidates(beams, self._rules.vocabulary),
         )
         logprob, token = self._runner.step(lane.cache, batch)
-        finished = searches.finished(places, beams)
         selection = advance(
             self._rules.search,
-            limits,
+            lane.limits,
             step=step,
-            score=searches.score[places, :beams],
-            finished=finished,
-            top_logprob=_by_beam(logprob, live, DEAD),
-            top_token=_by_beam(token, live, 0),
+            score=score,
+            finished=searches.finished,
+            places=places,
+            top_logprob=_by_beam(logprob, at.live, DEAD),
+            top_token=_by_beam(token, at.live, 0),
         )
-        searches.commit(places, selection, finished)
+        searches.commit(places, selection)
         now = self._clock()
         self._observer.stepped(now - began, len(batch.ids), len(places))
-        done = [lane.members[i] for i in np.flatnonzero(selection.done)]
+        done = [lane.members[i] for i in selection.done.nonzero()[0]]
         streaming = self._streaming.difference(done).intersection(lane.members) if self._streaming else ()
         pieces = [piece for place in streaming for piece in self._piece(place)]
         return [*pieces, *(self._complete(place, now) for place in done)]

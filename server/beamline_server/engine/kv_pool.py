@@ -48,13 +48,16 @@ class SlotTable:
         # Slots from the highest in use on are free, so this many hold all that is in use and a free one per beam.
         slots = int(self._end[places].max(initial=0)) + beams
         self._reserve(slots)
-        ancestors = self._ancestors[places[:, None], parent, :slots] & live[:, :, None]
-        free_rank = np.cumsum(~ancestors.any(axis=1), axis=1)
+        ancestors = self._ancestors[places[:, None], parent, :slots]
+        everybody = bool(live.all())
+        if not everybody:
+            ancestors &= live[:, :, None]
+        free_rank = (~np.logical_or.reduce(ancestors, axis=1)).cumsum(axis=1)
         # Beam j takes the j-th free slot: the first place where the count of free slots reaches j + 1.
-        wanted = np.cumsum(live, axis=1)
-        slot: IntArray = (free_rank[:, None, :] >= wanted[:, :, None]).argmax(axis=2)
-        sentence, beam = np.nonzero(live)
-        ancestors[sentence, beam, slot[sentence, beam]] = True
+        wanted = np.arange(1, beams + 1)[:, None] if everybody else live.cumsum(axis=1)[:, :, None]
+        slot: IntArray = (free_rank[:, None, :] >= wanted).argmax(axis=2)
+        taken = slot + np.arange(0, ancestors.size, slots).reshape(slot.shape)
+        ancestors.reshape(-1)[taken if everybody else taken[live]] = True
         self._ancestors[places, :beams, :slots] = ancestors
         in_use: BoolArray = np.logical_or.reduce(ancestors, axis=1)
         self._end[places] = slots - in_use[:, ::-1].argmax(axis=1)
@@ -71,10 +74,7 @@ class SlotTable:
     def mask(self, places: IntArray, beams: int, slots: int) -> BoolArray:
         """Ancestors of the first `beams` beams over `slots` slots, (S, 1, beams, slots)."""
         self._reserve(slots)
-        result = np.zeros((len(places), 1, beams, slots), np.bool_)
-        known = min(beams, self._ancestors.shape[1])
-        result[:, 0, :known] = self._ancestors[places, :known, :slots]
-        return result
+        return self._ancestors[places, :beams, :slots][:, None]
 
     def _reserve(self, slots: int) -> None:
         places, beams, present = self._ancestors.shape

@@ -105,6 +105,7 @@ class StepRunner(Protocol):
         """One decoder step for the sentences seated in the cache, in seat order.
 
         Returns:
-            The best log-probabilities of each row and their tokens, (N, C) each, best first.
+            The best log-probabilities of each row and their tokens, (N, C) each, best first. The next step with the
+            same cache may overwrite them.
         """
         ...

@@ -21,6 +21,9 @@ from beamline_server.engine.request import GenerationRequest
 SEAT_GRANULE = 8
 """Slots and source positions of a seat are a multiple of this: few distinct shapes, seldom a change of shape."""
 
+SPARE_SLOTS = 256
+"""How many slots all seats of a lane together may have too many for the sake of rare changes."""
+
 FINE_LANES_FROM = 48
 """Sentences of a worker from which on lanes narrower than `SHARED_WIDTH` are used (docs/performance.md)."""
 
@@ -83,13 +86,25 @@ def narrowest_lane(sentences: int) -> int:
     return 0 if sentences >= FINE_LANES_FROM else lane_of(SHARED_WIDTH)
 
 
-def seat_width(needed: int, present: int) -> int:
-    """Slots (or source positions) of a lane's seats, given what the neediest sentence needs and what seats have now.
+def seat_width(needed: int, present: int, seats: int) -> int:
+    """Slots (or source positions) of a lane's seats.
 
-    Grows by granules, and shrinks only when a quarter is idle: every change copies the lane.
+    Grows by granules, and shrinks only when a quarter is idle: every change copies the lane. Few seats grow further at
+    a time, since what they have too much costs little.
+
+    Args:
+        needed: What the neediest sentence needs.
+        present: What every seat has now.
+        seats: How many there are.
     """
-    wanted = -(-max(needed, 1) // SEAT_GRANULE) * SEAT_GRANULE
+    granule = max(SEAT_GRANULE, min(SPARE_SLOTS // seats // SEAT_GRANULE * SEAT_GRANULE, SHARED_WIDTH))
+    wanted = round_up(needed, granule)
     return present if wanted <= present and 3 * present < 4 * wanted else wanted
+
+
+def round_up(needed: int, granule: int = SEAT_GRANULE) -> int:
+    """The least positive multiple of a granule that is as wide as needed."""
+    return -(-max(needed, 1) // granule) * granule
 
 
 def least_loaded(loads: Sequence[int]) -> int:

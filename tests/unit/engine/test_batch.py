@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, step_batch
+from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, layout, step_batch
 from beamline_server.engine.runner import StepBatch
 
 sources = st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=20), min_size=1, max_size=8)
@@ -38,19 +38,19 @@ def test_a_single_token_is_attended_to_by_two_rows() -> None:
 class Beams:
     """Live beams of some sentences, with tokens and slots that tell them apart."""
 
-    def __init__(self, counts: list[int], idle_beams: int, idle_queries: int) -> None:
+    def __init__(self, counts: list[int], idle_beams: int) -> None:
         sentences, beams = len(counts), max(counts) + idle_beams
         self.counts = counts
         self.live = np.arange(beams) < np.array(counts)[:, None]
         self.token = 100 * np.arange(sentences)[:, None] + np.arange(beams)
         self.slot = self.token + 50
         self.step = 10 + np.arange(sentences)
-        self.queries = max(beams, LEAST_QUERY_LENGTH) + idle_queries
+        self.queries = max(beams, LEAST_QUERY_LENGTH)
 
     def packed(self) -> StepBatch:
         return step_batch(
+            layout(self.live),
             token=self.token,
-            live=self.live,
             step=self.step,
             slot=self.slot,
             ancestors=np.zeros((len(self.counts), 1, self.queries, 16), np.bool_),
@@ -59,7 +59,7 @@ class Beams:
         )
 
 
-beams = st.builds(Beams, st.lists(st.integers(1, 16), min_size=1, max_size=8), st.integers(0, 4), st.integers(0, 4))
+beams = st.builds(Beams, st.lists(st.integers(1, 16), min_size=1, max_size=8), st.integers(0, 4))
 
 
 @given(beams)

@@ -25,7 +25,7 @@ from beamline_server.engine.request import (
     SearchOptions,
 )
 from beamline_server.engine.runner import Cache
-from beamline_server.engine.scheduler import FINE_LANES_FROM
+from beamline_server.engine.scheduler import FINE_LANES_FROM, SEAT_GRANULE
 from beamline_server.engine.testing import (
     Faults,
     ManualClock,
@@ -487,8 +487,8 @@ def test_a_long_source_does_not_widen_the_lane_of_short_ones() -> None:
     engine.core.accept([request(1), request(2, source_tokens=200), request(3)])
     engine.step()
     short, long = engine.runner.trace
-    assert (short.sources, short.source_width) == ((source_of(1, 3), source_of(3, 3)), 8)
-    assert (long.sources, long.source_width) == ((source_of(2, 200),), 200)
+    assert (short.sources, short.source_width) == ((source_of(1, 3), source_of(3, 3)), SHARED_WIDTH)
+    assert (long.sources, long.source_width) == ((source_of(2, 200),), 256)
 
 
 def test_a_sentence_that_grows_moves_to_a_wider_lane() -> None:
@@ -507,10 +507,20 @@ def test_a_sentence_that_grows_moves_to_a_wider_lane() -> None:
     with_grower = [step for step in engine.runner.trace if grower.source in step.sources]
     assert max(step.slots for step in with_grower) > SHARED_WIDTH
     assert {len(step.sources) for step in with_grower if step.slots > SHARED_WIDTH} == {1}
-    # Once it has moved, the lane that it left shrinks again.
-    moved = next(i for i, step in enumerate(engine.runner.trace) if step.slots > SHARED_WIDTH)
-    later = [step.slots for step in engine.runner.trace[moved + 4 :] if grower.source not in step.sources]
-    assert set(later) <= {8, 16, 24}
+    others = [step.slots for step in engine.runner.trace if grower.source not in step.sources]
+    assert set(others) <= {SHARED_WIDTH}
+
+
+def test_a_lane_shrinks_when_a_long_sentence_has_left_it() -> None:
+    engine = bench(rows=128)
+    engine.core.accept([request(0, tokens=40)])
+    for _ in range(38):
+        engine.step()
+    engine.core.accept(request(number, tokens=6) for number in range(1, 41))
+    engine.finish()
+    widths = [step.slots for step in engine.runner.trace if len(step.sources) > 32]
+    assert widths[0] > 32
+    assert widths[-1] == SEAT_GRANULE
 
 
 def test_many_sentences_sit_in_lanes_by_length_and_few_together() -> None:

@@ -149,7 +149,7 @@ def test_a_cleared_place_starts_anew() -> None:
 
 
 def test_a_mask_may_be_wider_than_any_beam_or_slot_in_use() -> None:
-    table = SlotTable(1, 2)
+    table = SlotTable(1, 4)
     table.assign(np.array([0]), np.zeros((1, 1), np.int64), np.ones((1, 1), np.bool_))
     mask = table.mask(np.array([0]), 4, 300)
     assert mask.shape == (1, 1, 4, 300)

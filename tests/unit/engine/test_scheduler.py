@@ -16,6 +16,7 @@ from beamline_server.engine.scheduler import (
     Room,
     least_loaded,
     narrowest_lane,
+    round_up,
     seat_width,
     seats,
     starters,
@@ -106,30 +107,39 @@ def test_who_comes_takes_seats_in_order(seating: Seating) -> None:
     assert taken == sorted(taken)
 
 
-@given(st.integers(0, 3000), st.integers(0, 3000))
-def test_seats_hold_what_is_needed_with_less_than_a_quarter_of_it_idle(needed: int, present: int) -> None:
-    present = present // SEAT_GRANULE * SEAT_GRANULE
-    width = seat_width(needed, present)
-    wanted = max(SEAT_GRANULE, needed)
-    assert width >= wanted
+@given(st.integers(0, 3000), st.integers(0, 3000), st.integers(1, 200))
+def test_seats_hold_what_is_needed_with_less_than_a_quarter_of_it_idle(needed: int, present: int, seats: int) -> None:
+    """But for less than a granule, which many seats need not be told apart from none."""
+    present = round_up(present)
+    width = seat_width(needed, present, seats)
+    granule = seat_width(1, 0, seats)
+    assert width >= round_up(needed)
     assert width % SEAT_GRANULE == 0
-    assert 3 * width < 4 * (wanted + SEAT_GRANULE - 1)
+    assert 3 * width < 4 * round_up(needed, granule) or width == round_up(needed, granule)
     if width != present:
-        assert width - needed < SEAT_GRANULE or needed == 0
+        assert width - max(needed, 1) < granule
 
 
-@given(st.integers(1, 3000), st.floats(0.76, 1))
-def test_seats_do_not_change_while_they_fit(needed: int, part: float) -> None:
+@given(st.integers(1, 3000), st.floats(0.76, 1), st.integers(1, 200))
+def test_seats_do_not_change_while_they_fit(needed: int, part: float, seats: int) -> None:
     """A lane whose need goes up and down by less than a quarter keeps its width: every change copies the lane."""
-    width = seat_width(needed, 0)
-    assert seat_width(math.ceil(part * width), width) == width
+    width = seat_width(needed, 0, seats)
+    assert seat_width(math.ceil(part * width), width, seats) == width
 
 
-def test_seats_grow_by_granules_and_shrink_when_a_quarter_is_idle() -> None:
-    assert seat_width(1, 0) == 8
-    assert seat_width(9, 8) == 16
-    assert seat_width(49, 64) == 64
-    assert seat_width(48, 64) == 48
+def test_many_seats_grow_by_granules_and_shrink_when_a_quarter_is_idle() -> None:
+    assert seat_width(1, 0, 32) == 8
+    assert seat_width(9, 8, 32) == 16
+    assert seat_width(49, 64, 32) == 64
+    assert seat_width(48, 64, 32) == 48
+
+
+def test_few_seats_are_wide_enough_for_most_sentences_at_once() -> None:
+    """One sentence alone is seated once, and not again every few tokens."""
+    assert seat_width(1, 0, 1) == 64
+    assert seat_width(5, 0, 8) == 32
+    assert seat_width(65, 64, 2) == 128
+    assert [seats * (seat_width(1, 0, seats) - 1) <= 256 for seats in range(4, 33)] == [True] * 29
 
 
 def test_few_sentences_share_a_lane_and_many_sit_by_length() -> None:

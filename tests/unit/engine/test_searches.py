@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beamline_server.engine.beam import DEAD, Finished, Selection, ends_at
+from beamline_server.engine.beam import (
+    DEAD,
+    Finished,
+    IntArray,
+    Merged,
+    Selection,
+    choice_of,
+    end_of,
+    ends_at,
+    parent_of,
+    token_of,
+)
 from beamline_server.engine.request import Finish, SearchOptions
 from beamline_server.engine.searches import Searches
 
@@ -70,15 +81,20 @@ def selection(twins: list[Twin], turns: list[Turn]) -> Selection:
     """What a step decided, as arrays over some searches that the twins have taken already."""
     shape = (len(twins), WIDTH)
     score, total = np.full(shape, DEAD), np.full(shape, DEAD)
-    parent, token, end = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    choice, end = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     for row, (twin, turn) in enumerate(zip(twins, turns, strict=True)):
         for rank, path in enumerate(twin.beams):
-            score[row, rank], (parent[row, rank], token[row, rank]) = path.totals[-1], turn.beams[rank]
+            score[row, rank], choice[row, rank] = path.totals[-1], packed(*turn.beams[rank])
         for rank, path in enumerate(twin.finished):
             total[row, rank] = path.totals[-1]
-            parts = (len(path.tokens), path.parent, path.tokens[-1])
-            end[row, rank] = ends_at(*(np.array(part) for part in parts))
-    return Selection(score, parent, token, Finished(total, total, end), np.zeros(len(twins), np.bool_))
+            end[row, rank] = ends_at(np.array(len(path.tokens)), packed(path.parent, path.tokens[-1]))
+    new = np.flatnonzero([len(turn.ended) > 0 for turn in turns])
+    merged = Merged(new, Finished(total[new], total[new], end[new])) if len(new) else None
+    return Selection(score, choice, merged, np.zeros(len(twins), np.bool_))
+
+
+def packed(parent: int, token: int) -> IntArray:
+    return choice_of(np.array(parent), np.array(token))
 
 
 def replay(searches: Searches, place: int, history: list[Turn]) -> Twin:
@@ -87,7 +103,7 @@ def replay(searches: Searches, place: int, history: list[Turn]) -> Twin:
     searches.start(place, SearchOptions(beam_size=WIDTH), decoder_start=0)
     for turn in history:
         twin.take(turn)
-        searches.commit(places, selection([twin], [turn]), searches.finished(places, WIDTH))
+        searches.commit(places, selection([twin], [turn]))
     return twin
 
 
@@ -109,9 +125,8 @@ def test_hypotheses_are_the_paths_that_led_to_them(several: list[list[Turn]]) ->
         here = [place for place, history in enumerate(several) if step < len(history)]
         for place in here:
             twins[place].take(several[place][step])
-        places = np.array(here)
-        before = searches.finished(places, WIDTH)
-        searches.commit(places, selection([twins[p] for p in here], [several[p][step] for p in here]), before)
+        decided = selection([twins[p] for p in here], [several[p][step] for p in here])
+        searches.commit(np.array(here), decided)
     for place, twin in enumerate(twins):
         found = searches.hypotheses(place, WIDTH)
         assert [h.tokens for h in found] == [path.tokens for path in twin.finished]
@@ -119,6 +134,13 @@ def test_hypotheses_are_the_paths_that_led_to_them(several: list[list[Turn]]) ->
         for hypothesis, path in zip(found, twin.finished, strict=True):
             assert hypothesis.token_logprobs == tuple(np.diff(path.totals))
             assert hypothesis.finish is Finish.END_OF_SEQUENCE
+
+
+@given(st.integers(0, 1 << 20), st.integers(0, 255), st.integers(0, (1 << 32) - 1))
+def test_the_end_of_a_hypothesis_fits_in_one_number(length: int, parent: int, token: int) -> None:
+    choice = packed(parent, token)
+    assert (int(parent_of(choice)), int(token_of(choice))) == (parent, token)
+    assert end_of(int(ends_at(np.array(length), choice))) == (length, parent, token)
 
 
 @given(histories(least_beams=0))
@@ -167,19 +189,20 @@ def test_a_place_that_is_taken_again_remembers_nothing() -> None:
     searches.start(0, SearchOptions(beam_size=2), decoder_start=7)
     assert searches.hypotheses(0, 4) == ()
     assert searches.certain(0, 0) == []
-    assert searches.live(np.array([0]), 3).tolist() == [[True, False, False]]
-    assert searches.token[0, 0] == 7
+    assert (searches.score[0, :3] > DEAD).tolist() == [True, False, False]
+    assert token_of(searches.choice[0, 0]) == 7
+    assert parent_of(searches.choice[0, 0]) == 0
 
 
 @pytest.mark.parametrize("last", [EOS, 2])
 def test_a_hypothesis_knows_why_it_ended(last: int) -> None:
     searches = Searches(1, 16, (EOS,))
     searches.start(0, SearchOptions(), decoder_start=0)
-    places, end = np.array([0]), ends_at(np.array([[1]]), np.array([[0]]), np.array([[last]]))
+    places, end = np.array([0]), ends_at(np.array([[1]]), np.array([[packed(0, last)]]))
     total = np.full((1, 1), -1.0, np.float32)
     nothing = np.zeros((1, 1), np.int64)
     dead = np.full((1, 1), DEAD)
-    decided = Selection(dead, nothing, nothing, Finished(total, total, end), np.ones(1, np.bool_))
-    searches.commit(places, decided, searches.finished(places, 1))
+    decided = Selection(dead, nothing, Merged(places, Finished(total, total, end)), np.ones(1, np.bool_))
+    searches.commit(places, decided)
     (found,) = searches.hypotheses(0, 1)
     assert found.finish is (Finish.END_OF_SEQUENCE if last == EOS else Finish.LENGTH)

@@ -82,8 +82,12 @@ class HostCache:
         self._sessions = sessions
         self.own = _SeatedTensors(count, sessions.width, sessions.dtype)
         self.cross = _SeatedTensors(count, sessions.width, sessions.dtype)
-        self.binding = sessions.decoder.io_binding()
+        self._binding = sessions.decoder.io_binding()
         self._bound: tuple[tuple[int, ...], ...] | None = None
+        # A binding does not own host memory: what is bound is kept here. Arrays that a step shares with the one
+        # before, as most do while nobody comes or goes, stay bound.
+        self._inputs: dict[str, NDArray[Any]] = {}
+        self._logprob, self._token = np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)
 
     @property
     def slots(self) -> int:
@@ -118,13 +122,29 @@ class HostCache:
         if bound == self._bound:
             return
         self._bound = bound
-        self.binding.clear_binding_inputs()
-        self.binding.clear_binding_outputs()
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        self._inputs = {}
+        self._logprob = np.empty((0, 0), np.float32)
         for t, (own, cross) in enumerate(zip(self._sessions.self_names, self._sessions.cross_names, strict=True)):
             pool, memory = self.own.tensor(t), self.cross.tensor(t)
-            self.binding.bind_input(own, "cpu", 0, pool.dtype, pool.shape, pool.ctypes.data)
-            self.binding.bind_output(f"{own}_out", "cpu", 0, pool.dtype, pool.shape, pool.ctypes.data)
-            self.binding.bind_input(cross, "cpu", 0, memory.dtype, memory.shape, memory.ctypes.data)
+            self._binding.bind_input(own, "cpu", 0, pool.dtype, pool.shape, pool.ctypes.data)
+            self._binding.bind_output(f"{own}_out", "cpu", 0, pool.dtype, pool.shape, pool.ctypes.data)
+            self._binding.bind_input(cross, "cpu", 0, memory.dtype, memory.shape, memory.ctypes.data)
+
+    def step(self, batch: StepBatch) -> tuple[FloatArray, IntArray]:
+        """Run a step; what it returns is overwritten by the next one."""
+        for name, array in self._sessions.step_feeds(batch).items():
+            if self._inputs.get(name) is not array:
+                self._binding.bind_cpu_input(name, array)
+                self._inputs[name] = array
+        shape = (len(batch.ids), batch.candidates)
+        if self._logprob.shape != shape:
+            self._logprob, self._token = np.empty(shape, np.float32), np.empty(shape, np.int64)
+            for name, output in (("top_logprob", self._logprob), ("top_token", self._token)):
+                self._binding.bind_output(name, "cpu", 0, output.dtype, shape, output.ctypes.data)
+        self._sessions.decoder.run_with_iobinding(self._binding)
+        return self._logprob, self._token
 
 
 class HostRunner:
@@ -147,12 +167,4 @@ class HostRunner:
     def step(self, cache: Cache, batch: StepBatch) -> tuple[FloatArray, IntArray]:
         """As `StepRunner.step`."""
         assert isinstance(cache, HostCache)
-        feeds = self._sessions.step_feeds(batch)
-        shape = (len(batch.ids), batch.candidates)
-        logprob, token = np.empty(shape, np.float32), np.empty(shape, np.int64)
-        for name, array in feeds.items():
-            cache.binding.bind_cpu_input(name, array)
-        cache.binding.bind_output("top_logprob", "cpu", 0, logprob.dtype, shape, logprob.ctypes.data)
-        cache.binding.bind_output("top_token", "cpu", 0, token.dtype, shape, token.ctypes.data)
-        self._sessions.decoder.run_with_iobinding(cache.binding)
-        return logprob, token
+        return cache.step(batch)

@@ -50,7 +50,12 @@ class Sessions:
         self.decoder = open_session(bundle, DECODER_STEP, providers, threads)
         types = {value.name: value.type for value in self.decoder.get_inputs()}
         self.dtype = np.float16 if types[self.self_names[0]] == "tensor(float16)" else np.float32
+        self._counts: dict[int, NDArray[np.int64]] = {}
         self.additive_mask = types["ancestors"] != "tensor(bool)"
+
+    def _count(self, candidates: int) -> NDArray[np.int64]:
+        """One array per number, so that the same number is the same input."""
+        return self._counts.setdefault(candidates, np.array([candidates], np.int64))
 
     def encoder_feeds(self, batch: EncoderBatch) -> dict[str, NDArray[Any]]:
         """Inputs of the encoder."""
@@ -75,5 +80,5 @@ class Sessions:
             "back": batch.back,
             "ancestors": mask,
             "source_length": batch.source_length,
-            "candidates": np.array([batch.candidates], np.int64),
+            "candidates": self._count(batch.candidates),
         }
