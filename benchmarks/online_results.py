@@ -155,8 +155,10 @@ def complete(results: Results) -> Results:
 
 
 def summary(results: Results) -> Iterator[str]:
-    """A line for each figure that there is a target for."""
+    """A line for each figure that there is a target for, of the workloads that were measured."""
     for (workload, other), target in TARGETS.items():
+        if workload not in results.workloads:
+            continue
         found = ratios(results.searches, workload, other)
         yield f"{workload}: {LABELS[System.CONTINUOUS]} ÷ {LABELS[other]}: {spread(found, 2)}, to reach {target:g}"
 

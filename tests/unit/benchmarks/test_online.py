@@ -322,6 +322,7 @@ def test_a_trial_run_says_so(three: Results) -> None:
 def test_the_summary_has_a_line_for_each_target(three: Results) -> None:
     lines = list(summary(three))
     assert len(lines) == 4
+    assert len(list(summary(three.model_copy(update={"workloads": {"test": ""}})))) == 2
     assert lines[0] == "test: Beamline ÷ Beamline, request-level batching: 1.50 (1.20-1.80), to reach 1.3"
 
 
