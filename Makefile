@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test protos fmt lint type check bench constraints clean
+.PHONY: setup demo test protos fmt lint type check bench bench-online constraints clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,11 @@ check: lint type test
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/engine.py
+
+# Takes about an hour and a half, in the environment with ctranslate2 beside Beamline that `make bench` makes.
+bench-online:
+	@test -x .venv-bench/bin/python || { echo "there is no .venv-bench yet: make bench makes it"; exit 1; }
+	PYTHONPATH=protos:server:export:client .venv-bench/bin/python benchmarks/online.py
 
 constraints: $(STAMP)
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > frozen.new

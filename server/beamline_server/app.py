@@ -20,6 +20,7 @@ from beamline_server.engine.build import DeviceError, EngineOptions, build_engin
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
 from beamline_server.engine.runner import StepRunner
+from beamline_server.engine.scheduler import Admission, Continuous, RequestLevel
 from beamline_server.metrics import Metrics, MetricsServer
 from beamline_server.rpc.desk import Desk, EngineLike
 from beamline_server.rpc.health import EngineWatch, Health, watch_engine
@@ -214,6 +215,7 @@ def build(bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: Ste
         rows=settings.max_rows,
         slots=_number(settings.kv_slots),
         queue_rows=settings.max_queue_rows,
+        admission=admission(settings),
     )
     engine = build_engine(bundle, options, deliver=deliver, observer=observer)
 
@@ -222,6 +224,13 @@ def build(bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: Ste
         exercise(bundle, runner, options)
 
     return BuiltEngine(engine, device, lambda: engine.warm_up(warm_up))
+
+
+def admission(settings: Settings) -> Admission:
+    """When requests may start."""
+    if settings.request_batch is None or settings.request_batch_delay_ms is None:
+        return Continuous()
+    return RequestLevel(settings.request_batch, settings.request_batch_delay_ms / 1000)
 
 
 def _number(setting: int | str) -> int | None:

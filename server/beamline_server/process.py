@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -96,11 +96,12 @@ class ServerProcess:
     Args:
         bundle: The bundle's folder.
         *flags: Further flags; they win over the ones that this class gives. A log level above info hides its ports.
+        program: What takes them: `beamline serve`, or something like it.
     """
 
-    def __init__(self, bundle: Path, *flags: str) -> None:
+    def __init__(self, bundle: Path, *flags: str, program: Sequence[str] = (str(BEAMLINE), "serve")) -> None:
         fixed = ("--host", "127.0.0.1", "--grpc-port", "0", "--metrics-port", "0")
-        command = [str(BEAMLINE), "serve", str(bundle), *fixed, *flags]
+        command = [*program, str(bundle), *fixed, *flags]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         self.log = ServerLog(self.process.stderr)

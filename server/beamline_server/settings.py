@@ -81,6 +81,15 @@ class Settings(BaseModel):
         pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
         description="Name to serve the model by; the bundle's if unset.",
     )
+    request_batch: Count | None = Field(
+        default=None,
+        description="For comparison with continuous batching, which is what happens if this is unset: so many requests "
+        "start together on a worker, and nobody joins them until all have ended.",
+    )
+    request_batch_delay_ms: Annotated[float, Field(ge=0, le=60_000)] | None = Field(
+        default=None,
+        description="With request_batch: how long the first of a batch waits for the others, in milliseconds.",
+    )
 
     def contradictions(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """What contradicts itself although each value is valid: the settings involved, and why."""
@@ -90,6 +99,13 @@ class Settings(BaseModel):
             yield (
                 ("max_beam_size", "max_rows"),
                 f"a beam of {self.max_beam_size} does not fit into {self.max_rows} rows; widen one or narrow the other",
+            )
+        if (self.request_batch is None) != (self.request_batch_delay_ms is None):
+            yield ("request_batch", "request_batch_delay_ms"), "one is nothing without the other; set both or neither"
+        if self.request_batch is not None and self.request_batch > self.max_rows:
+            yield (
+                ("request_batch", "max_rows"),
+                f"{self.request_batch} requests never fit into {self.max_rows} rows together; ask for fewer",
             )
         if self.max_text_bytes > self.max_message_bytes:
             yield (

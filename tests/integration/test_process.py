@@ -1,6 +1,7 @@
 """The server process as tests, benchmarks and demos handle it: what they see when it does not do as they wish."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,14 @@ def test_metrics_that_do_not_change_fail_in_time(server: ServerProcess) -> None:
 def test_a_server_that_does_not_end_fails_in_time(server: ServerProcess) -> None:
     with pytest.raises(ProcessFailed, match="still runs"):
         server.wait(within_s=0)
+
+
+def test_another_program_is_started_alike(tmp_path: Path) -> None:
+    script = "import json, sys; sys.stderr.write(json.dumps({'event': 'started', 'arguments': sys.argv[1:]}))"
+
+    with ServerProcess(tmp_path, "--max-rows", "8", program=(sys.executable, "-c", script)) as server:
+        arguments = server.log.wait_for("started")["arguments"]
+
+    assert arguments[0] == str(tmp_path)
+    assert arguments[-2:] == ["--max-rows", "8"]
+    assert "--grpc-port" in arguments

@@ -16,7 +16,7 @@ from beamline_server.engine.loop import Engine
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
 from beamline_server.engine.runner import FromEncoder, StepRunner
-from beamline_server.engine.scheduler import SEAT_GRANULE
+from beamline_server.engine.scheduler import SEAT_GRANULE, Admission, Continuous
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class EngineOptions:
         rows: Live hypotheses per worker.
         slots: Cache slots per worker.
         queue_rows: Rows that may wait, all workers together.
+        admission: When requests may start.
     """
 
     device: str = "auto"
@@ -44,6 +45,7 @@ class EngineOptions:
     rows: int = 128
     slots: int | None = None
     queue_rows: int = 1024
+    admission: Admission = Continuous()  # noqa: RUF009 - a frozen value
 
 
 def model_rules(manifest: Manifest) -> ModelRules:
@@ -142,6 +144,7 @@ def build_engine(bundle: Bundle, options: EngineOptions, *, deliver: Deliver, ob
         queue_rows=options.queue_rows,
         deliver=deliver,
         observer=observer,
+        admission=options.admission,
     )
 
 

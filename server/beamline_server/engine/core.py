@@ -23,7 +23,16 @@ from beamline_server.engine.kv_pool import SlotTable
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId, Timing
 from beamline_server.engine.runner import Cache, FromCache, FromEncoder, FromSeat, Origin, StepRunner
-from beamline_server.engine.scheduler import Room, narrowest_lane, round_up, seat_width, seats, starters
+from beamline_server.engine.scheduler import (
+    Admission,
+    Continuous,
+    Room,
+    Waiting,
+    narrowest_lane,
+    round_up,
+    seat_width,
+    seats,
+)
 from beamline_server.engine.searches import Searches
 
 LANES = np.array(LANE_WIDTHS)
@@ -97,9 +106,10 @@ class EngineCore:
         clock: Monotonic seconds.
         observer: Is told what each step did.
         encode_tokens: Source tokens to encode per step at most, so that newcomers don't stall the running.
+        admission: When requests may start.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a core stands on; nothing of it belongs together
         self,
         runner: StepRunner,
         rules: ModelRules,
@@ -108,6 +118,7 @@ class EngineCore:
         clock: Clock,
         observer: StepObserver,
         encode_tokens: int = ENCODE_TOKENS,
+        admission: Admission = Continuous(),  # noqa: B008 - a frozen value
     ) -> None:
         self._runner = runner
         self._rules = rules
@@ -115,6 +126,7 @@ class EngineCore:
         self._clock = clock
         self._observer = observer
         self._encode_tokens = encode_tokens
+        self._admission = admission
         self._queue: deque[tuple[GenerationRequest, float]] = deque()
         self._earliest_deadline = np.inf
         places = capacity.rows
@@ -145,6 +157,13 @@ class EngineCore:
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._queue and not self._running
+
+    @property
+    def rests_until(self) -> float:
+        """Until when a step has nothing to do unless a message comes, in seconds of the clock; -inf if it has now."""
+        if self._running or not self._queue:
+            return -np.inf
+        return min(self._opens_at(), self._earliest_deadline)
 
     @property
     def queued_requests(self) -> int:
@@ -259,9 +278,10 @@ class EngineCore:
 
     def _start(self, now: float) -> list[Event]:
         """Encode as many from the head of the queue as there is room for, and give them places."""
-        if not self._queue:
+        if not self._queue or now < self._opens_at():
             return []
-        count = starters((entry[0] for entry in self._queue), self._room, encode_tokens=self._encode_tokens)
+        queue = (request for request, _ in self._queue)
+        count = self._admission.starters(queue, self._room, encode_tokens=self._encode_tokens)
         if not count:
             return []
         starting = [self._queue.popleft() for _ in range(count)]
@@ -280,6 +300,9 @@ class EngineCore:
             origin = FromEncoder(encoded, index)
             self._enter(_Running(request, cost(request), queued_at, now, encode_s, origin))
         return []
+
+    def _opens_at(self) -> float:
+        return self._admission.opens_at(Waiting(len(self._queue), self._queue[0][1], len(self._running)))
 
     def _enter(self, running: _Running) -> None:
         request, place = running.request, self._free_places.pop()

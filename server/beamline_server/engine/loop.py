@@ -1,9 +1,11 @@
 """Gives engine cores their threads, and is the engine that others see."""
 
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from beamline_server.engine.admission import Capacity, check_fits
@@ -12,7 +14,7 @@ from beamline_server.engine.errors import EngineError, EngineStopped, QueueFull,
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver, Event, Failed, GenerationRequest, Piece, RequestId
 from beamline_server.engine.runner import StepRunner
-from beamline_server.engine.scheduler import least_loaded
+from beamline_server.engine.scheduler import Admission, Continuous, least_loaded
 
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.02, 2.0
 
@@ -84,10 +86,22 @@ class _Worker:
             self._bury(self, logged_failure(error, "a worker"))
 
     def _receive(self) -> None:
-        """Take what has come; wait if there is nothing else to do."""
+        """Take what has come; wait if there is nothing else to do, or nothing yet."""
         if self.core.idle and self._stop_at is None:
             self._handle(self.mailbox.get())
+        elif (rest_s := self._rest_s()) > 0:
+            with suppress(queue.Empty):
+                self._handle(self.mailbox.get(timeout=rest_s))
         self._receive_all()
+
+    def _rest_s(self) -> float:
+        """How long nothing has to be done unless a message comes, in seconds."""
+        until = self.core.rests_until
+        if until == -math.inf:
+            return 0.0
+        if self._stop_at is not None:
+            until = min(until, self._stop_at)
+        return min(until - self._clock(), threading.TIMEOUT_MAX)
 
     def _receive_all(self) -> None:
         while True:
@@ -121,6 +135,7 @@ class Engine:
         deliver: Receives events; called on engine threads.
         observer: Is told what each step did; called on engine threads.
         clock: Monotonic seconds; deadlines are times of this clock.
+        admission: When requests may start.
     """
 
     def __init__(  # noqa: PLR0913 - what an engine stands on; nothing of it belongs together
@@ -133,6 +148,7 @@ class Engine:
         deliver: Deliver,
         observer: StepObserver,
         clock: Clock = time.monotonic,
+        admission: Admission = Continuous(),  # noqa: B008 - a frozen value
     ) -> None:
         self._runners = runners
         self._rules = rules
@@ -143,7 +159,7 @@ class Engine:
         self._workers = [
             _Worker(
                 f"engine-{i}",
-                EngineCore(runner, rules, capacity, clock=clock, observer=observer),
+                EngineCore(runner, rules, capacity, clock=clock, observer=observer, admission=admission),
                 self._settle,
                 self._bury,
                 clock,

@@ -12,8 +12,10 @@ A lane is also a run of the decoder step, and every run has its price, so few se
 `SHARED_WIDTH`; only from `FINE_LANES_FROM` sentences on do the narrower lanes save more than their runs cost.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from beamline_server.engine.admission import SHARED_WIDTH, cost, lane_of
 from beamline_server.engine.request import GenerationRequest
@@ -37,7 +39,62 @@ class Room:
     slots: int
 
 
-def starters(queue: Iterable[GenerationRequest], room: Room, *, encode_tokens: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A worker whose queue is not empty: the requests in it, and those that hold rows beside it."""
+
+    queued: int
+    oldest_at: float
+    """When the head of the queue came, in seconds of the engine's clock."""
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
+class Continuous:
+    """Continuous batching: at every step starts whoever there is room for."""
+
+    def opens_at(self, waiting: Waiting) -> float:
+        """Since when requests may start: since ever."""
+        del waiting
+        return -math.inf
+
+    def starters(self, queue: Iterable[GenerationRequest], room: Room, *, encode_tokens: float) -> int:
+        """How many requests from the head of the queue start now; see `starters`."""
+        return starters(queue, room, encode_tokens=encode_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLevel:
+    """Request-level (dynamic) batching, kept for comparison: requests start together, and nobody joins them.
+
+    Attributes:
+        max_batch: An empty worker waits until so many requests are queued,
+        max_delay_s: or until the first of them has waited for so long.
+    """
+
+    max_batch: int
+    max_delay_s: float
+
+    def opens_at(self, waiting: Waiting) -> float:
+        """When requests start if no more of them come, in seconds of the engine's clock; inf while some run."""
+        if waiting.running:
+            return math.inf
+        return -math.inf if waiting.queued >= self.max_batch else waiting.oldest_at + self.max_delay_s
+
+    def starters(self, queue: Iterable[GenerationRequest], room: Room, *, encode_tokens: float) -> int:
+        """How many requests from the head of the queue start together: the batch, as far as there is room for it.
+
+        All of them are encoded at once, for nobody runs whom that could hold up.
+        """
+        del encode_tokens
+        return starters(islice(queue, self.max_batch), room, encode_tokens=math.inf)
+
+
+Admission = Continuous | RequestLevel
+"""When requests may start, and which."""
+
+
+def starters(queue: Iterable[GenerationRequest], room: Room, *, encode_tokens: float) -> int:
     """How many requests from the head of the queue start now.
 
     Bounded by the room for their worst cases, and by `encode_tokens` source tokens, padding included (but at least one

@@ -17,11 +17,12 @@ from prometheus_client import enable_created_metrics
 
 from beamline.v1 import generation_pb2 as pb
 from beamline.v1.generation_pb2_grpc import GenerationServiceStub
-from beamline_server.app import BuiltEngine, Ports, StopRequests, main, run
+from beamline_server.app import BuiltEngine, Ports, StopRequests, admission, main, run
 from beamline_server.bundle import Bundle, BundleError
 from beamline_server.engine.build import DeviceError
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
+from beamline_server.engine.scheduler import Continuous, RequestLevel
 from beamline_server.rpc.server import PortError
 from beamline_server.settings import Command, Settings, SettingsError
 from beamline_server.testing import EOS, ScriptedEngine, failure_of, make_completed, silent, write_bundle
@@ -253,3 +254,8 @@ def test_a_taken_metrics_port_is_one_line_and_status_2(tmp_path: Path, capsys: p
         assert main([str(tmp_path), "--host", "127.0.0.1", "--metrics-port", str(port)]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"beamline serve: 127.0.0.1:{port} cannot be listened on for metrics (")
+
+
+def test_batching_is_continuous_unless_set_otherwise() -> None:
+    assert admission(Settings()) == Continuous()
+    assert admission(Settings(request_batch=32, request_batch_delay_ms=2.5)) == RequestLevel(32, 0.0025)

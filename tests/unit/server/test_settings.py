@@ -100,6 +100,18 @@ def test_a_problem_is_told_although_a_flag_replaces_the_value() -> None:
             "max_text_bytes (default), --max-message-bytes: a text of 65536 bytes does not fit into a message of "
             "2048 bytes",
         ),
+        (
+            ["--request-batch", "8"],
+            "--request-batch, request_batch_delay_ms (default): one is nothing without the other; set both or neither",
+        ),
+        (
+            ["--request-batch-delay-ms", "0"],
+            "request_batch (default), --request-batch-delay-ms: one is nothing without the other; set both or neither",
+        ),
+        (
+            ["--request-batch=129", "--request-batch-delay-ms=2"],
+            "--request-batch, max_rows (default): 129 requests never fit into 128 rows together; ask for fewer",
+        ),
     ],
 )
 def test_contradictions_name_what_is_involved(argv: list[str], expected: str) -> None:
@@ -113,10 +125,18 @@ def test_contradictions_name_what_is_involved(argv: list[str], expected: str) ->
         ("--max-duration-s", "0", "a number above 0, at most 86400"),
         ("--model-name", "a b", "text that matches ^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"),
         ("--kv-slots", "0", "a whole number of at least 1 or auto"),
+        ("--request-batch", "0", "a whole number of at least 1"),
+        ("--request-batch-delay-ms", "-1", "a number from 0 to 60000"),
     ],
 )
 def test_what_is_valid_is_told_in_words(flag: str, value: str, expected: str) -> None:
     assert problems(["bundle", flag, value], {}) == [f"{flag}: {value!r} is not valid; expected {expected}"]
+
+
+def test_request_level_batching_is_set_everywhere_alike(config: Path) -> None:
+    config.write_text("request_batch_delay_ms = 2.5\n")
+    settings = read_command(["bundle", "--config", str(config)], {"BEAMLINE_REQUEST_BATCH": "32"}).settings
+    assert (settings.request_batch, settings.request_batch_delay_ms) == (32, 2.5)
 
 
 def test_two_free_ports_are_no_contradiction() -> None:
