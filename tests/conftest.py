@@ -27,14 +27,14 @@ FR_EN = Path(__file__).parents[1] / "models" / "fr-en"
 
 
 @pytest.fixture(scope="session")
-def export_fr_en(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
-    """Exports the embedded model in a precision."""
+def export_fr_en(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
+    """Exports the embedded model in a precision, calibrated if a file is given for it."""
     from beamline_export.bundle_writer import ExportOptions, export
     from beamline_export.progress import Progress
 
-    def exported(precision: str) -> Bundle:
+    def exported(precision: str, calibrate: Path | None = None) -> Bundle:
         target = tmp_path_factory.mktemp("fr-en") / precision
-        return export(FR_EN, target, ExportOptions(precision=precision), Progress(io.StringIO()))
+        return export(FR_EN, target, ExportOptions(precision, calibrate=calibrate), Progress(io.StringIO()))
 
     return exported
 
@@ -49,3 +49,9 @@ def fr_en_fp32(export_fr_en: Callable[[str], Bundle]) -> Bundle:
 def fr_en_int8(export_fr_en: Callable[[str], Bundle]) -> Bundle:
     """The embedded model as an int8 bundle."""
     return export_fr_en("int8")
+
+
+@pytest.fixture(scope="session")
+def fr_en_calibrated(export_fr_en: Callable[..., Bundle]) -> Bundle:
+    """The embedded model as a calibrated int8 bundle, as the demo serves it."""
+    return export_fr_en("int8", FR_EN / "calibration.txt")

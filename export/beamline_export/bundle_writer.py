@@ -21,11 +21,20 @@ import onnx
 
 import beamline_server
 from beamline_export.build_graphs import build_decoder_step, build_encoder, build_kv_arrange
+from beamline_export.calibration import (
+    MOST_SENTENCES,
+    RangeStore,
+    Sentences,
+    calibration_search,
+    encode_sentences,
+    measure_ranges,
+    read_sentences,
+)
 from beamline_export.families.registry import Family, detect
 from beamline_export.graph_writer import WeightsFile
 from beamline_export.graphs import GraphSpec, decoder_step_graph, encoder_graph, kv_arrange_graph
 from beamline_export.parity import Probe, check_contract, check_parity, random_sources
-from beamline_export.precision import STORES, WeightStore
+from beamline_export.precision import STORES, CalibratedInt8Store, WeightStore
 from beamline_export.progress import Progress
 from beamline_export.spec import Checkpoint, ExportError, check_weights
 from beamline_server.bundle import (
@@ -36,6 +45,7 @@ from beamline_server.bundle import (
     MANIFEST,
     NAME_PATTERN,
     WEIGHTS,
+    Activations,
     Bundle,
     BundleError,
     load_bundle,
@@ -60,11 +70,13 @@ class ExportOptions:
         precision: fp32, fp16 or int8.
         name: Name of the model as the server tells it; by default the checkpoint folder's.
         replace: Whether a bundle that is there already is replaced.
+        calibrate: File of sentences to measure the ranges of activations with, for int8; None scales them per row.
     """
 
     precision: str = "fp32"
     name: str | None = None
     replace: bool = False
+    calibrate: Path | None = None
 
 
 def export(source: Path, target: Path, options: ExportOptions, progress: Progress) -> Bundle:
@@ -77,17 +89,23 @@ def export(source: Path, target: Path, options: ExportOptions, progress: Progres
         progress: Shows what is going on.
 
     Raises:
-        ExportError: the checkpoint is broken or not known, or the result does not agree with PyTorch. Nothing is left.
+        ExportError: the checkpoint is broken or not known, the calibration file is not usable, or the result does not
+            agree with PyTorch. Nothing is left.
     """
     _check_arguments(target, options)
-    family = detect(source)
-    return export_checkpoint(family, source, target, options, progress, STORES[options.precision]())
+    return export_checkpoint(detect(source), source, target, options, progress)
 
 
 def export_checkpoint(
-    family: Family, source: Path, target: Path, options: ExportOptions, progress: Progress, store: WeightStore
+    family: Family,
+    source: Path,
+    target: Path,
+    options: ExportOptions,
+    progress: Progress,
+    store: WeightStore | None = None,
 ) -> Bundle:
-    """As `export`, of a family and with a weight store that were chosen already."""
+    """As `export`, of a family that was chosen already; `store`, if given, instead of what the options ask for."""
+    sentences = None if options.calibrate is None else read_sentences(options.calibrate)
     with progress.step("read the checkpoint"):
         checkpoint = family.read(source)
         check_weights(checkpoint)
@@ -95,15 +113,15 @@ def export_checkpoint(
     assert isinstance(unsupported, dict)
     for setting, value in sorted(unsupported.items()):
         progress.warn(f"generation setting {setting} = {value} is not supported")
+    activations = Activations(scaled="per_row") if options.precision == "int8" else None
+    if sentences is not None:
+        activations = _calibrated(checkpoint, source, target, sentences, progress)
+    store = store or _store(options.precision, activations)
     with _folder_beside(target) as folder:
         with progress.step("build the graphs"):
-            _write_graphs(checkpoint, store, folder)
-            _copy_tokenizer(checkpoint, source, folder)
+            writing = _write(checkpoint, source, folder, store, options, activations)
             # From here on the weights are in the file; the PyTorch model needs the memory.
-            checkpoint = dataclasses.replace(checkpoint, weights={})
-            writing = _Writing(
-                checkpoint, store.cache, folder, options, options.name or _plain_name(source), _sums(folder)
-            )
+            checkpoint = writing.checkpoint
             draft = writing.manifest()
         with progress.step("load the exported model"):
             runner = _load_runner(draft)
@@ -119,9 +137,34 @@ def export_checkpoint(
     return Bundle(target, bundle.manifest, bundle.fingerprint)
 
 
+def _calibrated(
+    checkpoint: Checkpoint, source: Path, target: Path, sentences: Sentences, progress: Progress
+) -> Activations:
+    """Measure ranges by fp32 graphs of their own, in a folder that is gone before the bundle is built."""
+    if sentences.more:
+        progress.warn(f"{sentences.file} holds more than {MOST_SENTENCES:,} sentences; the first ones are used")
+    with _folder_beside(target) as folder:
+        with progress.step("build fp32 graphs to calibrate with"):
+            draft = _write(checkpoint, source, folder, RangeStore(), ExportOptions(), None).manifest()
+        sources = encode_sentences(sentences, draft)
+        search = calibration_search(draft.manifest.generation_defaults)
+        ranges = measure_ranges(draft, sources, search, progress.iterate)
+    return Activations(scaled="calibrated", sentences=len(sources), ranges=ranges)
+
+
+def _store(precision: str, activations: Activations | None) -> WeightStore:
+    if activations is not None and activations.scaled == "calibrated":
+        return CalibratedInt8Store(activations.ranges)
+    return STORES[precision]()
+
+
 def _check_arguments(target: Path, options: ExportOptions) -> None:
     if options.precision not in STORES:
         raise ExportError(f"precision {options.precision!r} is not known; known: {', '.join(STORES)}")
+    if options.calibrate is not None and options.precision != "int8":
+        raise ExportError(
+            f"calibration is for int8, not for {options.precision}; give --precision int8 with --calibrate"
+        )
     if options.name is not None and not re.fullmatch(NAME_PATTERN, options.name):
         raise ExportError(
             f"the name {options.name!r} is not usable; use up to 64 letters, digits, dots, dashes and underscores"
@@ -156,6 +199,22 @@ def _appear(folder: Path, target: Path, *, replace: bool) -> None:
         except BaseException:
             old.rename(target)
             raise
+
+
+def _write(
+    checkpoint: Checkpoint,
+    source: Path,
+    folder: Path,
+    store: WeightStore,
+    options: ExportOptions,
+    activations: Activations | None,
+) -> "_Writing":
+    """All files but the manifest."""
+    _write_graphs(checkpoint, store, folder)
+    _copy_tokenizer(checkpoint, source, folder)
+    weightless = dataclasses.replace(checkpoint, weights={})
+    name = options.name or _plain_name(source)
+    return _Writing(weightless, store.cache, folder, options, name, activations, _sums(folder))
 
 
 def _write_graphs(checkpoint: Checkpoint, store: WeightStore, folder: Path) -> None:
@@ -193,6 +252,7 @@ class _Writing:
     folder: Path
     options: ExportOptions
     name: str
+    activations: Activations | None
     sums: dict[str, dict[str, Any]]
 
     def contracts(self) -> dict[str, GraphSpec]:
@@ -211,11 +271,15 @@ class _Writing:
             ExportError: the server would refuse it.
         """
         spec = self.checkpoint.spec
+        told = self.activations
+        # Left out where there is nothing to tell: servers of before know no such field.
+        activations = {} if told is None else {"activations": told.model_dump(exclude_defaults=True)}
         data = {
             "format_version": FORMAT_VERSION,
             "name": self.name,
             "architecture": spec.architecture,
             "precision": self.options.precision,
+            **activations,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "dimensions": {
                 "d_model": spec.d_model,

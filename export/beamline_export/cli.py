@@ -21,6 +21,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("source", type=Path, help="folder of the checkpoint")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the bundle; must not exist yet")
     parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32", help="default: %(default)s")
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="int8 only: measure the ranges of activations with these sentences, one per line, instead of scaling "
+        "every row; a few hundred like those to translate (at most 1,000 are used)",
+    )
     parser.add_argument("--name", help="name of the model as the server tells it (default: the folder's)")
     parser.add_argument("--replace", action="store_true", help="replace a bundle that is there already")
     arguments = parser.parse_args(argv)
@@ -42,7 +49,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from beamline_export.progress import Progress
     from beamline_export.spec import ExportError
 
-    options = ExportOptions(arguments.precision, arguments.name, arguments.replace)
+    options = ExportOptions(arguments.precision, arguments.name, arguments.replace, arguments.calibrate)
     try:
         bundle = export(arguments.source, arguments.output, options, Progress())
     except ExportError as error:
@@ -54,7 +61,8 @@ def _export(arguments: argparse.Namespace) -> int:
     print(report(bundle.manifest.parity, bundle.manifest.precision))
     size = sum(entry.bytes for entry in bundle.manifest.files.values()) / 1e6
     precision, target = bundle.manifest.precision, arguments.output
-    print(f"wrote {target}: {precision}, {size:.1f} MB; next: beamline serve {target}")
+    calibrated = "" if arguments.calibrate is None else " (calibrated)"
+    print(f"wrote {target}: {precision}{calibrated}, {size:.1f} MB; next: beamline serve {target}")
     return 0
 
 

@@ -76,6 +76,7 @@ class GraphWriter:
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
         self._made: dict[str, tuple[str, ...]] = {}
+        self._added: dict[str, TensorSpec] = {}
 
     def op(self, kind: str, inputs: Sequence[str], *, outputs: int = 1, **attributes: Any) -> list[str]:
         """Append a node; returns the names of its outputs."""
@@ -97,6 +98,10 @@ class GraphWriter:
         """Append a node whose two outputs are graph outputs of these names."""
         self._append(kind, inputs, outputs, attributes)
 
+    def add_output(self, value: str, tensor: TensorSpec) -> None:
+        """Make a value of this graph one of its outputs, beyond the contract."""
+        self._added[value] = tensor
+
     def once(self, key: str, make: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
         """Names of values that this graph computes once, at the first use."""
         if key not in self._made:
@@ -116,12 +121,12 @@ class GraphWriter:
         return self.weight(name, lambda: array)
 
     def model(self, name: str, spec: GraphSpec) -> onnx.ModelProto:
-        """The finished graph with the inputs and outputs of its contract."""
+        """The finished graph with the inputs and outputs of its contract, and what `add_output` added."""
         graph = helper.make_graph(
             self._nodes,
             name,
             [_value_info(key, tensor) for key, tensor in spec.inputs.items()],
-            [_value_info(key, tensor) for key, tensor in spec.outputs.items()],
+            [_value_info(key, tensor) for key, tensor in {**spec.outputs, **self._added}.items()],
             list(self._initializers.values()),
         )
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]

@@ -123,6 +123,8 @@ def check_parity(
         problems.append(f"their relative error is {forced['relative_rms']:.3g} (allowed: {limits.relative:g})")
     if limits.same_search and search["parted_beyond_near_ties"]:
         problems.append(f"{search['parted_beyond_near_ties']} of {search['searches']} beam searches differ")
+    if problems and bundle.manifest.activations is not None and bundle.manifest.activations.scaled == "calibrated":
+        problems.append("other or more sentences to calibrate with may help")
     if problems:
         raise ExportError(f"the exported model does not agree with PyTorch: {'; '.join(problems)}")
     return figures

@@ -104,7 +104,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "fr-en"
         say("export the checkpoint to ONNX")
-        command("export", HERE, "-o", bundle, "--precision", arguments.precision)
+        calibrate = ["--calibrate", HERE / "calibration.txt"] if arguments.precision == "int8" else []
+        command("export", HERE, "-o", bundle, "--precision", arguments.precision, *calibrate)
         say("start the server")
         print("$ beamline serve", bundle, flush=True)
         began = time.monotonic()

@@ -118,6 +118,20 @@ class Golden(_Model):
     top_logprob: tuple[float, ...]
 
 
+class Activations(_Model):
+    """How an int8 bundle scales what its products multiply: by each row's own largest value, or by measured ranges.
+
+    Attributes:
+        scaled: `per_row`, or `calibrated`: by one range per product, beyond which values saturate.
+        sentences: How many sentences the ranges were measured with.
+        ranges: The largest magnitude in each product's input, by the product's name.
+    """
+
+    scaled: Literal["per_row", "calibrated"]
+    sentences: int | None = Field(default=None, ge=1)
+    ranges: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+
+
 class Manifest(_Model):
     """Everything the server needs to know about a bundle."""
 
@@ -125,6 +139,7 @@ class Manifest(_Model):
     name: str = Field(pattern=NAME_PATTERN)
     architecture: str
     precision: Precision
+    activations: Activations | None = None
     created: str
     dimensions: Dimensions
     special_tokens: SpecialTokens
@@ -143,6 +158,7 @@ class Manifest(_Model):
         yield from self._file_problems()
         yield from self._token_problems()
         yield from self._golden_problems()
+        yield from self._activation_problems()
         defaults, longest = self.generation_defaults, self.dimensions.max_target_tokens
         if not defaults.min_new_tokens <= defaults.max_new_tokens <= longest:
             limits = f"min_new_tokens {defaults.min_new_tokens}, max_new_tokens {defaults.max_new_tokens}"
@@ -165,6 +181,16 @@ class Manifest(_Model):
         for token in (tokens.source_eos, tokens.source_bos):
             if token is not None and token >= dimensions.source_vocabulary:
                 yield f"special_tokens: {token} is outside the source vocabulary of {dimensions.source_vocabulary}"
+
+    def _activation_problems(self) -> Iterator[str]:
+        activations = self.activations
+        if activations is None:
+            return
+        if self.precision != "int8":
+            yield f"activations: {self.precision} does not scale any"
+        calibrated = activations.scaled == "calibrated"
+        if (activations.sentences is not None, bool(activations.ranges)) != (calibrated, calibrated):
+            yield "activations: ranges, and how many sentences they are from, belong to those that are calibrated"
 
     def _golden_problems(self) -> Iterator[str]:
         dimensions = self.dimensions

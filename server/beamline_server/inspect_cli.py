@@ -45,6 +45,10 @@ def description(manifest: Manifest, fingerprint: str) -> Iterator[Row]:
     yield "name", manifest.name
     yield "architecture", manifest.architecture
     yield "precision", manifest.precision
+    if manifest.activations is not None:
+        # The ranges are too many to read: --json has them.
+        yield "activations", ""
+        yield from _indented(manifest.activations.model_dump(exclude={"ranges"}, exclude_none=True))
     yield "created", manifest.created
     yield "fingerprint", fingerprint
     yield "tokenizer", f"{manifest.tokenizer.kind} {' '.join(manifest.tokenizer.files)}".rstrip()

@@ -50,7 +50,7 @@ class Model:
     sources: tuple[tuple[int, ...], ...]
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8"])
+@pytest.fixture(scope="module", params=["fp32", "int8", "calibrated"])
 def model(request: pytest.FixtureRequest) -> Model:
     bundle: Bundle = request.getfixturevalue(f"fr_en_{request.param}")
     return Model(HostRunner(bundle, threads=1), model_rules(bundle.manifest), sources_of(bundle))

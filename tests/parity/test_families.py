@@ -11,10 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from beamline_export.agreement import NEAR_TIE, Tokens, find_parting, search_all
+from beamline_export.build_graphs import build_decoder_step, build_encoder
 from beamline_export.bundle_writer import ExportOptions, export
+from beamline_export.calibration import RangeStore
 from beamline_export.families.registry import detect
 from beamline_export.generate_oracle import GenerateOracle
+from beamline_export.graph_writer import WeightsFile
 from beamline_export.parity import random_sources
+from beamline_export.precision import CalibratedInt8Store
 from beamline_export.progress import Progress
 from beamline_export.reference import HuggingFaceReference, Reference
 from beamline_export.reference_search import reference_search
@@ -138,8 +142,8 @@ NN_TRANSFORMER = [
 ]
 
 
-def exported(checkpoint: Path, precision: str = "fp32") -> Bundle:
-    options = ExportOptions(precision)
+def exported(checkpoint: Path, precision: str = "fp32", calibrate: Path | None = None) -> Bundle:
+    options = ExportOptions(precision, calibrate=calibrate)
     return export(checkpoint, checkpoint.with_name(f"{checkpoint.name}-{precision}"), options, Progress(io.StringIO()))
 
 
@@ -213,19 +217,65 @@ def check_against_reference_search(
             assert parting.margin < NEAR_TIE, parting
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "calibrate"),
+    [("int8", False), ("int8", True), ("fp16", False)],
+    ids=["int8", "int8-calibrated", "fp16"],
+)
 @pytest.mark.parametrize("family", ["marian", "bart", "nn_transformer"])
-def test_smaller_precisions_pass_their_gate(family: str, precision: str, tmp_path: Path) -> None:
+def test_smaller_precisions_pass_their_gate(family: str, precision: str, calibrate: bool, tmp_path: Path) -> None:
     """int8 and fp16 bundles are close to PyTorch, smaller than fp32, and give their golden answers when loaded."""
     checkpoint = tmp_path / "checkpoint"
     if family == "nn_transformer":
         write_nn_transformer(checkpoint, nn_config(norm_first=True), sharpness=0.5)
     else:
         write(HuggingFaceCase(family, 0), checkpoint, sharpness=0.5)
-    bundle = exported(checkpoint, precision)
+    sentences = tmp_path / "sentences.txt"
+    sources = random_sources(90, EOS, 30, count=40, seed=1)
+    sentences.write_text("".join(f"{' '.join(map(str, source))}\n" for source in sources))
+    bundle = exported(checkpoint, precision, sentences if calibrate else None)
     assert bundle.manifest.precision == precision
     forced: Any = bundle.manifest.parity["forced_decode"]
     assert forced["same_top_token"] > 0.9
     assert bundle.file("weights.bin").stat().st_size < 0.6 * checkpoint.joinpath("model.safetensors").stat().st_size
     check_golden(bundle, build_runner(bundle, "cpu", threads=1))
     assert load_tokenizer(bundle) is None
+
+
+class Asked(dict[str, float]):
+    """Ranges that know which of them were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __missing__(self, name: str) -> float:
+        self.names.add(name)
+        return 1.0
+
+
+CHECKPOINTS = [
+    *(pytest.param(*case.values, id=case.id) for case in HUGGING_FACE),
+    *(pytest.param(case.values, id=case.id) for case in NN_TRANSFORMER),
+]
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_every_product_has_its_range(case: Any, tmp_path: Path) -> None:
+    """What calibration measures is what the calibrated graphs ask for, tied heads and missing biases included."""
+    if isinstance(case, HuggingFaceCase):
+        folder = write(case, tmp_path / "checkpoint")
+    else:
+        seed, changes, file = case
+        folder = write_nn_transformer(tmp_path / "checkpoint", nn_config(**changes), seed=seed, file=file)
+    checkpoint = detect(folder).read(folder)
+    asked = Asked()
+    graphs: dict[str, list[Any]] = {}
+    for name, store in {"measured": RangeStore(), "calibrated": CalibratedInt8Store(asked)}.items():
+        with WeightsFile(tmp_path / name) as weights:
+            graphs[name] = [build(checkpoint, store, weights).graph for build in (build_encoder, build_decoder_step)]
+    outputs = [value.name for graph in graphs["measured"] for value in graph.output]
+    measured = [name.removeprefix("range:") for name in outputs if name.startswith("range:")]
+    products = [node for graph in graphs["calibrated"] for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(measured) == len(set(measured)) == len(products)
+    assert set(measured) == asked.names

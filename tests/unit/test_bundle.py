@@ -11,7 +11,13 @@ import pytest
 from beamline_server.bundle import MANIFEST, BundleError, load_bundle, read_manifest
 from beamline_server.testing import make_manifest, write_bundle
 
+CALIBRATED = {"scaled": "calibrated", "sentences": 400, "ranges": {"head.weight": 8.5, "cross_kv": 0.0}}
 FILES = ["encoder.onnx", "decoder_step.onnx", "kv_arrange.onnx", "weights.bin"]
+
+
+def scale(activations: object) -> Callable[[Any], object]:
+    """Makes it an int8 bundle that tells this."""
+    return lambda data: data.update(precision="int8", activations=activations)
 
 
 @pytest.fixture
@@ -168,6 +174,10 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
         (lambda d: d.update(precision="fp8"), "precision"),
         (lambda d: d.update(golden_tolerance=float("inf")), "golden_tolerance"),
         (lambda d: d.update(golden_tolerance=0), "golden_tolerance"),
+        (lambda d: d.update(activations={"scaled": "by hand"}), "activations.scaled"),
+        (lambda d: d.update(activations={**CALIBRATED, "sentences": 0}), "activations.sentences"),
+        (lambda d: d.update(activations={**CALIBRATED, "ranges": {"x": -1.0}}), "activations.ranges.x"),
+        (lambda d: d.update(activations={**CALIBRATED, "ranges": {"x": float("inf")}}), "activations.ranges.x"),
         (lambda d: d["tokenizer"].update(kind="words"), "tokenizer.kind"),
         (lambda d: d.pop("parity"), "parity"),
     ],
@@ -192,6 +202,10 @@ def test_all_invalid_fields_are_named_at_once(edit: Callable[..., Path]) -> None
         (lambda d: d["special_tokens"].update(source_eos=500), "special_tokens: 500 is outside the source vocabulary"),
         (lambda d: d["generation_defaults"].update(min_new_tokens=200), "generation_defaults: min_new_tokens 200"),
         (lambda d: d["generation_defaults"].update(max_new_tokens=300), "generation_defaults: min_new_tokens 0, max"),
+        (lambda d: d.update(activations={"scaled": "per_row"}), "activations: fp32 does not scale any"),
+        (scale({"scaled": "calibrated"}), "activations: ranges, and how many sentences"),
+        (scale({**CALIBRATED, "ranges": {}}), "activations: ranges, and how many sentences"),
+        (scale({**CALIBRATED, "scaled": "per_row"}), "activations: ranges, and how many sentences"),
         (lambda d: d["files"].pop("kv_arrange.onnx"), "files: 'kv_arrange.onnx' is not listed"),
     ],
 )
@@ -199,6 +213,16 @@ def test_a_manifest_that_contradicts_itself_is_named(
     change: Callable[[Any], object], problem: str, edit: Callable[..., Path]
 ) -> None:
     assert refused(edit(change)).problem.startswith(problem)
+
+
+def test_how_activations_are_scaled_is_read_and_need_not_be_told(edit: Callable[..., Path]) -> None:
+    """Bundles of before do not tell."""
+    bundle = edit(lambda data: data.pop("activations"))
+    assert load_bundle(bundle).manifest.activations is None
+    for told in ({"scaled": "per_row"}, CALIBRATED):
+        activations = load_bundle(edit(scale(told))).manifest.activations
+        assert activations is not None
+        assert activations.model_dump(exclude_defaults=True) == told
 
 
 GOLDEN = {"source": [1, 2], "forced": [0, 5], "top_token": [5, 6], "top_logprob": [-1.0, -0.5]}

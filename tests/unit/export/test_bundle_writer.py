@@ -1,12 +1,15 @@
 """A bundle appears whole, small and once - or not at all."""
 
 import dataclasses
+import io
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -19,7 +22,7 @@ from beamline_export.precision import Fp32Store
 from beamline_export.progress import Progress
 from beamline_export.reference import Reference
 from beamline_export.spec import Array, Checkpoint, ExportError
-from beamline_server.bundle import DECODER_STEP, Bundle, load_bundle
+from beamline_server.bundle import DECODER_STEP, ENCODER, MANIFEST, WEIGHTS, Bundle, load_bundle
 
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 
@@ -136,6 +139,8 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(
     ("options", "problem"),
     [
         (ExportOptions("int4"), "precision 'int4' is not known"),
+        (ExportOptions("fp32", calibrate=Path("sentences.txt")), "calibration is for int8, not for fp32"),
+        (ExportOptions("fp16", calibrate=Path("sentences.txt")), "calibration is for int8, not for fp16"),
         (ExportOptions(name="../x"), "name '../x' is not usable"),
         (ExportOptions(name=""), "name '' is not usable"),
         (ExportOptions(name="x" * 65), "is not usable"),
@@ -234,6 +239,129 @@ def test_weights_are_given_up_before_the_reference_is_loaded(checkpoint: Any, tm
         Family(family.read, reference), checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent, Fp32Store()
     )
     assert held == [0]
+
+
+@pytest.fixture
+def sentences(tmp_path: Path) -> Path:
+    """A calibration file for the small checkpoints."""
+    file = tmp_path / "sentences.txt"
+    sources = random_sources(90, 1, 20, count=24)
+    file.write_text("".join(f"{' '.join(map(str, source))}\n" for source in sources))
+    return file
+
+
+def test_a_calibrated_bundle_tells_its_ranges(
+    make_checkpoint: Callable[[str], Any], sentences: Path, tmp_path: Path, silent: Progress
+) -> None:
+    """And an int8 bundle that is not, that each row has its own; the others have nothing to tell."""
+    checkpoint = make_checkpoint("marian").folder
+    told: dict[str, Any] = {}
+    for name, options in {
+        "calibrated": ExportOptions("int8", calibrate=sentences),
+        "int8": ExportOptions("int8"),
+        "fp32": ExportOptions(),
+    }.items():
+        export(checkpoint, tmp_path / name, options, silent)
+        told[name] = json.loads((tmp_path / name / MANIFEST).read_text()).get("activations")
+    assert (told["fp32"], told["int8"]) == (None, {"scaled": "per_row"})
+    activations = load_bundle(tmp_path / "calibrated").manifest.activations
+    assert activations is not None
+    assert activations.model_dump() == told["calibrated"]
+    assert (activations.scaled, activations.sentences) == ("calibrated", 24)
+    assert {"cross_kv", "encoder.0.ffn.up", "decoder.0.cross_attention.query"} < activations.ranges.keys()
+    assert all(value > 0 for value in activations.ranges.values())
+
+
+def test_nothing_is_measured_while_a_calibrated_bundle_serves(
+    checkpoint: Any, sentences: Path, tmp_path: Path, silent: Progress
+) -> None:
+    """One node quantizes, one multiplies; the ranges are in the graphs."""
+    bundle = export(checkpoint.folder, tmp_path / "bundle", ExportOptions("int8", calibrate=sentences), silent)
+    kinds = [node.op_type for name in (ENCODER, DECODER_STEP) for node in onnx.load(bundle.file(name)).graph.node]
+    assert bundle.manifest.activations is not None
+    products = len(bundle.manifest.activations.ranges)
+    assert kinds.count("QuantizeLinear") == kinds.count("MatMulIntegerToFloat") == products
+
+
+def test_sentences_that_are_too_alike_fail_the_gate(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    """Most of what other sentences bring is beyond such ranges."""
+    file = tmp_path / "sentences.txt"
+    file.write_text("5\n" * 10)
+    with pytest.raises(ExportError, match=r"relative error is .*; other or more sentences to calibrate with may help"):
+        export(checkpoint.folder, tmp_path / "bundle", ExportOptions("int8", calibrate=file), silent)
+    assert left_in(tmp_path) == {"checkpoint", "sentences.txt"}
+
+
+def test_more_sentences_than_are_used_are_warned_about(
+    checkpoint: Any, sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentences.write_text(sentences.read_text() * 42)
+    checkpoint.config(generation={"max_new_tokens": 4})
+    options = ExportOptions("int8", calibrate=sentences)
+    bundle = export(checkpoint.folder, tmp_path / "bundle", options, Progress())
+    warning = f"warning: {sentences} holds more than 1,000 sentences; the first ones are used\n"
+    assert warning in capsys.readouterr().err
+    assert bundle.manifest.activations is not None
+    assert bundle.manifest.activations.sentences == 1000
+
+
+def test_a_calibration_file_is_read_before_the_checkpoint(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    """What can be told at once is not told minutes later."""
+    checkpoint.weights.unlink()
+    with pytest.raises(ExportError, match=r"none\.txt cannot be read"):
+        export(checkpoint.folder, tmp_path / "bundle", ExportOptions("int8", calibrate=tmp_path / "none.txt"), silent)
+
+
+@pytest.mark.parametrize("content", ["1 2 x", "5 " * 49], ids=["no-ids", "too-long"])
+def test_sentences_that_the_model_cannot_read_leave_nothing(
+    content: str, checkpoint: Any, tmp_path: Path, silent: Progress
+) -> None:
+    file = tmp_path / "sentences.txt"
+    file.write_text(f"1 2 3\n{content}\n")
+    before = left_in(tmp_path)
+    with pytest.raises(ExportError, match=r"sentences\.txt: line 2"):
+        export(checkpoint.folder, tmp_path / "bundle", ExportOptions("int8", calibrate=file), silent)
+    assert left_in(tmp_path) == before
+
+
+class InterruptedWhile(Progress):
+    """Somebody who loses patience during a step."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__(io.StringIO())
+        self._step = step
+
+    def iterate(self, name: str, count: int) -> Iterator[int]:
+        """As its base, but for the one step."""
+        for i in super().iterate(name, count):
+            if name == self._step:
+                raise KeyboardInterrupt
+            yield i
+
+
+def test_an_interrupted_calibration_leaves_nothing(checkpoint: Any, sentences: Path, tmp_path: Path) -> None:
+    before = left_in(tmp_path)
+    options = ExportOptions("int8", calibrate=sentences)
+    with pytest.raises(KeyboardInterrupt):
+        export(checkpoint.folder, tmp_path / "bundle", options, InterruptedWhile("calibrate"))
+    assert left_in(tmp_path) == before
+
+
+def test_fp32_graphs_are_gone_before_the_reference_is_loaded(
+    checkpoint: Any, sentences: Path, tmp_path: Path, silent: Progress
+) -> None:
+    """Neither on disk nor in memory do they stand beside what comes after."""
+    family = detect(checkpoint.folder)
+    sizes: list[list[int]] = []
+
+    def reference(folder: Path, read: Checkpoint) -> Reference:
+        sizes.append([file.stat().st_size for file in tmp_path.glob(f".*/{WEIGHTS}")])
+        return family.reference(folder, read)
+
+    options = ExportOptions("int8", calibrate=sentences)
+    bundle = export_checkpoint(Family(family.read, reference), checkpoint.folder, tmp_path / "bundle", options, silent)
+    assert sizes == [[bundle.file(WEIGHTS).stat().st_size]]
+    assert left_in(tmp_path) == {"checkpoint", "sentences.txt", "bundle"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "fp16"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from beamline_export.cli import main, report
+from beamline_export.parity import random_sources
 from beamline_server.bundle import load_bundle
 from beamline_server.inspect_cli import main as inspect
 
@@ -93,6 +94,60 @@ def test_a_bundle_is_written_told_and_replaced(
     assert load_bundle(target).manifest.precision == "int8"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "checkpoint"]
     assert inspect([str(target), "--verify"]) == 0
+
+
+def test_a_calibrated_bundle_is_written_and_told(
+    checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, file = tmp_path / "bundle", tmp_path / "sentences.txt"
+    sources = random_sources(90, 1, 20, count=24)
+    file.write_text("\n\n".join(" ".join(map(str, source)) for source in sources))
+    command = [str(checkpoint.folder), "-o", str(target), "--precision", "int8", "--calibrate", str(file)]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert f"wrote {target}: int8 (calibrated), " in captured.out
+    assert [line.split(":")[0].strip() for line in captured.err.splitlines()][:4] == [
+        "read the checkpoint",
+        "build fp32 graphs to calibrate with",
+        "calibrate",
+        "build the graphs",
+    ]
+    activations = load_bundle(target).manifest.activations
+    assert activations is not None
+    assert (activations.scaled, activations.sentences) == ("calibrated", 24)
+
+
+@pytest.mark.parametrize(
+    ("precision", "content", "problem"),
+    [
+        ("int8", None, "sentences.txt cannot be read (No such file or directory)"),
+        ("int8", b"\n", "sentences.txt holds no sentences"),
+        ("int8", b"\xff", "sentences.txt: line 1 is not UTF-8 text"),
+        ("int8", b"1\nune phrase\n", "line 2: 'une' is no token id below 90"),
+        ("int8", b"1 " * 49, "line 1 has 49 tokens (the model takes 1 to 48)"),
+        ("fp32", b"1 2", "calibration is for int8, not for fp32; give --precision int8 with --calibrate"),
+    ],
+    ids=["missing", "empty", "bytes", "words", "too-long", "fp32"],
+)
+def test_sentences_that_are_not_usable_are_one_line_and_status_2(
+    precision: str,
+    content: bytes | None,
+    problem: str,
+    checkpoint: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "sentences.txt"
+    if content is not None:
+        file.write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    command = [str(checkpoint.folder), "-o", str(tmp_path / "bundle"), "--precision", precision]
+    assert main([*command, "--calibrate", str(file)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("  ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("beamline export: ")
+    assert problem in errors[0]
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from beamline_export.calibration import MOST_SENTENCES
 from beamline_export.checkpoint import MOST_POSITIONS
 from beamline_export.families.registry import FAMILIES
 from beamline_export.parity import TOLERANCES, all_logprobs
@@ -35,6 +36,7 @@ def test_the_program_exports_the_module_that_it_shows(
 
 def test_the_page_tells_the_limits_of_the_code() -> None:
     assert f"at most {MOST_POSITIONS:,}" in PAGE
+    assert f"the first {MOST_SENTENCES:,} are used" in PAGE
     assert f"(known: {', '.join(FAMILIES)})" in PAGE
     assert all(f"`{family}`" in PAGE for family in FAMILIES)
     assert f"within {TOLERANCES['fp16'].logprob} of PyTorch's" in PAGE

@@ -36,6 +36,19 @@ def test_it_tells_what_is_in_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixt
     } <= lines
 
 
+def test_it_tells_how_activations_are_scaled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In two lines: a model has some hundred ranges."""
+    activations = {"scaled": "calibrated", "sentences": 400, "ranges": {"encoder.0.ffn.up": 5.5, "cross_kv": 7.5}}
+    write_bundle(tmp_path, precision="int8", activations=activations)
+    assert main([str(tmp_path)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    at = lines.index("activations")
+    assert lines[at + 1 : at + 3] == ["scaled calibrated", "sentences 400"]
+    assert "cross_kv" not in " ".join(lines)
+    assert main([str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["activations"] == activations
+
+
 def test_values_are_in_one_column() -> None:
     assert aligned([("a", "1"), ("longer", "2"), ("heading", "")]) == "a        1\nlonger   2\nheading\n"
 

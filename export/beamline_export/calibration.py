@@ -1,0 +1,234 @@
+"""Measures how large the inputs of a model's products get on real sentences, for `CalibratedInt8Store`.
+
+The model's fp32 graphs get one more output per product; the engine's own search runs over the sentences, and the
+largest magnitude seen is the product's range.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from beamline_export.agreement import Tokens, search_all
+from beamline_export.graph_writer import GraphWriter
+from beamline_export.graphs import TensorSpec
+from beamline_export.parity import Progress
+from beamline_export.precision import Fp32Store
+from beamline_export.spec import Array, ExportError
+from beamline_server.bundle import Bundle, GenerationDefaults
+from beamline_server.engine.beam import IntArray
+from beamline_server.engine.build import forced_decode, model_rules, usable_cores
+from beamline_server.engine.ort.host import HostCache, HostRunner
+from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, SearchOptions
+from beamline_server.engine.runner import Cache, Encoded, EncoderBatch, StepBatch
+from beamline_server.engine.scoring import FloatArray
+from beamline_server.tokenizer import load_tokenizer
+
+MOST_SENTENCES = 1000
+"""Sentences beyond these are not used: a few hundred settle the ranges."""
+
+_LEAST_BEAMS = 4
+_AT_ONCE = 16
+"""Sentences in one batch; bounds the memory for their caches."""
+_MOST_PROBLEMS = 8
+_RANGE = "range:"
+"""What the names of the additional outputs begin with; the product's name follows."""
+
+
+class RangeStore(Fp32Store):
+    """As `Fp32Store`, with one more output per product: the largest magnitude in each row of its input, (N).
+
+    Where a product rectifies its input, it is that of the rectified one.
+    """
+
+    def linear(
+        self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None, *, rectify: bool = False
+    ) -> str:
+        """As `WeightStore.linear`."""
+        x = g.one("Relu", x) if rectify else x
+        _add_range(g, x, name)
+        return super().linear(g, x, name, weight, bias)
+
+    def head(self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None) -> str:
+        """As `WeightStore.head`."""
+        _add_range(g, x, name)
+        return super().head(g, x, name, weight, bias)
+
+
+def _add_range(g: GraphWriter, x: str, product: str) -> None:
+    inputs = [g.one("Abs", x), g.constant([-1], np.int64)]
+    g.add_output(g.named("ReduceMax", inputs, f"{_RANGE}{product}", keepdims=0), TensorSpec("float32", ("N",)))
+
+
+@dataclass(frozen=True, slots=True)
+class Sentences:
+    """What a calibration file holds.
+
+    Attributes:
+        file: Where they are from.
+        lines: Line number, from 1, and text of each; none is empty.
+        more: Whether the file has more than these.
+    """
+
+    file: Path
+    lines: tuple[tuple[int, str], ...]
+    more: bool
+
+
+def read_sentences(file: Path) -> Sentences:
+    """Read the first `MOST_SENTENCES` lines that are not empty.
+
+    Raises:
+        ExportError: the file cannot be read, is no UTF-8 text or holds no sentences.
+    """
+    lines: list[tuple[int, str]] = []
+    more = False
+    try:
+        with file.open("rb") as stream:
+            for number, raw in enumerate(stream, 1):
+                text = _decoded(raw, file, number).strip()
+                if text and len(lines) == MOST_SENTENCES:
+                    more = True
+                    break
+                if text:
+                    lines.append((number, text))
+    except OSError as error:
+        raise ExportError(f"{file} cannot be read ({error.strerror}); give a text file, a sentence per line") from error
+    if not lines:
+        raise ExportError(f"{file} holds no sentences; give a few hundred like those that will be translated")
+    return Sentences(file, tuple(lines), more)
+
+
+def _decoded(raw: bytes, file: Path, number: int) -> str:
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{file}: line {number} is not UTF-8 text; give a text file, a sentence per line") from error
+
+
+def encode_sentences(sentences: Sentences, bundle: Bundle) -> list[Tokens]:
+    """Source ids of each sentence: by the bundle's tokenizer, or as they stand there if it has none.
+
+    Raises:
+        ExportError: names the lines that are longer than the model's positions, or no token ids.
+    """
+    tokenizer, dimensions = load_tokenizer(bundle), bundle.manifest.dimensions
+    sources: list[Tokens] = []
+    problems: list[str] = []
+    for number, text in sentences.lines:
+        try:
+            source = _token_ids(text, dimensions.source_vocabulary) if tokenizer is None else tokenizer.encode(text)
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+            continue
+        if not 0 < len(source) <= dimensions.max_source_tokens:
+            problems.append(
+                f"line {number} has {len(source)} tokens (the model takes 1 to {dimensions.max_source_tokens})"
+            )
+        sources.append(tuple(source))
+    if problems:
+        more = f"; and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
+        raise ExportError(f"{sentences.file}: {'; '.join(problems[:_MOST_PROBLEMS])}{more}")
+    return sources
+
+
+def _token_ids(text: str, vocabulary: int) -> list[int]:
+    parts = text.split()
+    # The length bounds what int() has to read, and what the message has to show.
+    wrong = [part for part in parts if not (part.isascii() and part.isdecimal() and len(part) < 10)]
+    wrong = wrong or [part for part in parts if int(part) >= vocabulary]
+    if wrong:
+        raise ValueError(
+            f"{wrong[0][:20]!r} is no token id below {vocabulary} (the model has no tokenizer: give ids, with spaces "
+            "between them)"
+        )
+    return [int(part) for part in parts]
+
+
+def calibration_search(defaults: GenerationDefaults) -> SearchOptions:
+    """The model's own search, but with four beams at least: requests may ask for wider ones than it does."""
+    return SearchOptions(
+        beam_size=max(defaults.beam_size, _LEAST_BEAMS),
+        length_penalty=defaults.length_penalty,
+        length_penalty_kind=LengthPenaltyKind(defaults.length_penalty_kind),
+        early_stopping=EarlyStopping(defaults.early_stopping),
+        min_new_tokens=defaults.min_new_tokens,
+        max_new_tokens=defaults.max_new_tokens,
+    )
+
+
+def measure_ranges(
+    bundle: Bundle, sources: Sequence[Tokens], options: SearchOptions, progress: Progress
+) -> dict[str, float]:
+    """The largest magnitude in the input of each product while these sources are searched for.
+
+    Args:
+        bundle: Its graphs are written with a `RangeStore`.
+        sources: Token ids of each sentence.
+        options: How to search.
+        progress: Shows how far it is.
+
+    Returns:
+        The range of each product, by its name.
+
+    Raises:
+        ExportError: the graphs cannot be loaded, or their values leave fp32.
+    """
+    runner, rules = _load(bundle), model_rules(bundle.manifest)
+    # The engine would tell a search without finite scores as an error of its own, in its log.
+    _, logprobs = forced_decode(runner, sources[0], (rules.decoder_start,))
+    _check_finite({**runner.ranges, "its log-probabilities": logprobs[0]})
+    batches = [sources[i : i + _AT_ONCE] for i in range(0, len(sources), _AT_ONCE)]
+    for i in progress("calibrate", len(batches)):
+        search_all(runner, rules, [(source, options) for source in batches[i]])
+    _check_finite(runner.ranges)
+    return runner.ranges
+
+
+def _check_finite(values: Mapping[str, float]) -> None:
+    if wrong := [name for name, value in values.items() if not np.isfinite(value)]:
+        raise ExportError(f"the model's values are not finite in fp32, at {wrong[0]}; its weights or config are broken")
+
+
+def _load(bundle: Bundle) -> "_RangeRunner":
+    try:
+        return _RangeRunner(bundle, threads=usable_cores())
+    except Exception as error:  # onnxruntime raises many kinds
+        reason = str(error).partition("\n")[0]
+        raise ExportError(f"the fp32 model for the calibration cannot be loaded: {reason}") from error
+
+
+class _RangeRunner(HostRunner):
+    """Notes the additional outputs of every call.
+
+    They are computed by a call of their own, whose caches are plain inputs: twice the work, and none of it in the way
+    of the one that counts.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int) -> None:
+        super().__init__(bundle, threads=threads)
+        self.ranges: dict[str, float] = {}
+
+    def encode(self, batch: EncoderBatch) -> Encoded:
+        """As `StepRunner.encode`."""
+        self._note(self._sessions.encoder, self._sessions.encoder_feeds(batch))
+        return super().encode(batch)
+
+    def step(self, cache: Cache, batch: StepBatch) -> tuple[FloatArray, IntArray]:
+        """As `StepRunner.step`."""
+        assert isinstance(cache, HostCache)
+        feeds = self._sessions.step_feeds(batch)
+        for t, (own, cross) in enumerate(zip(self._sessions.self_names, self._sessions.cross_names, strict=True)):
+            feeds |= {own: cache.own.tensor(t), cross: cache.cross.tensor(t)}
+        self._note(self._sessions.decoder, feeds)
+        return super().step(cache, batch)
+
+    def _note(self, session: Any, feeds: Mapping[str, NDArray[Any]]) -> None:
+        outputs = [value.name for value in session.get_outputs() if value.name.startswith(_RANGE)]
+        for output, rows in zip(outputs, session.run(outputs, feeds), strict=True):
+            product = output.removeprefix(_RANGE)
+            # As numpy's maximum, which keeps a NaN.
+            self.ranges[product] = float(np.maximum(self.ranges.get(product, 0.0), rows.max()))
