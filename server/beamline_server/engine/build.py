@@ -102,8 +102,9 @@ def build_runner(bundle: Bundle, device: str, threads: int) -> StepRunner:
     from beamline_server.engine.ort.host import HostRunner
 
     try:
-        if device == "cuda":
-            return DeviceRunner(bundle, threads=threads)
+        # fp16 graphs are made for CUDA; on a CPU, where an export checks them, their runner goes with them.
+        if device == "cuda" or bundle.manifest.precision == "fp16":
+            return DeviceRunner(bundle, device=device, threads=threads)
         return HostRunner(bundle, threads=threads)
     except Exception as error:  # onnxruntime raises many kinds; all mean that the graphs or the device are unusable
         reason = str(error).splitlines()[0]
