@@ -178,7 +178,7 @@ def exercise(bundle: Bundle, runner: StepRunner, options: EngineOptions) -> None
 
     The first requests then find memory allocated and kernels chosen, and memory does not grow with the traffic later.
     """
-    workers = options.workers or usable_cores()
+    workers = options.workers or (1 if runner.device == "cuda" else usable_cores())
     with ThreadPoolExecutor(workers) as threads:
         list(threads.map(lambda _: _largest_batch(bundle, runner, options.rows), range(workers)))
 
