@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     chosen = [part for part in (*PARTS, _CHILD) if part.name in arguments.only] if arguments.only else PARTS
     ends_at = time.monotonic() + arguments.budget_s
-    results: dict[str, Any] = {}
+    # Some parts again: the others keep what they had.
+    results: dict[str, Any] = _read(out) if arguments.only else {}
     for part in chosen:
         left = ends_at - time.monotonic()
         print(f"{part.name} … ({left:.0f} s left)", flush=True)
@@ -86,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"  {'done' if outcome['ok'] else outcome['error'].strip()[-600:]}", flush=True)
         if part is not _CHILD and not (arguments.in_process and arguments.only):
             _write(out, results)
-    return sum(not outcome["ok"] for outcome in results.values())
+    return sum(not results[part.name]["ok"] for part in chosen)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,6 +142,12 @@ def _measure(part: Part, device: str, out: Path, work: Path) -> Any:
     result = measure(Setting(device, out, work, FULL if device == "cuda" else TINY))
     (out / f"{part.name}.json").write_text(json.dumps(result, indent=1, default=float) + "\n", "utf-8")
     return result
+
+
+def _read(out: Path) -> dict[str, Any]:
+    file = out / "results.json"
+    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    return found
 
 
 def _write(out: Path, results: dict[str, Any]) -> None:

@@ -22,32 +22,18 @@ _GOLDEN = REPOSITORY / "tests" / "golden"
 def online(setting: Setting) -> dict[str, Any]:
     """As many callers as fill the rows, all asking for the embedded model's test sentences with beam 4."""
     scale = setting.scale
-    grpc_port, metrics_port = "18001", "18002"
     bundle, sentences = _what_to_serve(setting)
-    rows = max(scale.callers * scale.beams, _LEAST_ROWS)
-    serve = ["serve", str(bundle), "--device", setting.device, "--grpc-port", grpc_port, "--metrics-port", metrics_port]
-    serve += ["--host", "127.0.0.1", "--max-rows", str(rows), "--max-queue-rows", str(rows)]
-    target, report = f"127.0.0.1:{grpc_port}", setting.work / "load"
-    load = ["load", "--server", target, "--metrics", f"http://127.0.0.1:{metrics_port}/metrics", "--quiet"]
-    load += ["--concurrency", str(scale.callers), "--beam", str(scale.beams), "-o", str(report)]
-    load += ["--duration", f"{scale.online_s}s", "--warm-up", f"{scale.online_s // 4}s", *sentences]
-    if setting.device == "cuda":
-        load += ["--workers", "4", "--channels", "4"]
+    rows = str(max(scale.callers * scale.beams, _LEAST_ROWS))
+    serve = ["serve", str(bundle), "--device", setting.device, "--host", "127.0.0.1", "--grpc-port", "0"]
+    serve += ["--metrics-port", "0", "--max-rows", rows, "--max-queue-rows", rows]
     log = setting.out / "serve.log"
     with log.open("w", encoding="utf-8") as stream:
         began = time.perf_counter()
         server = subprocess.Popen(_command(setting, serve), stdout=stream, stderr=stream, env=_environment())
         try:
-            _wait_until_serving(target, server, log)
+            target, metrics = _wait_until_serving(server, log)
             start_s = time.perf_counter() - began
-            done = subprocess.run(
-                _command(setting, load, torch=False),
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=scale.online_s + 60,
-                env=_environment(),
-            )
+            status, made = _load(setting, target, metrics, sentences)
         finally:
             server.terminate()
             try:
@@ -55,12 +41,10 @@ def online(setting: Setting) -> dict[str, Any]:
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()
-    (setting.out / "load.log").write_text(done.stdout + done.stderr, "utf-8")
-    made = json.loads((report / "report.json").read_text("utf-8"))
     samples = [sample for sample in made["server_samples"] if sample["rows_per_step"]]
     return {
         "start_s": start_s,
-        "load_exit_status": done.returncode,
+        "load_exit_status": status,
         "callers": scale.callers,
         "valid": made["verdict"]["valid"],
         "invalid_because": made["verdict"]["invalid_because"],
@@ -71,6 +55,26 @@ def online(setting: Setting) -> dict[str, Any]:
         "rows_per_step": [sample["rows_per_step"] for sample in samples],
         "step_ms": [sample["step_ms"] for sample in samples],
     }
+
+
+def _load(setting: Setting, target: str, metrics: str, sentences: Sequence[str]) -> tuple[int, Any]:
+    """The exit status of `beamline load`, and its report."""
+    scale, folder = setting.scale, setting.work / "load"
+    load = ["load", "--server", target, "--metrics", metrics, "--quiet", "-o", str(folder), *sentences]
+    load += ["--concurrency", str(scale.callers), "--beam", str(scale.beams)]
+    load += ["--duration", f"{scale.online_s}s", "--warm-up", f"{scale.online_s // 4}s"]
+    if setting.device == "cuda":
+        load += ["--workers", "4", "--channels", "4"]
+    done = subprocess.run(
+        _command(setting, load, torch=False),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=scale.online_s + 60,
+        env=_environment(),
+    )
+    (setting.out / "load.log").write_text(done.stdout + done.stderr, "utf-8")
+    return done.returncode, json.loads((folder / "report.json").read_text("utf-8"))
 
 
 def _what_to_serve(setting: Setting) -> tuple[Path, list[str]]:
@@ -95,17 +99,29 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-def _wait_until_serving(target: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
+def _wait_until_serving(server: "subprocess.Popen[bytes]", log: Path) -> tuple[str, str]:
+    """Where it answers calls, and where it tells its metrics."""
     ends_at = time.monotonic() + _START_S
-    with grpc.insecure_channel(target) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-        while time.monotonic() < ends_at and server.poll() is None:
-            try:
-                answer = health.Check(health_pb2.HealthCheckRequest(), timeout=2)
-            except grpc.RpcError:
-                time.sleep(0.1)
-                continue
-            if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                return
-            time.sleep(0.1)
+    while time.monotonic() < ends_at and server.poll() is None:
+        ports = _ports(log)
+        if ports is not None and _serves(ports[0]):
+            return ports
+        time.sleep(0.1)
     raise RuntimeError(f"the server does not serve: {log.read_text('utf-8')[-2000:]}")
+
+
+def _ports(log: Path) -> tuple[str, str] | None:
+    for line in log.read_text("utf-8").splitlines():
+        record = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
+        if record.get("event") == "listening":
+            return f"127.0.0.1:{record['grpc_port']}", f"http://127.0.0.1:{record['metrics_port']}/metrics"
+    return None
+
+
+def _serves(target: str) -> bool:
+    with grpc.insecure_channel(target) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -6,14 +6,29 @@ limit, and hence a run has to come often before it gets one. Everything else run
 
 import itertools
 import logging
+from typing import Protocol
 
 import onnxruntime as ort
-
-from beamline_server.engine.ort.fixed_run import FixedRun
 
 CAPTURED_FROM_USE = 4
 _KERNEL_BY_KERNEL = -1
 _log = logging.getLogger(__name__)
+
+
+class Replayable(Protocol):
+    """A run at fixed addresses.
+
+    Attributes:
+        uses: How often it has run.
+        graph: Number of its captured graph, if it has been given one.
+    """
+
+    uses: int
+    graph: int | None
+
+    def run(self, options: ort.RunOptions) -> None:
+        """Compute; returns when the outputs are there."""
+        ...
 
 
 def run_options(graph: int) -> ort.RunOptions:
@@ -39,7 +54,7 @@ class CapturedGraphs:
     def __len__(self) -> int:
         return len(self._options)
 
-    def run(self, run: FixedRun) -> None:
+    def run(self, run: Replayable) -> None:
         """Run, by its graph if it has one or is due to get one.
 
         A first run by a graph computes several times, to allocate, to capture and to replay: what a run writes must
@@ -51,7 +66,7 @@ class CapturedGraphs:
         else:
             run.run(self._plain if run.graph is None else self._options[run.graph])
 
-    def _capture(self, run: FixedRun) -> None:
+    def _capture(self, run: Replayable) -> None:
         number = next(self._numbers)
         options = run_options(number)
         try:
