@@ -12,6 +12,8 @@ rest along; parts that no time is left for are skipped.
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -118,9 +120,13 @@ def _apart(part: Part, device: str, out: Path, work: Path, *, limit_s: float) ->
     command += ["--only", part.name, "--in-process"]
     log = out / f"{part.name}.log"
     with log.open("w", encoding="utf-8") as stream:
+        # A session of its own, so that what it has started can be ended with it.
+        child = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
         try:
-            status = subprocess.run(command, stdout=stream, stderr=stream, check=False, timeout=limit_s).returncode
+            status = child.wait(limit_s)
         except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
             return {"ok": False, "error": f"ended after {limit_s:.0f} s; {_tail(log)}"}
     if status or not result.exists():
         return {"ok": False, "error": f"exit status {status}: {_tail(log)}"}

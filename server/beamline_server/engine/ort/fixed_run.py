@@ -123,6 +123,8 @@ class FixedRun:
     def run(self, options: ort.RunOptions) -> None:
         """Compute from what was sent; returns when the outputs are there."""
         self._session.run_with_iobinding(self._binding, options)
+        # A run waits for its stream by default; a replayed graph's outputs must not be read earlier either.
+        self._binding.synchronize_outputs()
 
     def receive(self) -> dict[str, NDArray[Any]]:
         """Copies of the outputs that are not elsewhere."""
