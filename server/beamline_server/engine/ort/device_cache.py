@@ -116,7 +116,8 @@ class DeviceCache:
         self._runs: OrderedDict[StepShape, FixedRun] = OrderedDict()
 
     def _memory(self, tensor_rows: int) -> SeatMemory:
-        tensors, row_bytes = len(self._sessions.self_names), self._sessions.width * self._sessions.dtype().itemsize
+        tensors = len(self._sessions.self_names)
+        row_bytes = self._sessions.width * np.dtype(self._sessions.dtype).itemsize
         return SeatMemory(
             DeviceBuffer(tensors * tensor_rows * row_bytes, self._device), tensors, tensor_rows, row_bytes, length=1
         )
