@@ -46,10 +46,7 @@ def build_decoder_step(checkpoint: Checkpoint, store: WeightStore, weights: Weig
         name = f"decoder.{i}"
         y = layers.before(x, f"{name}.self_attention_norm")
         query, key, value = layers.query_key_value(y, f"{name}.self_attention")
-        pools = (
-            g.named("ScatterND", [f"self_k_{i}", "slot", key], f"self_k_{i}_out"),
-            g.named("ScatterND", [f"self_v_{i}", "slot", value], f"self_v_{i}_out"),
-        )
+        pools = (layers.write(f"self_k_{i}", key), layers.write(f"self_v_{i}", value))
         y = layers.attention(query, pools, [mask], _ATTENTION_RECTANGLE, spec.decoder_heads)
         x = layers.after(x, layers.output(y, f"{name}.self_attention"), f"{name}.self_attention_norm")
         query = layers.query(layers.before(x, f"{name}.cross_attention_norm"), f"{name}.cross_attention")

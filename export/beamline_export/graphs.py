@@ -12,6 +12,7 @@ the buffers of the inputs and nothing is copied.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
 
 Axis = str | int
@@ -58,19 +59,32 @@ def encoder_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:
     )
 
 
-def decoder_step_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:
-    """One token for every live row.
+def row_parts(width: int) -> tuple[int, int]:
+    """How fp16 graphs cut the row of a pool: number of parts, elements of one.
 
-    `ancestors` is boolean; in fp16 graphs it is additive (0 or a large negative number), which the CUDA kernels take
-    without a conversion per layer. `candidates` is C, one number.
+    onnxruntime's CUDA kernel of ScatterND has one thread per index, which copies element by element what the index
+    stands for: an index per part keeps the GPU busy where an index per row would not.
+    """
+    part = gcd(width, 8)
+    return width // part, part
+
+
+def decoder_step_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:
+    """One token for every live row. `candidates` is C, one number.
+
+    fp16 graphs are made for CUDA: `ancestors`, which is boolean elsewhere, is additive (0 or a large negative number),
+    which the kernels take without a conversion per layer, and pools have their rows in parts, whose numbers are added
+    to the last number of `slot`, a zero.
     """
     ids = TensorSpec("int64", ("N",))
-    pool, rectangle = TensorSpec(cache, ("S", "P", width)), TensorSpec(cache, ("S", "R", width))
-    mask: ElementType = "float16" if cache == "float16" else "bool"
+    half = cache == "float16"
+    pool = TensorSpec(cache, ("S", "P", *row_parts(width)) if half else ("S", "P", width))
+    rectangle = TensorSpec(cache, ("S", "R", width))
+    mask: ElementType = "float16" if half else "bool"
     inputs = {
         "ids": ids,
         "positions": ids,
-        "slot": TensorSpec("int64", ("N", 2)),
+        "slot": TensorSpec("int64", ("N", 1, 3) if half else ("N", 2)),
         "row_of": TensorSpec("int64", ("S", "Q")),
         "back": ids,
         "ancestors": TensorSpec(mask, ("S", 1, "Q", "P")),

@@ -84,6 +84,10 @@ class Layers:
         count = len(names)
         return self.g.op("Split", [product], outputs=count, axis=-1, num_outputs=count) if count > 1 else [product]
 
+    def write(self, pool: str, rows: str) -> str:
+        """Write rows (N, D) into their slots of a pool, in place; the pool as (S, P, D)."""
+        return self.store.write(self.g, pool, rows, self.spec.d_model)
+
     def attention(
         self, query: str, key_value: tuple[str, str], masks: list[str], rectangle: Rectangle, heads: int
     ) -> str:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from beamline_export.graph_writer import GraphWriter
-from beamline_export.graphs import ElementType
+from beamline_export.graphs import ElementType, row_parts
 from beamline_export.spec import Array, ExportError
 
 _LEAST_MAXIMUM = 1e-9
@@ -38,6 +38,10 @@ class WeightStore(ABC):
     @abstractmethod
     def head(self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None) -> str:
         """Logits in fp32, (N, V), of x (N, D) and weight (V, D); the bias may hold -inf."""
+
+    def write(self, g: GraphWriter, pool: str, rows: str, width: int) -> str:  # noqa: ARG002 - fp16 needs it
+        """Write rows (N, width) into the slots of a pool, in place; the pool as (S, P, width)."""
+        return g.named("ScatterND", [pool, "slot", rows], f"{pool}_out")
 
     def vector(self, g: GraphWriter, name: str, values: Array) -> str:
         """A bias or a normalization weight, in the type of activations."""
@@ -95,6 +99,18 @@ class Fp16Store(WeightStore):
         matrix = g.one("Transpose", g.one("Cast", matrix, to=1), perm=[1, 0])
         product = g.one("MatMul", g.one("Cast", x, to=1), matrix)
         return product if bias is None else g.one("Add", product, g.weight(f"{name}.bias", lambda: bias))
+
+    def write(self, g: GraphWriter, pool: str, rows: str, width: int) -> str:
+        """As `WeightStore.write`, part by part: see `row_parts`."""
+        count, part = row_parts(width)
+
+        def numbers() -> NDArray[np.int64]:
+            return np.stack([np.zeros(count), np.zeros(count), np.arange(count)], axis=1).astype(np.int64)[None]
+
+        (places,) = g.once("slot parts", lambda: (g.one("Add", "slot", g.weight("row_part_numbers", numbers)),))
+        parts = g.one("Reshape", rows, g.constant([-1, count, part], np.int64))
+        written = g.named("ScatterND", [pool, places, parts], f"{pool}_out")
+        return g.one("Reshape", written, g.constant([0, 0, width], np.int64))
 
     def vector(self, g: GraphWriter, name: str, values: Array) -> str:
         """As `WeightStore.vector`."""

@@ -5,7 +5,7 @@ A bundle is a folder:
     manifest.json       this module's `Manifest`
     encoder.onnx        ids -> cross-attention keys and values
     decoder_step.onnx   one step of the decoder over packed rows
-    kv_arrange.onnx     moves cache rows on a device
+    kv_arrange.onnx     not read any more: the server moves cache rows by a graph of its own
     weights.bin         every weight once; both graphs point into it
     tokenizer files     as the manifest names them
 

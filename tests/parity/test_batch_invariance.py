@@ -137,10 +137,16 @@ def test_caches_on_a_device_give_the_same_answers(fr_en_fp32: Bundle) -> None:
     rules, sources = model_rules(fr_en_fp32.manifest), sources_of(fr_en_fp32)
     asked = requests(sources, 2)[:48]
     host = Model(HostRunner(fr_en_fp32, threads=1), rules, sources)
-    device = Model(DeviceRunner(fr_en_fp32, device="cpu"), rules, sources)
+    runner = DeviceRunner(fr_en_fp32, device="cpu")
+    device = Model(runner, rules, sources)
     on_host, on_device = through_the_engine(host, asked, 2), through_the_engine(device, asked, 2)
+    # Which tells that shapes came again, and what they were computed in was padded and bound once.
+    assert len(runner.step_graphs) > 3
     for number, outcome in on_host.items():
         other = on_device[number]
         assert type(outcome) is type(other)
         if isinstance(outcome, Completed) and isinstance(other, Completed):
             assert outcome.hypotheses == other.hypotheses
+            alone = run_alone(runner, rules, asked[number])
+            assert isinstance(alone, Completed)
+            assert other.hypotheses == alone.hypotheses

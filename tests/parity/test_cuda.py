@@ -101,3 +101,21 @@ def test_searches_on_a_gpu_agree(fr_en_fp32: Bundle, cpu: StepRunner, gpu: StepR
     print(f"provider {CUDA}: {len(same)} of {len(pairs)} best hypotheses are the same tokens")
     assert len(same) >= 0.9 * len(pairs)
     assert all(abs(a.score - b.score) <= TOLERANCE for a, b in same)
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_captured_graphs_answer_what_single_kernels_answer(
+    fr_en_fp32: Bundle, export_fr_en: Callable[[str], Bundle], sources: list[Tokens]
+) -> None:
+    """The same kernels at the same shapes: the same bits. The second pass replays from its first step on."""
+    rules, bundle = model_rules(fr_en_fp32.manifest), export_fr_en("fp16")
+    searches = [(source, SearchOptions(beam_size=4, max_new_tokens=60)) for source in sources]
+    plain, graphs = (DeviceRunner(bundle, device="cuda", graphs=graphs) for graphs in (False, True))
+
+    expected = search_all(plain, rules, searches)
+    passes = [search_all(graphs, rules, searches) for _ in range(2)]
+
+    assert len(plain.step_graphs) == 0
+    assert len(graphs.step_graphs) > 0
+    for found in passes:
+        assert [answer.hypotheses for answer in found] == [answer.hypotheses for answer in expected]

@@ -69,7 +69,10 @@ BANS = [
         "server",
         ("onnxruntime",),
         "what computes stands behind the StepRunner protocol",
-        but=tuple(f"server/beamline_server/engine/ort/{name}.py" for name in ("sessions", "host", "device")),
+        but=tuple(
+            f"server/beamline_server/engine/ort/{name}.py"
+            for name in ("sessions", "host", "device", "fixed_run", "captured_graphs", "encoder_runs", "row_mover")
+        ),
     ),
     Ban("export", ("beamline_client", "beamline", "grpc"), "an export needs no service"),
     Ban("protos", ("beamline_server", "beamline_export", "beamline_client"), "everybody imports the protos"),

@@ -104,8 +104,9 @@ def build_runner(bundle: Bundle, device: str, threads: int) -> StepRunner:
     from beamline_server.engine.ort.host import HostRunner
 
     try:
-        if device == "cuda":
-            return DeviceRunner(bundle, threads=threads)
+        # fp16 graphs are made for CUDA; on a CPU, where an export checks them, their runner goes with them.
+        if device == "cuda" or bundle.manifest.precision == "fp16":
+            return DeviceRunner(bundle, device=device, threads=threads)
         return HostRunner(bundle, threads=threads)
     except Exception as error:  # onnxruntime raises many kinds; all mean that the graphs or the device are unusable
         reason = str(error).splitlines()[0]
@@ -180,7 +181,7 @@ def exercise(bundle: Bundle, runner: StepRunner, options: EngineOptions) -> None
 
     The first requests then find memory allocated and kernels chosen, and memory does not grow with the traffic later.
     """
-    workers = options.workers or usable_cores()
+    workers = options.workers or (1 if runner.device == "cuda" else usable_cores())
     with ThreadPoolExecutor(workers) as threads:
         list(threads.map(lambda _: _largest_batch(bundle, runner, options.rows), range(workers)))
 

@@ -344,7 +344,9 @@ class EngineCore:
         self._slot[places, :beams] = self._slots.assign(places, parent_of(searches.choice[places, :beams]), live)
         ends = self._slots.ends(places)
         numbers = LANES.searchsorted(np.maximum(ends, self._source_length[places]))
-        numbers = np.maximum(np.maximum(numbers, self._lane_of[places]), narrowest_lane(len(places)))
+        numbers = np.maximum(
+            np.maximum(numbers, self._lane_of[places]), narrowest_lane(len(places), self._runner.device)
+        )
         if self._changed or (numbers != self._lane_of[places]).any():
             self._lane_of[places] = numbers
             while len(self._lanes) <= int(numbers.max()):

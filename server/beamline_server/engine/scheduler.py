@@ -138,9 +138,12 @@ def seats(old: Sequence[int], staying: Iterable[int], arriving: Sequence[int]) -
     return [who for who in result if who is not None]
 
 
-def narrowest_lane(sentences: int) -> int:
-    """Number of the narrowest lane in use while so many sentences run."""
-    return 0 if sentences >= FINE_LANES_FROM else lane_of(SHARED_WIDTH)
+def narrowest_lane(sentences: int, device: str = "cpu") -> int:
+    """Number of the narrowest lane in use while so many sentences run.
+
+    On a GPU a run costs its launches, and padding next to nothing.
+    """
+    return 0 if sentences >= FINE_LANES_FROM and device == "cpu" else lane_of(SHARED_WIDTH)
 
 
 def seat_width(needed: int, present: int, seats: int) -> int:

@@ -147,6 +147,7 @@ def test_few_sentences_share_a_lane_and_many_sit_by_length() -> None:
     assert LANE_WIDTHS[narrowest_lane(1)] == SHARED_WIDTH
     assert LANE_WIDTHS[narrowest_lane(FINE_LANES_FROM - 1)] == SHARED_WIDTH
     assert narrowest_lane(FINE_LANES_FROM) == 0
+    assert LANE_WIDTHS[narrowest_lane(FINE_LANES_FROM, "cuda")] == SHARED_WIDTH
 
 
 def test_the_least_loaded_worker_is_the_first_of_equals() -> None:

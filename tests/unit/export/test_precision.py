@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from beamline_export.graph_writer import GraphWriter, WeightsFile
-from beamline_export.graphs import GraphSpec, TensorSpec
+from beamline_export.graphs import GraphSpec, TensorSpec, row_parts
 from beamline_export.precision import (
     STORES,
     CalibratedInt8Store,
@@ -207,6 +207,28 @@ def test_what_is_once_in_a_graph_is_new_in_the_next(tmp_path: Path) -> None:
             STORES["int8"]().linear(graph, "x", "v", normal(4, 4), None)
             kinds = [node.op_type for node in graph.model("test", GraphSpec({}, {})).graph.node]
             assert (kinds.count("QuantizeLinear"), kinds.count("MatMulIntegerToFloat")) == (1, 2)
+
+
+@pytest.mark.parametrize("width", [32, 12])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_rows_are_written_into_their_slots(precision: str, width: int, tmp_path: Path) -> None:
+    """In parts or whole, the pool is what it was but for the slots that were named."""
+    store = STORES[precision]()
+    half = precision == "fp16"
+    pool, rows = normal(3, 5, width).astype(store.cache), normal(2, width, seed=1).astype(store.cache)
+    slot = np.array([[2, 4], [0, 1]])
+    shape = (3, 5, *row_parts(width)) if half else pool.shape
+
+    def build(g: GraphWriter) -> dict[str, str]:
+        after = store.write(g, "pool", "rows", width)
+        g.named("Reshape", [after, g.constant([15, width], np.int64)], "after")
+        return {"after": str(np.dtype(store.cache))}
+
+    named_slots = np.concatenate([slot, np.zeros((2, 1), np.int64)], axis=1)[:, None] if half else slot
+    after = run(tmp_path, build, {"pool": pool.reshape(shape), "rows": rows, "slot": named_slots})["after"]
+
+    pool[2, 4], pool[0, 1] = rows
+    assert np.array_equal(after, pool.reshape(15, width))
 
 
 def test_fp16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:

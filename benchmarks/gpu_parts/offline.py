@@ -1,0 +1,203 @@
+"""Tokens per second over batches that are there from the start: the engine, and transformers `generate` in fp16."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from beamline_server.engine.admission import Capacity
+from beamline_server.engine.beam import IntArray
+from beamline_server.engine.build import model_rules
+from beamline_server.engine.core import EngineCore, ModelRules
+from beamline_server.engine.observer import NullObserver
+from beamline_server.engine.ort.device import DeviceRunner
+from beamline_server.engine.request import (
+    Completed,
+    EarlyStopping,
+    GenerationRequest,
+    RequestId,
+    SearchOptions,
+)
+from beamline_server.engine.runner import Cache, Encoded, EncoderBatch, StepBatch
+from beamline_server.engine.scoring import FloatArray
+from gpu_parts.setting import FR_EN, Setting, Tokens
+
+_SLOTS = 1 << 22
+FILE_SENTENCES_AT_ONCE = 256
+_GENERATE_BATCH = 64
+_GENERATE_SENTENCES = 512
+_MOST_TOKENS = 128
+
+
+class Steps(NullObserver):
+    """Sums what the engine tells of its steps."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.rows = 0
+        self.seconds = 0.0
+        self.encode_s = 0.0
+
+    def stepped(self, seconds: float, rows: int, sentences: int) -> None:  # noqa: ARG002 - the observer's signature
+        """Count a step."""
+        self.count += 1
+        self.rows += rows
+        self.seconds += seconds
+
+    def encoded(self, seconds: float, sentences: int, tokens: int, padding: int) -> None:  # noqa: ARG002 - as above
+        """Count an encoder call."""
+        self.encode_s += seconds
+
+
+class Timed:
+    """A runner that sums how long the calls of another take."""
+
+    def __init__(self, inner: DeviceRunner) -> None:
+        self._inner = inner
+        self.device = inner.device
+        self.seconds = 0.0
+
+    def encode(self, batch: EncoderBatch) -> Encoded:
+        """As the inner runner."""
+        began = time.perf_counter()
+        result = self._inner.encode(batch)
+        self.seconds += time.perf_counter() - began
+        return result
+
+    def new_cache(self) -> Cache:
+        """As the inner runner."""
+        return self._inner.new_cache()
+
+    def step(self, cache: Cache, batch: StepBatch) -> tuple[FloatArray, IntArray]:
+        """As the inner runner."""
+        began = time.perf_counter()
+        result = self._inner.step(cache, batch)
+        self.seconds += time.perf_counter() - began
+        return result
+
+
+def offline(setting: Setting) -> dict[str, Any]:
+    """The engine: forced lengths on the random model, real ones on the embedded model."""
+    scale, name = setting.scale, setting.names[1]
+    bundle, runner = setting.bundle(name, "fp16"), setting.runner(name)
+    rules = model_rules(bundle.manifest)
+    forced = SearchOptions(scale.beams, min_new_tokens=scale.new_tokens, max_new_tokens=scale.new_tokens)
+    table = []
+    for batch in scale.batches:
+        sources = setting.random_sources(bundle.manifest.dimensions.source_vocabulary, batch)
+        searches = [(source, forced) for source in sources]
+        for _ in range(2):
+            _run(runner, rules, searches, at_once=batch)
+        passes = [_run(runner, rules, searches, at_once=batch) for _ in range(3)]
+        table.append({"batch": batch, **min(passes, key=lambda figures: figures["seconds"])})
+    return {
+        "model": name,
+        "new_tokens": scale.new_tokens,
+        "beams": scale.beams,
+        "batches": table,
+        "graphs": len(runner.step_graphs),
+        "encoder_graphs": len(runner.encoder_graphs),
+    }
+
+
+def test_file(setting: Setting) -> dict[str, Any]:
+    """The engine over the whole test file of the embedded model, many sentences at once."""
+    runner = setting.runner(FR_EN)
+    rules = model_rules(setting.bundle(FR_EN, "fp16").manifest)
+    natural = SearchOptions(setting.scale.beams, max_new_tokens=_MOST_TOKENS, early_stopping=EarlyStopping.WHEN_FULL)
+    searches = [(source, natural) for source in setting.sources()]
+    first = _run(runner, rules, searches, at_once=FILE_SENTENCES_AT_ONCE)
+    second = _run(runner, rules, searches, at_once=FILE_SENTENCES_AT_ONCE)
+    return {"sentences": len(searches), "first_pass": first, **second, "graphs": len(runner.step_graphs)}
+
+
+def _run(
+    runner: DeviceRunner, rules: ModelRules, searches: Sequence[tuple[Tokens, SearchOptions]], *, at_once: int
+) -> dict[str, Any]:
+    """All searches, `at_once` sentences at a time."""
+    steps = Steps()
+    rows = at_once * max(options.beam_size for _, options in searches)
+    timed = Timed(runner)
+    core = EngineCore(timed, rules, Capacity(rows, _SLOTS), clock=time.perf_counter, observer=steps)
+    core.accept(GenerationRequest(RequestId(i), *search) for i, search in enumerate(searches))
+    tokens, done = 0, 0
+    began = time.perf_counter()
+    while not core.idle:
+        for event in core.step():
+            assert isinstance(event, Completed), event
+            tokens += len(event.hypotheses[0].tokens)
+            done += 1
+    seconds = time.perf_counter() - began
+    return {
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "sentences_per_s": done / seconds,
+        "steps": steps.count,
+        "rows_per_step": steps.rows / max(steps.count, 1),
+        "step_ms": steps.seconds / max(steps.count, 1) * 1e3,
+        "encode_share": steps.encode_s / seconds,
+        "share_outside_the_runner": 1 - timed.seconds / seconds,
+    }
+
+
+def transformers_generate(setting: Setting) -> dict[str, Any]:
+    """`generate` with the same weights, lengths and beams on the same device, in fp16 on a GPU."""
+    scale, name = setting.scale, setting.names[1]
+    model = _load(setting, name)
+    table = []
+    for batch in scale.batches:
+        vocabulary = model.config.vocab_size
+        sources = setting.random_sources(vocabulary, batch)
+        options = {"num_beams": scale.beams, "min_new_tokens": scale.new_tokens, "max_new_tokens": scale.new_tokens}
+        seconds = min(_generate(setting, model, sources, options)[0] for _ in range(2))
+        table.append({"batch": batch, "seconds": seconds, "tokens_per_s": batch * scale.new_tokens / seconds})
+    return {"model": name, "dtype": str(model.dtype), "batches": table}
+
+
+def transformers_test_file(setting: Setting) -> dict[str, Any]:
+    """`generate` over a part of the test file, sorted by length, in batches."""
+    model = _load(setting, FR_EN)
+    every = setting.sources()
+    sources = sorted(every[:: max(1, len(every) // _GENERATE_SENTENCES)], key=len)
+    options = {"num_beams": setting.scale.beams, "max_new_tokens": _MOST_TOKENS, "early_stopping": True}
+    batches = [sources[i : i + _GENERATE_BATCH] for i in range(0, len(sources), _GENERATE_BATCH)]
+    _generate(setting, model, batches[0], options)
+    results = [_generate(setting, model, batch, options) for batch in batches]
+    seconds, tokens = sum(s for s, _ in results), sum(t for _, t in results)
+    return {
+        "sentences": len(sources),
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "sentences_per_s": len(sources) / seconds,
+    }
+
+
+def _load(setting: Setting, name: str) -> Any:
+    import torch
+    import transformers
+
+    from beamline_export.reference import quiet_transformers
+
+    dtype = torch.float16 if setting.device == "cuda" else torch.float32
+    with quiet_transformers():
+        model = transformers.MarianMTModel.from_pretrained(setting.checkpoint(name), dtype=dtype)
+    return model.to(setting.device).eval()
+
+
+def _generate(setting: Setting, model: Any, sources: Sequence[Tokens], options: dict[str, Any]) -> tuple[float, int]:
+    """Seconds, and tokens but for padding."""
+    import torch
+
+    from beamline_export.reference import quiet_transformers
+
+    pad, longest = model.config.pad_token_id, max(map(len, sources))
+    ids = torch.tensor([[*source, *[pad] * (longest - len(source))] for source in sources], device=setting.device)
+    mask = torch.tensor(
+        [[1] * len(source) + [0] * (longest - len(source)) for source in sources], device=setting.device
+    )
+    setting.synchronize()
+    began = time.perf_counter()
+    with torch.inference_mode(), quiet_transformers():
+        output = model.generate(input_ids=ids, attention_mask=mask, **options)
+    setting.synchronize()
+    seconds = time.perf_counter() - began
+    return seconds, int((output[:, 1:] != pad).sum())

@@ -1,0 +1,135 @@
+"""Time of a decoder step over its rows, by single kernels and by captured graphs, beside its floor."""
+
+import math
+import time
+from typing import Any
+
+from beamline_server.bundle import DECODER_STEP, Bundle
+from beamline_server.engine.batch import encoder_batch
+from beamline_server.engine.ort.captured_graphs import CAPTURED_FROM_USE
+from beamline_server.engine.ort.device import DeviceRunner
+from beamline_server.engine.ort.device_cache import DeviceCache
+from beamline_server.engine.runner import FromEncoder, FromSeat, Origin
+from gpu_parts.batches import SLOTS, busy_batch, seated
+from gpu_parts.setting import Setting, median
+
+
+def steps(setting: Setting) -> dict[str, Any]:
+    """Of the first random model."""
+    return _steps(setting, setting.names[1])
+
+
+def large_steps(setting: Setting) -> dict[str, Any]:
+    """Of the random model with the large vocabulary."""
+    return _steps(setting, setting.names[2])
+
+
+def _steps(setting: Setting, name: str) -> dict[str, Any]:
+    bundle = setting.bundle(name, "fp16")
+    weights = weight_bytes(bundle)
+    limits, kernels = setting.result("limits"), setting.result("kernels")
+    table = []
+    for graphs in (False, True):
+        runner = setting.runner(name, graphs=graphs)
+        for rows in setting.scale.rows:
+            row = {"rows": rows, "graphs": graphs, **_time(setting, runner, bundle, rows)}
+            row["kv_bytes"] = kv_bytes(bundle, rows, setting)
+            table.append({**row, **(floor(row, weights, limits, kernels) if limits else {})})
+    admission = _admission(setting, setting.runner(name), bundle)
+    return {"model": name, "weight_bytes": weights, "steps": table, "admission": admission}
+
+
+def _time(setting: Setting, runner: DeviceRunner, bundle: Bundle, rows: int) -> dict[str, Any]:
+    batch = busy_batch(bundle, rows, setting.scale.beams, setting.scale.source_tokens)
+    vocabulary = bundle.manifest.dimensions.source_vocabulary
+    cache = seated(runner, setting.random_sources(vocabulary, len(batch.source_length)))
+    assert isinstance(cache, DeviceCache)
+    for _ in range(CAPTURED_FROM_USE + 2):
+        runner.step(cache, batch)
+    whole, device_alone = [], []
+    run = cache.run_for(batch)
+    for _ in range(setting.scale.repetitions):
+        began = time.perf_counter()
+        runner.step(cache, batch)
+        whole.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        runner.step_graphs.run(run)
+        device_alone.append(time.perf_counter() - began)
+    return {
+        "step_us": median(whole) * 1e6,
+        "step_p90_us": sorted(whole)[len(whole) * 9 // 10] * 1e6,
+        "run_us": median(device_alone) * 1e6,
+        "captured": run.graph is not None,
+    }
+
+
+def _admission(setting: Setting, runner: DeviceRunner, bundle: Bundle) -> dict[str, Any]:
+    """Encoding a few newcomers, and seating them among many."""
+    vocabulary = bundle.manifest.dimensions.source_vocabulary
+    there = max(setting.scale.batches)
+    newcomers = min(4, there)
+    sources = setting.random_sources(vocabulary, there)
+    width = setting.scale.source_tokens
+    cache = seated(runner, sources)
+    encode, arrange = [], []
+    for _ in range(setting.scale.repetitions):
+        began = time.perf_counter()
+        encoded = runner.encode(encoder_batch(sources[:newcomers], source_width=width))
+        encode.append(time.perf_counter() - began)
+        origins: list[Origin] = [FromEncoder(encoded, i) for i in range(newcomers)]
+        origins += [FromSeat(seat) for seat in range(newcomers, there)]
+        began = time.perf_counter()
+        cache.arrange(origins, slots=SLOTS, source_width=width)
+        arrange.append(time.perf_counter() - began)
+        del encoded, origins
+    return {
+        "sentences": there,
+        "newcomers": newcomers,
+        "encode_us": median(encode) * 1e6,
+        "arrange_us": median(arrange) * 1e6,
+    }
+
+
+def weight_bytes(bundle: Bundle) -> int:
+    """Bytes of weights that a decoder step reads: embedding and position tables by their rows, so not at all.
+
+    The head is kept in fp32 on the device, twice what the file has.
+    """
+    import onnx
+
+    graph = onnx.load(str(bundle.file(DECODER_STEP)), load_external_data=False).graph
+    gathered = {node.input[0] for node in graph.node if node.op_type == "Gather"}
+    cast = {node.input[0] for node in graph.node if node.op_type == "Cast"}
+    total = 0
+    for tensor in graph.initializer:
+        size = int(math.prod(tensor.dims)) * (2 if tensor.data_type == onnx.TensorProto.FLOAT16 else 4)
+        if tensor.name in cast:
+            total += 2 * size
+        elif tensor.name not in gathered:
+            total += size
+    return total
+
+
+def kv_bytes(bundle: Bundle, rows: int, setting: Setting) -> int:
+    """Bytes of keys and values that a step of `busy_batch` has to read."""
+    dimensions = bundle.manifest.dimensions
+    sentences = max(1, rows // setting.scale.beams)
+    return 2 * 2 * dimensions.decoder_layers * dimensions.d_model * sentences * (SLOTS + setting.scale.source_tokens)
+
+
+def floor(row: dict[str, Any], weights: int, limits: dict[str, Any], kernels: dict[str, Any] | None) -> dict[str, Any]:
+    """What the step's bytes and its launches take at least, and how far it is above that.
+
+    Bytes over the measured bandwidth; launches times what an empty kernel takes in a graph, or alone without one. The
+    two overlap at best, so the floor is the larger one.
+    """
+    memory_us = (weights + row["kv_bytes"]) / limits["copy_bytes_per_s"] * 1e6
+    each_us = (limits["graph_launch_us"] if row["graphs"] else None) or limits["launch_us"]
+    launches = kernels["launches_per_step"] if kernels else 0
+    launches_us = launches * each_us
+    return {
+        "floor_memory_us": memory_us,
+        "floor_launches_us": launches_us,
+        "over_memory_floor": row["step_us"] / memory_us,
+        "over_floor": row["step_us"] / max(memory_us, launches_us),
+    }

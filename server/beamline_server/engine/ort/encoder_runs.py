@@ -1,0 +1,86 @@
+"""Runs of the encoder at fixed addresses, whose outputs stay in place until they have been moved into a cache."""
+
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from beamline_server.engine.ort.captured_graphs import CapturedGraphs
+from beamline_server.engine.ort.device_cache import EncodedRows
+from beamline_server.engine.ort.fixed_run import FixedRun
+from beamline_server.engine.ort.padding import fill_encoder
+from beamline_server.engine.ort.shape_buckets import EncoderShape, encoder_shape
+from beamline_server.engine.runner import Encoded, EncoderBatch
+
+_KEPT_RUNS = 16
+"""Runs without a captured graph that stay bound, the last used ones."""
+
+
+class _Loan:
+    """Alive as long as somebody may read a run's outputs."""
+
+
+class _Entry:
+    def __init__(self, shape: EncoderShape, run: FixedRun) -> None:
+        self.shape = shape
+        self.run = run
+        self.loan: weakref.ref[_Loan] | None = None
+
+    @property
+    def free(self) -> bool:
+        return self.loan is None or self.loan() is None
+
+    def lend(self) -> _Loan:
+        loan = _Loan()
+        self.loan = weakref.ref(loan)
+        return loan
+
+
+class EncoderRuns:
+    """Encodes on a device. One thread at a time.
+
+    Args:
+        session: Of the encoder.
+        outputs: Names of its outputs, in order.
+        device: Where it runs.
+        graphs: Captured ones, of this session.
+    """
+
+    def __init__(
+        self, session: ort.InferenceSession, outputs: Sequence[str], *, device: str, graphs: CapturedGraphs
+    ) -> None:
+        self._session = session
+        self._outputs = list(outputs)
+        self._device = device
+        self._graphs = graphs
+        # The last used one is the last.
+        self._entries: list[_Entry] = []
+
+    def encode(self, batch: EncoderBatch) -> Encoded:
+        """As `StepRunner.encode`."""
+        entry = self._entry(encoder_shape(batch))
+        run, shape = entry.run, entry.shape
+        fill_encoder(run.inputs, batch)
+        run.send()
+        self._graphs.run(run)
+        rows = EncodedRows(
+            address=run.address_of[self._outputs[0]],
+            tensor_rows=shape.sentences * shape.source_width,
+            source_width=shape.source_width,
+            source_length=np.array(batch.source_length),
+            keeper=(run, entry.lend()),
+        )
+        return Encoded(rows, batch.row_of.shape[1])
+
+    def _entry(self, shape: EncoderShape) -> _Entry:
+        found = next((entry for entry in self._entries if entry.shape == shape and entry.free), None)
+        if found is None:
+            uncaptured = [entry for entry in self._entries if entry.run.graph is None]
+            if len(uncaptured) >= _KEPT_RUNS:
+                self._entries.remove(uncaptured[0])
+            found = _Entry(shape, FixedRun(self._session, self._device, shape.axes()))
+        else:
+            self._entries.remove(found)
+        self._entries.append(found)
+        return found
