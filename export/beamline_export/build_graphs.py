@@ -92,17 +92,17 @@ def top_by_blocks(g: GraphWriter, logprob: str, vocabulary: int, block: int) -> 
     one in the better block comes first, then the lower token; so the first of C candidates are the same for any C.
     """
     count = vocabulary // block
-    scalar = {n: g.constant([n], np.int64) for n in (block, count)}
+    size = g.constant([block], np.int64)
     blocks = g.one("Reshape", logprob, g.constant([-1, count, block], np.int64))
     largest = g.one("ReduceMax", blocks, g.constant([-1], np.int64), keepdims=0)
-    _, best = g.op("TopK", [largest, g.one("Min", "candidates", scalar[count])], outputs=2, axis=-1)
+    _, best = g.op("TopK", [largest, g.one("Clip", "candidates", "", g.constant(count, np.int64))], outputs=2, axis=-1)
     taken = g.one("GatherND", blocks, g.one("Unsqueeze", best, g.constant([-1], np.int64)), batch_dims=1)
-    row = g.one("Reshape", taken, g.one("Concat", g.one("Shape", best, end=1), g.constant([-1], np.int64), axis=0))
+    row = g.one("Reshape", taken, g.constant([0, -1], np.int64))
     place = "place"
     g.named_pair("TopK", [row, "candidates"], ("top_logprob", place), axis=-1)
-    which = g.one("GatherElements", best, g.one("Div", place, scalar[block]), axis=1)
-    within = g.one("Mod", place, scalar[block])
-    g.named("Add", [g.one("Mul", which, scalar[block]), within], "top_token")
+    which = g.one("GatherElements", best, g.one("Div", place, size), axis=1)
+    within = g.one("Mod", place, size)
+    g.named("Add", [g.one("Mul", which, size), within], "top_token")
 
 
 def build_kv_arrange(width: int, cache: ElementType, weights: WeightsFile) -> onnx.ModelProto:
