@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH := .venv-bench
+OPTIMUM := .venv-optimum
 
-.PHONY: setup demo test protos fmt lint type check bench constraints clean
+.PHONY: setup demo test protos fmt lint type check bench bench-quick bench-engine constraints clean
 
 setup: $(STAMP)
 
@@ -37,8 +39,28 @@ type: $(STAMP)
 
 check: lint type test
 
-bench: $(STAMP)
-	$(BIN)/python benchmarks/engine.py
+# The peers stay out of the environment that the project is developed in, and optimum-onnx out of theirs.
+bench: $(BENCH)/.installed $(OPTIMUM)/.installed
+	$(BENCH)/bin/python benchmarks/side_by_side.py $(ARGS)
+
+bench-quick: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/quick_gate.py $(ARGS)
+
+bench-engine: $(STAMP)
+	$(BIN)/python benchmarks/engine.py $(ARGS)
+
+$(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[dev]' --requirement benchmarks/requirements.txt
+	touch $@
+
+# Where optimum-onnx does not install, the tables say why; it is tried again the next time.
+$(OPTIMUM)/.installed: benchmarks/requirements-optimum.txt
+	rm -rf $(OPTIMUM)
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --requirement benchmarks/requirements-optimum.txt 2>$(OPTIMUM)/install.log && touch $@ || rm -rf $(OPTIMUM)/bin
 
 constraints: $(STAMP)
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > frozen.new
@@ -47,4 +69,4 @@ constraints: $(STAMP)
 	mv constraints.new constraints.txt && rm frozen.new
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(BENCH) $(OPTIMUM) build dist
