@@ -77,10 +77,11 @@ def _whiskers(axes: Axes, positions: Iterable[float], found: Sequence[Spread | N
 
 
 def _speedups(comparisons: dict[str, Comparison]) -> Iterator[tuple[str, Spread]]:
-    """Of Beamline over the peers in the same precision."""
+    """Of Beamline over the peers in the same precision, but for slow ones, whose bars would dwarf the others."""
     for ours in CONTENDERS:
         for theirs in CONTENDERS:
-            if ours.kind == "beamline" and not theirs.ours and ours.precision == theirs.precision:
+            peers = not theirs.ours and not theirs.slow
+            if ours.kind == "beamline" and peers and ours.precision == theirs.precision:
                 for label, comparison in comparisons.items():
                     if value := comparison.speedup(ours.name, theirs.name):
                         yield f"{ours.name} / {theirs.name}, {label}", value
