@@ -3,7 +3,7 @@
     make bench [ARGS='--quick --only fr-en,quality']
     python benchmarks/side_by_side.py [--quick] [--only STAGE,…] [--render]
 
-A whole run takes some 40 minutes on two cores, which should have nothing else to do. It writes the raw repetitions to
+A whole run takes some 45 minutes on two cores, which should have nothing else to do. It writes the raw repetitions to
 docs/benchmarks/offline.json, plots next to it, and the tables between the markers of docs/benchmarks.md. A partial run
 (--quick, --only, --contenders) writes all of that below build/bench/report instead, unless --merge puts its stages in
 the place of those of the last whole run. --render makes tables and plots anew from the JSON.
@@ -22,7 +22,7 @@ from offline.contender_process import last_words
 from offline.contenders import CONTENDERS
 from offline.contenders import OPTIMUM as OPTIMUM_ONNX
 from offline.document import write_report
-from offline.machine import about, stage_stamp
+from offline.machine import about, busy, instructions, stage_stamp
 from offline.plan import FULL, QUICK
 from offline.prepared import REPOSITORY, Prepared, Pythons, own_python
 from offline.results import Results
@@ -31,6 +31,9 @@ from offline.stages import STAGES
 WORK = REPOSITORY / "build" / "bench"
 DOCS = REPOSITORY / "docs"
 OPTIMUM = REPOSITORY / ".venv-optimum"
+BUSY = 0.5
+"""Processes that may want a core besides the bench."""
+EXIT_NO_RECORD = 2
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,6 +42,9 @@ def main(argv: Sequence[str]) -> int:
     partial = arguments.quick or arguments.only != list(STAGES) or arguments.contenders is not None
     target = WORK / "report" if partial and not arguments.merge else DOCS
     record = target / "benchmarks" / "offline.json"
+    if (arguments.render or arguments.merge) and not record.exists():
+        print(f"{record.relative_to(REPOSITORY)} is not there: measure first", file=sys.stderr)
+        return EXIT_NO_RECORD
     if arguments.render or arguments.merge:
         results = Results.from_json(json.loads(record.read_text("utf-8")))
     else:
@@ -60,7 +66,10 @@ def _measure(arguments: argparse.Namespace, results: Results, record: Path) -> N
     pythons = Pythons(own_python(), arguments.peers_python, arguments.optimum_python)
     plan = QUICK if arguments.quick else FULL
     plan = replace(plan, repetitions=arguments.repetitions or plan.repetitions)
-    names = arguments.contenders or [contender.name for contender in CONTENDERS]
+    usable = [c.name for c in CONTENDERS if c.instruction is None or c.instruction in instructions()]
+    names = arguments.contenders or usable
+    if busy() > BUSY:
+        say(f"note: this machine is busy ({busy():.1f} processes want its cores); the figures will be worth little")
     results.missing.clear()
     if reason := _not_installed(arguments.optimum_python):
         results.missing[OPTIMUM_ONNX] = reason

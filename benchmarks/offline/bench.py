@@ -13,11 +13,11 @@ from offline.plan import Plan
 from offline.prepared import Prepared
 from offline.results import Comparison, Results, Run, Series, comparison_key
 from offline.task import Search, Setting, Task
-from offline.tuning import Choice, best_setting
+from offline.tuning import FINAL_TRIES, Choice, best_setting
 
 ALL = 1_000_000
 """More sentences than any file has."""
-SLOW_SEARCH = 3
+SLOW_SEARCH = 4
 """A slow contender looks for its best setting with so many times fewer sentences."""
 Processes = dict[str, ContenderProcess]
 Possible = Callable[[Contender, str, int | None], Sequence[Setting]]
@@ -61,7 +61,8 @@ class Bench:
         Raises:
             ContenderFailed: the model could not be made.
         """
-        return ContenderProcess(self.prepared.pythons.of(contender.kind), self.prepared.spec(contender, model))
+        python = self.prepared.pythons.of(contender.kind)
+        return ContenderProcess(python, self.prepared.spec(contender, model), contender.variables)
 
     @contextmanager
     def together(self, model: str, names: Sequence[str]) -> Iterator[Processes]:
@@ -153,18 +154,25 @@ class Bench:
 
     def _choose(self, process: ContenderProcess, contender: Contender, model: str, batch: int | None) -> Choice:
         possible = self._possible(contender, model, batch)
-        # A random model's sentences all cost the same: one batch tells, four where a batch is one sentence.
-        few = 4 if batch == 1 else batch
-        whole = few if model != FR_EN else self._fr_en_count(batch)
-        if contender.slow and whole is None:
-            whole = self.plan.search_sentences // SLOW_SEARCH
 
         def try_once(count: int | None) -> Callable[[Setting], float]:
             task = self.task(model, batch, count)
             return lambda setting: self.run(process, setting, task).sentences_per_s
 
-        quickly = try_once(few if model != FR_EN else self.plan.search_sentences)
-        return best_setting(possible if self.plan.search else possible[:1], quickly, try_once(whole))
+        few, whole = self._search_counts(model, batch, slow=contender.slow)
+        tries = 1 if contender.slow else FINAL_TRIES
+        return best_setting(possible if self.plan.search else possible[:1], try_once(few), try_once(whole), tries=tries)
+
+    def _search_counts(self, model: str, batch: int | None, *, slow: bool) -> tuple[int | None, int | None]:
+        """Sentences for a first look at a setting, and for a second one."""
+        if model != FR_EN:
+            # They all cost the same: one batch tells, four where a batch is one sentence.
+            few = 4 if batch == 1 and not slow else batch
+            return few, few
+        whole = self._fr_en_count(batch)
+        if slow:
+            whole = (whole or self.plan.search_sentences) // SLOW_SEARCH
+        return self.plan.search_sentences, whole
 
     def _task(self, model: str, batch: int | None, contender: Contender, choice: Choice) -> Task:
         count = self._fr_en_count(batch)

@@ -39,16 +39,17 @@ class ContenderProcess:
     Args:
         python: Interpreter of the contender's environment.
         spec: For `worker.make_translator`.
+        variables: To add to its environment.
     """
 
-    def __init__(self, python: Path, spec: Mapping[str, Any]) -> None:
+    def __init__(self, python: Path, spec: Mapping[str, Any], variables: Mapping[str, str]) -> None:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in close
         self.process = subprocess.Popen(
             [str(python), "-m", "offline.worker", json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=environment(),
+            env={**environment(), **variables},
         )
 
     def __enter__(self) -> Self:

@@ -36,10 +36,12 @@ fr-en ends by itself, at most after 128 tokens. transformer-base (6 + 6 layers, 
 16 tokens and exactly 32 output tokens. Batch n means that n sentences come at a time, and the next n when these are
 done; CTranslate2 computes a batch in two halves or whole with two threads, whichever is faster.
 
-Where definitions differ: at the limit of 128 tokens, which no test sentence reaches, CTranslate2 does not force end of
-sequence; each int8 rounds in its own way; over gRPC, the server tokenizes as well. CTranslate2's converter drops the
-embedding that decoding starts from, which changes the answers of fr-en; the bench converts with it
-(`benchmarks/offline/marian_loader.py`), and the tokens are those of transformers.
+CTranslate2 chooses AVX2 on some processors that have AVX-512: where there is, it also runs with
+`CT2_FORCE_CPU_ISA=AVX512`, and the faster of the two counts in the figures to reach. Where definitions differ: at the
+limit of 128 tokens, which no test sentence reaches, CTranslate2 does not force end of sequence; each int8 rounds in its
+own way; over gRPC, the server tokenizes as well. CTranslate2's converter drops the embedding that decoding starts from,
+which changes the answers of fr-en; the bench converts with it (`benchmarks/offline/marian_loader.py`), and the tokens
+are those of transformers.
 """
 
 

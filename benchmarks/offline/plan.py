@@ -35,6 +35,6 @@ class Plan:
 
 
 BATCHES = (1, 8, 32)
-FULL = Plan(5, True, None, 768, {1: 200, 8: 200, 32: 512}, 1.5)
+FULL = Plan(5, True, None, 512, {1: 200, 8: 200, 32: 512}, 1.2)
 QUICK = Plan(1, False, 100, 50, {1: 10, 8: 16, 32: 32}, 0.0)
 GATE = Plan(5, True, 1024, 384, {1: 100, 8: 200, 32: 512}, 1.5)

@@ -14,7 +14,7 @@ from offline.results import Comparison, Results, comparison_key
 from offline.tables import MODELS, names_of
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; ours are blue.
-COLOURS = ("#0072b2", "#e69f00", "#56b4e9", "#d55e00", "#8a939c", "#cc79a7", "#009e73")
+COLOURS = ("#0072b2", "#e69f00", "#56b4e9", "#d55e00", "#8a939c", "#cc79a7", "#009e73", "#f0e442")
 INK = "#3a4149"
 WIDTH, BAR_HEIGHT = 7.6, 0.3
 

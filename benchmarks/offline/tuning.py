@@ -21,7 +21,7 @@ class Choice:
     tried: int
 
 
-def best_setting(settings: Sequence[Setting], quickly: Try, wholly: Try) -> Choice:
+def best_setting(settings: Sequence[Setting], quickly: Try, wholly: Try, *, tries: int = FINAL_TRIES) -> Choice:
     """Try all of them quickly, the best few wholly, and take the one with the best single run.
 
     The best run, for what disturbs a measurement only ever slows it down.
@@ -30,6 +30,7 @@ def best_setting(settings: Sequence[Setting], quickly: Try, wholly: Try) -> Choi
         settings: At least one.
         quickly: Translates some of the sentences.
         wholly: Translates all of them.
+        tries: Of each of the best few.
     """
     if len(settings) == 1:
         return Choice(settings[0], wholly(settings[0]), 1)
@@ -38,7 +39,7 @@ def best_setting(settings: Sequence[Setting], quickly: Try, wholly: Try) -> Choi
         rates = [quickly(setting) for setting in settings]
         finalists = sorted(finalists, key=lambda i: -rates[i])[:FINALISTS]
     best = dict.fromkeys(finalists, 0.0)
-    for _ in range(FINAL_TRIES):
+    for _ in range(tries):
         for i in finalists:
             best[i] = max(best[i], wholly(settings[i]))
     winner = max(best, key=best.__getitem__)

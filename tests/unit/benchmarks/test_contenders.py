@@ -34,7 +34,7 @@ def test_ctranslate2_computes_a_batch_at_once(batch: int) -> None:
 
 
 def test_a_fast_contender_gets_more_random_sentences_and_always_whole_batches() -> None:
-    assert FULL.random_sentences(8, 20.0, slow=False) == 32
+    assert FULL.random_sentences(8, 20.0, slow=False) == 24
     assert FULL.random_sentences(8, 20.0, slow=True) == 8
     assert FULL.random_sentences(32, 1.0, slow=False) == 32
     assert FULL.random_sentences(1, 1e6, slow=False) == RANDOM_SENTENCES

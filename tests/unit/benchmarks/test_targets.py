@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
-from offline.contenders import BEAMLINE_FP32, BEAMLINE_INT8, CTRANSLATE2_FP32, CTRANSLATE2_INT8
+from offline.contenders import BEAMLINE_FP32, BEAMLINE_INT8, CTRANSLATE2_FP32, CTRANSLATE2_INT8, CTRANSLATE2_INT8_AVX512
 from offline.models import BASE_16K, FR_EN
 from offline.ratios import Spread
 from offline.results import Figure, Results
@@ -55,6 +55,15 @@ def test_rates_and_latencies_are_found_in_their_comparisons(compared: Compared) 
     assert median("fr-en test file, fp32 / CTranslate2 fp32", whole) is None
     assert median("fr-en test file, fp32 / CTranslate2 fp32", fp32) == pytest.approx(1.2)
     assert median("fr-en, one idle request, p50, int8 / CTranslate2 int8", alone) == pytest.approx(0.5)
+
+
+def test_ctranslate2_counts_at_its_best(compared: Compared) -> None:
+    """Left alone it is slower than we are, with AVX-512 faster."""
+    rates = {BEAMLINE_INT8: [100.0], CTRANSLATE2_INT8: [80.0], CTRANSLATE2_INT8_AVX512: [125.0]}
+
+    assert median("fr-en test file, int8 / CTranslate2 int8", compared(FR_EN, None, rates)) == pytest.approx(0.8)
+    latency = median("fr-en, one idle request, p50, int8 / CTranslate2 int8", compared(FR_EN, 1, rates))
+    assert latency == pytest.approx(1.25)
 
 
 def test_resident_memory_is_measured_by_what_is_allowed() -> None:
