@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH := .venv-bench
+OPTIMUM := .venv-optimum
 
-.PHONY: setup demo test protos fmt lint type check bench bench-online constraints clean
+.PHONY: setup demo test protos fmt lint type check bench bench-quick bench-online bench-engine constraints clean
 
 setup: $(STAMP)
 
@@ -37,13 +39,32 @@ type: $(STAMP)
 
 check: lint type test
 
-bench: $(STAMP)
-	$(BIN)/python benchmarks/engine.py
+# The peers stay out of the environment that the project is developed in, and optimum-onnx out of theirs.
+bench: $(BENCH)/.installed $(OPTIMUM)/.installed
+	$(BENCH)/bin/python benchmarks/side_by_side.py $(ARGS)
 
-# Takes about an hour and a half, in the environment with ctranslate2 beside Beamline that `make bench` makes.
-bench-online:
-	@test -x .venv-bench/bin/python || { echo "there is no .venv-bench yet: make bench makes it"; exit 1; }
-	PYTHONPATH=protos:server:export:client .venv-bench/bin/python benchmarks/online.py
+bench-quick: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/quick_gate.py $(ARGS)
+
+bench-engine: $(STAMP)
+	$(BIN)/python benchmarks/engine.py $(ARGS)
+
+$(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[dev]' --requirement benchmarks/requirements.txt
+	touch $@
+
+# Where optimum-onnx does not install, the tables say why; it is tried again the next time.
+$(OPTIMUM)/.installed: benchmarks/requirements-optimum.txt
+	rm -rf $(OPTIMUM)
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --requirement benchmarks/requirements-optimum.txt 2>$(OPTIMUM)/install.log && touch $@ || rm -rf $(OPTIMUM)/bin
+
+# Takes about an hour and a half.
+bench-online: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/online.py $(ARGS)
 
 constraints: $(STAMP)
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > frozen.new
@@ -52,4 +73,4 @@ constraints: $(STAMP)
 	mv constraints.new constraints.txt && rm frozen.new
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(BENCH) $(OPTIMUM) build dist
