@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from online_results import SAME_ANSWERS_OF, Machine, Results, Search, Tuning, search_of
+from online_results import SAME_ANSWERS_OF, Machine, Results, Search, Tuning, search_of, with_figures
 from online_servers import BEAM, LABELS, MAX_NEW_TOKENS, TUNED, Models, System, instruction_sets, serving
 from online_tuning import BATCHES, DELAYS_MS, Batching, Try, best, candidates, first, next_try, rounds
 from online_workloads import Workload
@@ -280,7 +280,7 @@ class Comparison:
 
     def _keep(self, **changes: Sequence[Tuning] | Sequence[Search] | Mapping[System, float]) -> None:
         self.results = self.results.model_copy(update=changes)
-        self._output.write_text(self.results.model_dump_json(indent=1) + "\n", "utf-8")
+        self._output.write_text(with_figures(self.results).model_dump_json(indent=1) + "\n", "utf-8")
 
 
 def same_share(ours: Sequence[str], theirs: Sequence[str]) -> float:

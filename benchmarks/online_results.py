@@ -20,6 +20,12 @@ TARGETS: Mapping[tuple[str, System], float] = {
 }
 """What Beamline's highest rate is to be, as a multiple of the other's."""
 
+FIGURE_OF = {
+    System.REQUEST_LEVEL: "request-level batching",
+    System.CTRANSLATE2: "CTranslate2 with dynamic batching",
+}
+WORKLOAD_OF = {"test": "test sentences", "mixed": "mixed"}
+
 SAME_ANSWERS_OF = 256
 """Test sentences that are asked of every server to see whether they compute the same."""
 
@@ -81,6 +87,14 @@ class Machine(Part):
     commit: str | None
 
 
+class Ratio(Part):
+    """Beamline's highest rate over another's, over the repetitions."""
+
+    median: float
+    low: float
+    high: float
+
+
 class Results(Part):
     """All of it. What has not been measured yet is missing from the lists."""
 
@@ -99,6 +113,8 @@ class Results(Part):
     """Share of test sentences to which a server gives the same text as Beamline."""
     tunings: list[Tuning]
     searches: list[Search]
+    figures: dict[str, Ratio] = {}
+    """What there are targets for, by the names that benchmarks/offline/targets.py has for them."""
 
 
 def search_of(
@@ -145,6 +161,17 @@ def ratios(searches: Sequence[Search], workload: str, other: System) -> list[flo
     ours = highest_rates(searches, workload, System.CONTINUOUS)
     theirs = highest_rates(searches, workload, other)
     return [ours[repetition] / theirs[repetition] for repetition in sorted(ours.keys() & theirs.keys())]
+
+
+def with_figures(results: Results) -> Results:
+    """With the ratios as far as they are known."""
+    found = {key: ratios(results.searches, *key) for key in TARGETS}
+    figures = {
+        f"{FIGURE_OF[other]}, {WORKLOAD_OF[workload]}": Ratio(median=median(each), low=min(each), high=max(each))
+        for (workload, other), each in found.items()
+        if each
+    }
+    return results.model_copy(update={"figures": figures})
 
 
 def complete(results: Results) -> Results:

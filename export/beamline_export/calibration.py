@@ -5,7 +5,7 @@ largest magnitude seen is the product's range.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ MOST_SENTENCES = 1000
 _LEAST_BEAMS = 4
 _AT_ONCE = 16
 """Sentences in one batch; bounds the memory for their caches."""
+_MORE_TOKENS = 32
+"""A search ends after this many tokens more than twice its source's."""
 _MOST_PROBLEMS = 8
 _RANGE = "range:"
 """What the names of the additional outputs begin with; the product's name follows."""
@@ -183,9 +185,15 @@ def measure_ranges(
     _check_finite({**runner.ranges, "its log-probabilities": logprobs[0]})
     batches = [sources[i : i + _AT_ONCE] for i in range(0, len(sources), _AT_ONCE)]
     for i in progress("calibrate", len(batches)):
-        search_all(runner, rules, [(source, options) for source in batches[i]])
+        search_all(runner, rules, [(source, bounded_search(source, options)) for source in batches[i]])
     _check_finite(runner.ranges)
     return runner.ranges
+
+
+def bounded_search(source: Tokens, options: SearchOptions) -> SearchOptions:
+    """The search, but for a runaway that would take longer than all other sentences and tell nothing new."""
+    most = min(options.max_new_tokens, 2 * len(source) + _MORE_TOKENS)
+    return replace(options, max_new_tokens=most, min_new_tokens=min(options.min_new_tokens, most))
 
 
 def _check_finite(values: Mapping[str, float]) -> None:

@@ -27,6 +27,7 @@ from online_results import (
     search_of,
     spread,
     summary,
+    with_figures,
 )
 from online_servers import Models, System, command, instruction_sets, on_cores
 from online_tuning import Batching, Try, best, candidates, first, next_try, rounds
@@ -35,6 +36,9 @@ from online_workloads import LONG_TOKENS, joined, mixed, single_sentences
 from beamline_client.load.report import Point
 from beamline_client.load.sentences import Sentence, default_sentences, read_sentences
 from beamline_client.load.testing import example_find_max
+from offline.document import read_online
+from offline.results import Results as OfflineResults
+from offline.targets import TARGETS as OFFLINE_TARGETS
 
 DOCS = Path(__file__).parents[3] / "docs"
 A, B, C = Batching(32, 5, 1), Batching(16, 5, 1), Batching(64, 5, 1)
@@ -264,6 +268,16 @@ def three() -> Results:
 def test_ratios_are_of_the_same_repetition(three: Results) -> None:
     assert ratios(three.searches, "test", System.REQUEST_LEVEL) == [1.5, 1.2, 1.8]
     assert ratios(three.searches, "mixed", System.CTRANSLATE2) == [2.0, 1.6, 2.4]
+
+
+def test_the_page_of_the_offline_benchmark_finds_the_ratios(three: Results, tmp_path: Path) -> None:
+    """It has them among its figures to reach, by names of its own."""
+    whole = with_figures(three)
+    assert Results.model_validate_json(whole.model_dump_json()) == whole
+    (tmp_path / "online.json").write_text(whole.model_dump_json(), "utf-8")
+    online = read_online(tmp_path / "online.json")
+    found = [target.measured(OfflineResults(), online) for target in OFFLINE_TARGETS if "online" in target.title]
+    assert [value and value.median for value in found] == [1.5, 1.5, 2.0, 2.0]
 
 
 def test_a_search_that_found_nothing_has_no_ratio(three: Results) -> None:

@@ -16,6 +16,7 @@ from beamline_export.bundle_writer import ExportOptions, export
 from beamline_export.calibration import (
     MOST_SENTENCES,
     RangeStore,
+    bounded_search,
     calibration_search,
     encode_sentences,
     measure_ranges,
@@ -220,6 +221,14 @@ def test_ranges_are_the_largest_inputs_of_pytorchs_own_layers(tmp_path: Path) ->
         reference.logprobs(source, [[DECODER_START, *answer.hypotheses[0].tokens[:-1]]])
     assert ranges == pytest.approx(inputs.largest, rel=1e-4)
     assert len(ranges) == 2 * 4 + 1 + 2 * 6 + 1
+
+
+def test_a_runaway_does_not_take_longer_than_all_others() -> None:
+    """A model that never ends, as one of random weights, would go on to its limit for every sentence."""
+    endless = SearchOptions(beam_size=4, min_new_tokens=400, max_new_tokens=512)
+    assert bounded_search((5,) * 10, endless) == SearchOptions(beam_size=4, min_new_tokens=52, max_new_tokens=52)
+    usual = SearchOptions(beam_size=4, max_new_tokens=40)
+    assert bounded_search((5,) * 10, usual) == usual
 
 
 def enlarged(weight: str) -> Callable[[Any], Path]:
