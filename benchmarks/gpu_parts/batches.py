@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from beamline_server.bundle import Bundle
-from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, step_batch
+from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, layout, step_batch
 from beamline_server.engine.build import model_rules
 from beamline_server.engine.core import ENCODE_TOKENS
 from beamline_server.engine.ort.fixed_run import DeviceBuffer, FixedRun, concrete
@@ -27,8 +27,8 @@ def busy_batch(bundle: Bundle, rows: int, beams: int, source_tokens: int) -> Ste
     ancestors = rng.random((sentences, 1, max(beams, LEAST_QUERY_LENGTH), SLOTS)) < 0.4
     ancestors[..., :beams] = True
     return step_batch(
+        layout(np.ones((sentences, beams), np.bool_)),
         token=rng.integers(4, vocabulary, (sentences, beams)),
-        live=np.ones((sentences, beams), np.bool_),
         step=np.full(sentences, source_tokens),
         slot=np.tile(np.arange(beams), (sentences, 1)),
         ancestors=ancestors,
