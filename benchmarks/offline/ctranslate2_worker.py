@@ -65,7 +65,3 @@ class CTranslate2Translator:
     def close(self) -> None:
         """As `Translator.close`."""
         self._translator = None
-
-    def profile(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """As `Translator.profile`: there are none."""
-        raise NotImplementedError(name)

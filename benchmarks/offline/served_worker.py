@@ -53,7 +53,3 @@ class ServedTranslator:
         with self._server:
             self._server.stop()
         self._client = self._server = None
-
-    def profile(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """As `Translator.profile`: there are none."""
-        raise NotImplementedError(name)

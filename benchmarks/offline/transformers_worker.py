@@ -71,10 +71,6 @@ class _Generating(ABC):
         """As `Translator.close`; the model stays loaded, for the next setting may need it."""
         self._setting = {"threads": self._setting["threads"]}
 
-    def profile(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """As `Translator.profile`: there are none."""
-        raise NotImplementedError(name)
-
 
 def _ended(tokens: list[int], eos: int) -> list[int]:
     """Without the padding behind end of sequence."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 from offline.task import Search, Sentence, Setting, Task, batches, read_sentences
 
@@ -49,6 +49,11 @@ class Translator(Protocol):
     def close(self) -> None:
         """Give back what `open` has taken."""
         ...
+
+
+@runtime_checkable
+class Profiled(Protocol):
+    """A contender with measurements of its own."""
 
     def profile(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """A measurement that only this contender knows."""
@@ -102,7 +107,9 @@ class Commands:
         return resident_bytes()
 
     def profile(self, name: str, **arguments: Any) -> dict[str, Any]:
-        """See `Translator.profile`. Whatever is open is closed before, for it could be in the way."""
+        """See `Profiled`. Whatever is open is closed before, for it could be in the way."""
+        if not isinstance(self._translator, Profiled):
+            raise TypeError(f"this contender has no measurement {name!r} of its own")
         self.close()
         return self._translator.profile(name, arguments)
 

@@ -31,6 +31,10 @@ class Counting:
     def close(self) -> None:
         self.closed += 1
 
+
+class WithProfiles(Counting):
+    """One that has measurements of its own as well."""
+
     def profile(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {"name": name, **arguments}
 
@@ -85,12 +89,18 @@ def test_answers_come_in_order(contender: Counting, sentences: str) -> None:
     assert found == {"ids": [[0], [0, 1], [0, 1, 2]]}
 
 
-def test_a_profile_finds_nothing_open(contender: Counting, sentences: str) -> None:
+def test_a_profile_finds_nothing_open(sentences: str) -> None:
+    contender = WithProfiles()
     commands = Commands(contender)
     commands.first({}, Task(sentences, 1, None, Search()).as_json())
 
     assert commands.profile("company", sentences="file") == {"name": "company", "sentences": "file"}
     assert contender.closed == 1
+
+
+def test_who_has_no_profiles_says_so(contender: Counting) -> None:
+    with pytest.raises(TypeError, match="no measurement 'step' of its own"):
+        Commands(contender).profile("step")
 
 
 def test_memory_is_at_most_its_peak(contender: Counting) -> None:
