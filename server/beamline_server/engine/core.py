@@ -32,6 +32,7 @@ from beamline_server.engine.scheduler import (
     round_up,
     seat_width,
     seats,
+    slot_granule,
 )
 from beamline_server.engine.searches import Searches
 
@@ -387,9 +388,9 @@ class EngineCore:
 
     def _fit(self, lane: _Lane, origins: Sequence[Origin], places: IntArray, *, stay: bool = True) -> None:
         """Bring a lane's cache to the shape that its members need; `stay` if they sit where they sat."""
-        cache, count = lane.cache, len(places)
-        slots = seat_width(int(self._slots.ends(places).max()), cache.slots, count)
-        width = seat_width(int(lane.source_length.max()), cache.source_width, count)
+        cache = lane.cache
+        slots = seat_width(int(self._slots.ends(places).max()), cache.slots, slot_granule(len(places)))
+        width = seat_width(int(lane.source_length.max()), cache.source_width)
         if not stay or (slots, width) != (cache.slots, cache.source_width):
             cache.arrange(origins, slots=slots, source_width=width)
 

@@ -23,8 +23,9 @@ from beamline_server.engine.request import GenerationRequest
 SEAT_GRANULE = 8
 """Slots and source positions of a seat are a multiple of this: few distinct shapes, seldom a change of shape."""
 
-SPARE_SLOTS = 256
-"""How many slots all seats of a lane together may have too many for the sake of rare changes."""
+SPARE_SLOTS = 128
+"""How many slots all seats of a lane together may have too many for the sake of rare changes: a sentence's slots grow
+with every token. Its source stays as it is, and source positions are not spared."""
 
 FINE_LANES_FROM = 48
 """Sentences of a worker from which on lanes narrower than `SHARED_WIDTH` are used (docs/performance.md)."""
@@ -146,18 +147,27 @@ def narrowest_lane(sentences: int, device: str = "cpu") -> int:
     return 0 if sentences >= FINE_LANES_FROM and device == "cpu" else lane_of(SHARED_WIDTH)
 
 
-def seat_width(needed: int, present: int, seats: int) -> int:
+def slot_granule(seats: int) -> int:
+    """How many slots the seats of a lane grow by: few seats grow far, since what they have too much costs little.
+
+    Divides the width of every lane that so few seats can have, so that no seat is wider than its lane.
+    """
+    granule = SEAT_GRANULE
+    while 2 * granule <= min(SPARE_SLOTS // seats, SHARED_WIDTH):
+        granule *= 2
+    return granule
+
+
+def seat_width(needed: int, present: int, granule: int = SEAT_GRANULE) -> int:
     """Slots (or source positions) of a lane's seats.
 
-    Grows by granules, and shrinks only when a quarter is idle: every change copies the lane. Few seats grow further at
-    a time, since what they have too much costs little.
+    Grows by granules, and shrinks only when a quarter is idle: every change copies the lane.
 
     Args:
         needed: What the neediest sentence needs.
         present: What every seat has now.
-        seats: How many there are.
+        granule: What it is a multiple of.
     """
-    granule = max(SEAT_GRANULE, min(SPARE_SLOTS // seats // SEAT_GRANULE * SEAT_GRANULE, SHARED_WIDTH))
     wanted = round_up(needed, granule)
     return present if wanted <= present and 3 * present < 4 * wanted else wanted
 

@@ -19,6 +19,7 @@ from beamline_server.engine.scheduler import (
     round_up,
     seat_width,
     seats,
+    slot_granule,
     starters,
 )
 
@@ -107,12 +108,14 @@ def test_who_comes_takes_seats_in_order(seating: Seating) -> None:
     assert taken == sorted(taken)
 
 
-@given(st.integers(0, 3000), st.integers(0, 3000), st.integers(1, 200))
-def test_seats_hold_what_is_needed_with_less_than_a_quarter_of_it_idle(needed: int, present: int, seats: int) -> None:
-    """But for less than a granule, which many seats need not be told apart from none."""
+granules = st.integers(1, 8).map(lambda granules: granules * SEAT_GRANULE)
+
+
+@given(st.integers(0, 3000), st.integers(0, 3000), granules)
+def test_seats_hold_what_is_needed_with_less_than_a_quarter_of_it_idle(needed: int, present: int, granule: int) -> None:
+    """But for less than a granule."""
     present = round_up(present)
-    width = seat_width(needed, present, seats)
-    granule = seat_width(1, 0, seats)
+    width = seat_width(needed, present, granule)
     assert width >= round_up(needed)
     assert width % SEAT_GRANULE == 0
     assert 3 * width < 4 * round_up(needed, granule) or width == round_up(needed, granule)
@@ -120,26 +123,32 @@ def test_seats_hold_what_is_needed_with_less_than_a_quarter_of_it_idle(needed: i
         assert width - max(needed, 1) < granule
 
 
-@given(st.integers(1, 3000), st.floats(0.76, 1), st.integers(1, 200))
-def test_seats_do_not_change_while_they_fit(needed: int, part: float, seats: int) -> None:
+@given(st.integers(1, 3000), st.floats(0.76, 1), granules)
+def test_seats_do_not_change_while_they_fit(needed: int, part: float, granule: int) -> None:
     """A lane whose need goes up and down by less than a quarter keeps its width: every change copies the lane."""
-    width = seat_width(needed, 0, seats)
-    assert seat_width(math.ceil(part * width), width, seats) == width
+    width = seat_width(needed, 0, granule)
+    assert seat_width(math.ceil(part * width), width, granule) == width
 
 
-def test_many_seats_grow_by_granules_and_shrink_when_a_quarter_is_idle() -> None:
-    assert seat_width(1, 0, 32) == 8
-    assert seat_width(9, 8, 32) == 16
-    assert seat_width(49, 64, 32) == 64
-    assert seat_width(48, 64, 32) == 48
+def test_seats_grow_by_granules_and_shrink_when_a_quarter_is_idle() -> None:
+    assert seat_width(1, 0) == 8
+    assert seat_width(9, 8) == 16
+    assert seat_width(49, 64) == 64
+    assert seat_width(48, 64) == 48
+    assert seat_width(65, 64, 64) == 128
 
 
-def test_few_seats_are_wide_enough_for_most_sentences_at_once() -> None:
-    """One sentence alone is seated once, and not again every few tokens."""
-    assert seat_width(1, 0, 1) == 64
-    assert seat_width(5, 0, 8) == 32
-    assert seat_width(65, 64, 2) == 128
-    assert [seats * (seat_width(1, 0, seats) - 1) <= 256 for seats in range(4, 33)] == [True] * 29
+def test_few_seats_have_slots_enough_for_most_sentences_at_once() -> None:
+    """One sentence alone is seated once, and not again every few tokens; many have next to nothing too many."""
+    assert [slot_granule(seats) for seats in (1, 2, 3, 4, 8, 16, 32, 200)] == [64, 64, 32, 32, 16, 8, 8, 8]
+
+
+@given(st.integers(1, 200), st.data())
+def test_no_seat_is_wider_than_its_lane(seats: int, data: st.DataObject) -> None:
+    """Admission counts a lane's width per sentence."""
+    lane = data.draw(st.integers(narrowest_lane(seats), 8))
+    needed = data.draw(st.integers(1, LANE_WIDTHS[lane]))
+    assert seat_width(needed, 0, slot_granule(seats)) <= LANE_WIDTHS[lane]
 
 
 def test_few_sentences_share_a_lane_and_many_sit_by_length() -> None:
