@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from beamline_server import logs
+from beamline_server.allocator import give_back_freed
 from beamline_server.bundle import Bundle, BundleError, load_bundle
 from beamline_server.engine.build import DeviceError, EngineOptions, build_engine, check_golden, choose_device, exercise
 from beamline_server.engine.observer import StepObserver
@@ -223,7 +224,12 @@ def build(bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: Ste
         check_golden(bundle, runner)
         exercise(bundle, runner, options)
 
-    return BuiltEngine(engine, device, lambda: engine.warm_up(warm_up))
+    def warm_up_all() -> None:
+        engine.warm_up(warm_up)
+        # The largest batch is not the usual one: a server holds its caches when its traffic needs them.
+        give_back_freed()
+
+    return BuiltEngine(engine, device, warm_up_all)
 
 
 def admission(settings: Settings) -> Admission:
