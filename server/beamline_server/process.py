@@ -72,9 +72,13 @@ class ServerLog:
                 return records[times - 1]
         raise ProcessFailed(f"{wanted} came {len(records)} times within {within_s:g} s:\n{self.text()}")
 
+    def wait_until_ended(self) -> None:
+        """Read the rest of an ended process."""
+        self._thread.join()
+
     def close(self) -> None:
         """Read the rest of an ended process, and release the pipe."""
-        self._thread.join()
+        self.wait_until_ended()
         self._stream.close()
 
     def _read(self) -> None:
@@ -137,9 +141,18 @@ class ServerProcess:
             try:
                 next(status for status in watch if status.status == health_pb2.HealthCheckResponse.SERVING)
             except (grpc.RpcError, StopIteration) as error:
-                raise ProcessFailed(f"it was not SERVING within {within_s:g} s:\n{self.log.text()}") from error
+                raise ProcessFailed(self._why_not_serving(within_s)) from error
             finally:
                 watch.cancel()
+
+    def _why_not_serving(self, within_s: float) -> str:
+        # Calls break before the process is gone, and it writes why as its last words.
+        try:
+            status = self.process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            return f"it was not SERVING within {within_s:g} s:\n{self.log.text()}"
+        self.log.wait_until_ended()
+        return f"it ended with status {status} before it was SERVING:\n{self.log.text()}"
 
     def scrape(self, *, accept: str = "text/plain") -> str:
         """Its metrics page."""

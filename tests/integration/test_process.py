@@ -1,6 +1,8 @@
 """The server process as tests, benchmarks and demos handle it: what they see when it does not do as they wish."""
 
+import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +14,20 @@ from beamline_server.process import ProcessFailed, ServerProcess
 
 def test_a_server_that_cannot_start_fails_with_its_log(tmp_path: Path) -> None:
     with ServerProcess(tmp_path) as server, pytest.raises(ProcessFailed, match=re.escape(MANIFEST)):
+        server.wait_until_serving()
+
+
+def test_a_server_that_ends_while_it_warms_up_fails_with_its_last_words(slow_bundle: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(slow_bundle, bundle)
+    manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
+    manifest["golden"][-1]["top_logprob"][0] -= 1.0
+    (bundle / MANIFEST).write_text(json.dumps(manifest), "utf-8")
+
+    with (
+        ServerProcess(bundle) as server,
+        pytest.raises(ProcessFailed, match=r"ended with status \d+ before it was SERVING:(?s:.*)golden input"),
+    ):
         server.wait_until_serving()
 
 
