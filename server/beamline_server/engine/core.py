@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from beamline_server.engine.admission import LANE_WIDTHS, Capacity, Cost, cost, lane_of
 from beamline_server.engine.batch import Layout, encoder_batch, layout, step_batch
 from beamline_server.engine.beam import DEAD, BoolArray, IntArray, Limits, SearchRules, advance, parent_of, token_of
+from beamline_server.engine.beam_singly import SINGLY_UP_TO, advance_singly
 from beamline_server.engine.errors import DeadlineExceeded, EngineError, RequestCancelled, StepFailed
 from beamline_server.engine.kv_pool import SlotTable
 from beamline_server.engine.observer import StepObserver
@@ -409,7 +410,8 @@ class EngineCore:
             candidates=self._rules.search.needed_candidates(beams, self._rules.vocabulary),
         )
         logprob, token = self._runner.step(lane.cache, batch)
-        selection = advance(
+        decide = advance_singly if len(places) <= SINGLY_UP_TO else advance
+        selection = decide(
             self._rules.search,
             lane.limits,
             step=step,

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beamline_export.reference_search import NextLogprobs, reference_search
+from beamline_server.engine import core
 from beamline_server.engine.beam import SearchRules
+from beamline_server.engine.beam_singly import SINGLY_UP_TO
 from beamline_server.engine.core import ModelRules
 from beamline_server.engine.errors import StepFailed
 from beamline_server.engine.request import (
@@ -49,12 +52,14 @@ def next_logprobs(table: LogprobTable) -> NextLogprobs:
 
 
 def assert_as_reference(table: LogprobTable, rules: ModelRules, options: SearchOptions) -> None:
-    runner = TableRunner(table, rules)
-    ours = search(runner, rules, options)
     theirs = reference_search(next_logprobs(table), rules.search, options, rules.decoder_start)
     expected = theirs.hypotheses[: options.n_best]
-    assert [(h.tokens, h.score) for h in ours] == [(h.tokens, h.score) for h in expected]
-    assert len(runner.trace) == len(theirs.steps), "the searches did not take equally many steps"
+    for singly_up_to in (0, SINGLY_UP_TO):
+        runner = TableRunner(table, rules)
+        with patch.object(core, "SINGLY_UP_TO", singly_up_to):
+            ours = search(runner, rules, options)
+        assert [(h.tokens, h.score) for h in ours] == [(h.tokens, h.score) for h in expected]
+        assert len(runner.trace) == len(theirs.steps), "the searches did not take equally many steps"
 
 
 def only(*tokens: int, vocabulary: int = 8) -> FloatArray:
