@@ -344,27 +344,33 @@ class EngineCore:
         places, beams = self._places, self._beams
         live = searches.score[places, :beams] > DEAD
         self._slot[places, :beams] = self._slots.assign(places, parent_of(searches.choice[places, :beams]), live)
-        ends = self._slots.ends(places)
-        numbers = LANES.searchsorted(np.maximum(ends, self._source_length[places]))
+        if self._changed or any(map(self._outgrown, self._lanes)):
+            self._reseat(places)
+        return [lane for lane in self._lanes if lane.members]
+
+    def _outgrown(self, lane: _Lane) -> bool:
+        """Whether a sentence has more slots in use than its seat has."""
+        return bool(lane.members) and int(self._slots.ends(lane.places).max()) > lane.cache.slots
+
+    def _reseat(self, places: IntArray) -> None:
+        numbers = LANES.searchsorted(np.maximum(self._slots.ends(places), self._source_length[places]))
         numbers = np.maximum(
             np.maximum(numbers, self._lane_of[places]), narrowest_lane(len(places), self._runner.device)
         )
-        if self._changed or (numbers != self._lane_of[places]).any():
-            self._lane_of[places] = numbers
-            while len(self._lanes) <= int(numbers.max()):
-                self._lanes.append(_Lane(self._runner.new_cache()))
-            old = [lane.members for lane in self._lanes]
-            # From the widest lane down: who moves up is copied before the seat is taken by another.
-            for number in reversed(range(len(self._lanes))):
-                self._arrange(number, places[numbers == number].tolist(), old)
-            for running in self._running.values():
-                running.origin = None
-            self._changed = False
-        else:
-            for lane in self._lanes:
-                if lane.members and self._slots.ends(lane.places).max() > lane.cache.slots:
-                    self._fit(lane, self._seats[: len(lane.members)], lane.places)
-        return [lane for lane in self._lanes if lane.members]
+        if not self._changed and (numbers == self._lane_of[places]).all():
+            for lane in filter(self._outgrown, self._lanes):
+                self._fit(lane, self._seats[: len(lane.members)], lane.places)
+            return
+        self._lane_of[places] = numbers
+        while len(self._lanes) <= int(numbers.max()):
+            self._lanes.append(_Lane(self._runner.new_cache()))
+        old = [lane.members for lane in self._lanes]
+        # From the widest lane down: who moves up is copied before the seat is taken by another.
+        for number in reversed(range(len(self._lanes))):
+            self._arrange(number, places[numbers == number].tolist(), old)
+        for running in self._running.values():
+            running.origin = None
+        self._changed = False
 
     def _arrange(self, number: int, staying: list[int], old: list[list[int]]) -> None:
         lane = self._lanes[number]

@@ -84,9 +84,9 @@ class HostCache:
         self.cross = _SeatedTensors(count, sessions.width, sessions.dtype)
         self._binding = sessions.decoder.io_binding()
         self._bound: tuple[tuple[int, ...], ...] | None = None
-        # A binding does not own host memory: what is bound is kept here. Arrays that a step shares with the one
-        # before, as most do while nobody comes or goes, stay bound.
+        # A binding does not own host memory: what is bound is kept here. Copying values costs less than binding.
         self._inputs: dict[str, NDArray[Any]] = {}
+        self._values: dict[str, NDArray[Any]] = {}
         self._logprob, self._token = np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)
 
     @property
@@ -124,7 +124,7 @@ class HostCache:
         self._bound = bound
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
-        self._inputs = {}
+        self._inputs, self._values = {}, {}
         self._logprob = np.empty((0, 0), np.float32)
         for t, (own, cross) in enumerate(zip(self._sessions.self_names, self._sessions.cross_names, strict=True)):
             pool, memory = self.own.tensor(t), self.cross.tensor(t)
@@ -135,9 +135,15 @@ class HostCache:
     def step(self, batch: StepBatch) -> tuple[FloatArray, IntArray]:
         """Run a step; what it returns is overwritten by the next one."""
         for name, array in self._sessions.step_feeds(batch).items():
-            if self._inputs.get(name) is not array:
-                self._binding.bind_cpu_input(name, array)
-                self._inputs[name] = array
+            if self._values.get(name) is array:  # as most are while nobody comes or goes
+                continue
+            self._values[name] = array
+            bound = self._inputs.get(name)
+            if bound is not None and bound.shape == array.shape:
+                bound[...] = array
+            else:
+                self._inputs[name] = bound = array.copy()
+                self._binding.bind_cpu_input(name, bound)
         shape = (len(batch.ids), batch.candidates)
         if self._logprob.shape != shape:
             self._logprob, self._token = np.empty(shape, np.float32), np.empty(shape, np.int64)
