@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from beamline_server.engine.beam import BoolArray, IntArray
+from beamline_server.engine.beam import DEAD, BoolArray, IntArray
 from beamline_server.engine.runner import EncoderBatch, StepBatch
+from beamline_server.engine.scoring import FloatArray
 
 LEAST_QUERY_LENGTH = 2
 """Attention over one query takes another kernel, whose last bits differ: a lone row is computed twice instead."""
@@ -106,3 +107,55 @@ def step_batch(  # noqa: PLR0913 - a step is these arrays; most of them are the 
         source_length=source_length,
         candidates=candidates,
     )
+
+
+class Candidates:
+    """The best continuations of all beams of a step, put together from the rows of its lanes.
+
+    Args:
+        live: Which beams exist, (S, K).
+        count: C.
+    """
+
+    def __init__(self, live: BoolArray, count: int) -> None:
+        self.count = count
+        self._live = live
+        self._logprob: FloatArray | None = None
+        self._token: IntArray | None = None
+
+    @property
+    def logprob(self) -> FloatArray:
+        """Log-probabilities, best first; DEAD where no beam is live, (S, K, C)."""
+        assert self._logprob is not None, "no lane has run"
+        return self._logprob
+
+    @property
+    def token(self) -> IntArray:
+        """Their tokens, (S, K, C)."""
+        assert self._token is not None, "no lane has run"
+        return self._token
+
+    def put(self, part: slice, live: BoolArray, logprob: FloatArray, token: IntArray) -> None:
+        """Put in what a lane has computed.
+
+        Args:
+            part: Its sentences.
+            live: Which of their beams exist, (S', K').
+            logprob: Of its rows, which are the live beams, (N', C).
+            token: As logprob.
+        """
+        shape = (*self._live.shape, self.count)
+        if len(logprob) == self._live.size:
+            self._logprob, self._token = logprob.reshape(shape), token.reshape(shape)
+            return
+        if self._logprob is None or self._token is None:
+            self._logprob, self._token = np.full(shape, DEAD), np.zeros(shape, np.int64)
+        narrow = part, slice(live.shape[1])
+        self._logprob[narrow][live] = logprob
+        self._token[narrow][live] = token
+
+    def only(self, these: Sequence[int]) -> "Candidates":
+        """Those of some sentences."""
+        some = Candidates(self._live[these], self.count)
+        some._logprob, some._token = self.logprob[these], self.token[these]
+        return some

@@ -10,34 +10,23 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from beamline_server.engine.admission import LANE_WIDTHS, Capacity, Cost, cost, lane_of
-from beamline_server.engine.batch import Layout, encoder_batch, layout, step_batch
-from beamline_server.engine.beam import DEAD, BoolArray, IntArray, Limits, SearchRules, advance, parent_of, token_of
+from beamline_server.engine.admission import Capacity, Cost, cost
+from beamline_server.engine.batch import Candidates, encoder_batch, step_batch
+from beamline_server.engine.beam import DEAD, IntArray, SearchRules, Selection, advance, parent_of, token_of
 from beamline_server.engine.beam_singly import SINGLY_UP_TO, advance_singly
 from beamline_server.engine.errors import DeadlineExceeded, EngineError, RequestCancelled, StepFailed
 from beamline_server.engine.kv_pool import SlotTable
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId, Timing
-from beamline_server.engine.runner import Cache, FromCache, FromEncoder, FromSeat, Origin, StepRunner
-from beamline_server.engine.scheduler import (
-    Admission,
-    Continuous,
-    Room,
-    Waiting,
-    narrowest_lane,
-    round_up,
-    seat_width,
-    seats,
-    slot_granule,
-)
+from beamline_server.engine.runner import FromEncoder, StepRunner
+from beamline_server.engine.scheduler import Admission, Continuous, Room, Waiting, round_up
+from beamline_server.engine.scoring import FloatArray
 from beamline_server.engine.searches import Searches
+from beamline_server.engine.seating import Seated, Seating
 
-LANES = np.array(LANE_WIDTHS)
 MAX_BEAMS = 16
 ENCODE_TOKENS = 1024
 _log = logging.getLogger(__name__)
@@ -65,37 +54,7 @@ class _Running:
     queued_at: float
     started_at: float
     encode_s: float
-    origin: FromEncoder | None
     sent: int = 0
-
-
-class _Lane:
-    """Sentences that share an attention rectangle: who sits where, and what stays the same as long as they do."""
-
-    def __init__(self, cache: Cache) -> None:
-        self.cache = cache
-        self.members: list[int] = []
-        self.places: IntArray = np.zeros(0, np.int64)
-        self.limits: Limits
-        self.beams = 0
-        self.source_length = self.places
-        self._layout: Layout | None = None
-
-    def seat(self, members: list[int], searches: Searches, source_length: IntArray) -> None:
-        """Take in who sits here from now on."""
-        self.members = members
-        self.places = np.array(members, np.int64)
-        self._layout = None
-        if members:
-            self.limits = searches.limits(self.places)
-            self.beams = int(self.limits.width.max())
-            self.source_length = source_length[self.places]
-
-    def layout(self, live: BoolArray) -> Layout:
-        """Where the live beams stand; once all are alive it does not change from step to step."""
-        if self._layout is None or not (self._layout.live == live).all():
-            self._layout = layout(live)
-        return self._layout
 
 
 class EngineCore:
@@ -139,17 +98,10 @@ class EngineCore:
         self._cancelled: set[RequestId] = set()
         self._streaming: set[int] = set()
         self._deadline = np.full(places, np.inf)
-        self._source_length = np.zeros(places, np.int64)
-        self._lane_of = np.zeros(places, np.int64)
         self._slot = np.zeros((places, MAX_BEAMS), np.int64)
         self._searches = Searches(places, MAX_BEAMS, rules.search.eos)
         self._slots = SlotTable(places, MAX_BEAMS)
-        self._lanes: list[_Lane] = []
-        # Made once: every step names the seats of those who stay.
-        self._seats = [FromSeat(seat) for seat in range(places)]
-        self._places: IntArray = np.zeros(0, np.int64)
-        self._beams = 0
-        self._changed = False
+        self._seating = Seating(runner, self._slots, self._searches)
         self.queued_rows = 0
         self.last_step_at: float | None = None
 
@@ -223,7 +175,7 @@ class EngineCore:
         self.queued_rows = 0
         for place in list(self._running):
             events.append(Failed(self._leave(place).request.id, make_error()))
-        self._lanes = []
+        self._seating.clear()
         return events
 
     # -- the step -----------------------------------------------------------------------------------------------------
@@ -235,14 +187,10 @@ class EngineCore:
         if not self._running:
             return events
         try:
-            lanes = self._seat()
+            seated = self._seat()
         except Exception as error:  # whatever it was, every waiter must hear of it
             return [*events, *self._fail(list(self._running), error, "seating")]
-        for lane in lanes:
-            try:
-                events += self._decode(lane)
-            except Exception as error:  # as above; other lanes go on
-                events += self._fail(lane.members, error, "a decode step")
+        events += self._decode(seated)
         self.last_step_at = self._clock()
         return events
 
@@ -299,28 +247,25 @@ class EngineCore:
         tokens = sum(map(len, sources))
         self._observer.encoded(encode_s, count, tokens, width * count - tokens)
         for index, (request, queued_at) in enumerate(starting):
-            origin = FromEncoder(encoded, index)
-            self._enter(_Running(request, cost(request), queued_at, now, encode_s, origin))
+            self._enter(_Running(request, cost(request), queued_at, now, encode_s), FromEncoder(encoded, index))
         return []
 
     def _opens_at(self) -> float:
         return self._admission.opens_at(Waiting(len(self._queue), self._queue[0][1], len(self._running)))
 
-    def _enter(self, running: _Running) -> None:
+    def _enter(self, running: _Running, origin: FromEncoder) -> None:
         request, place = running.request, self._free_places.pop()
         self._room = Room(
             self._room.places - 1, self._room.rows - running.cost.rows, self._room.slots - running.cost.slots
         )
         self._running[place] = running
         self._place_of[request.id] = place
-        self._changed = True
         if request.stream:
             self._streaming.add(place)
         self._deadline[place] = np.inf if request.deadline is None else request.deadline
-        self._source_length[place] = len(request.source)
-        self._lane_of[place] = lane_of(len(request.source))
         self._searches.start(place, request.options, self._rules.decoder_start)
         self._slots.clear(place)
+        self._seating.enter(place, len(request.source), origin)
 
     def _leave(self, place: int) -> _Running:
         running = self._running.pop(place)
@@ -329,111 +274,73 @@ class EngineCore:
         self._streaming.discard(place)
         self._deadline[place] = np.inf
         self._slots.clear(place)
+        self._seating.leave(place)
         self._room = Room(
             self._room.places + 1, self._room.rows + running.cost.rows, self._room.slots + running.cost.slots
         )
-        self._changed = True
         return running
 
-    def _seat(self) -> list[_Lane]:
-        """Give every beam a slot and every sentence a seat in the narrowest lane that holds it."""
-        searches = self._searches
-        if self._changed:
-            self._places = np.fromiter(self._running, np.int64, len(self._running))
-            self._beams = int(searches.width[self._places].max())
-        places, beams = self._places, self._beams
-        live = searches.score[places, :beams] > DEAD
-        self._slot[places, :beams] = self._slots.assign(places, parent_of(searches.choice[places, :beams]), live)
-        if self._changed or any(map(self._outgrown, self._lanes)):
-            self._reseat(places)
-        return [lane for lane in self._lanes if lane.members]
+    def _seat(self) -> Seated:
+        """Give every live beam a slot for its new token, and every sentence a seat that has it."""
+        places, beams = self._seating.places()
+        live = self._searches.score[places, :beams] > DEAD
+        parent = parent_of(self._searches.choice[places, :beams])
+        self._slot[places, :beams] = self._slots.assign(places, parent, live)
+        return self._seating.seat()
 
-    def _outgrown(self, lane: _Lane) -> bool:
-        """Whether a sentence has more slots in use than its seat has."""
-        return bool(lane.members) and int(self._slots.ends(lane.places).max()) > lane.cache.slots
-
-    def _reseat(self, places: IntArray) -> None:
-        numbers = LANES.searchsorted(np.maximum(self._slots.ends(places), self._source_length[places]))
-        numbers = np.maximum(
-            np.maximum(numbers, self._lane_of[places]), narrowest_lane(len(places), self._runner.device)
-        )
-        if not self._changed and (numbers == self._lane_of[places]).all():
-            for lane in filter(self._outgrown, self._lanes):
-                self._fit(lane, self._seats[: len(lane.members)], lane.places)
-            return
-        self._lane_of[places] = numbers
-        while len(self._lanes) <= int(numbers.max()):
-            self._lanes.append(_Lane(self._runner.new_cache()))
-        old = [lane.members for lane in self._lanes]
-        # From the widest lane down: who moves up is copied before the seat is taken by another.
-        for number in reversed(range(len(self._lanes))):
-            self._arrange(number, places[numbers == number].tolist(), old)
-        for running in self._running.values():
-            running.origin = None
-        self._changed = False
-
-    def _arrange(self, number: int, staying: list[int], old: list[list[int]]) -> None:
-        lane = self._lanes[number]
-        here = set(old[number])
-        arriving = [place for place in staying if place not in here or self._running[place].origin is not None]
-        members = seats(old[number], set(staying) - set(arriving), arriving)
-        seat_of = {place: seat for seat, place in enumerate(old[number])}
-        origins = [self._origin(number, place, seat_of, old) for place in members]
-        stay = len(members) == len(lane.members) and origins == self._seats[: len(members)]
-        lane.seat(members, self._searches, self._source_length)
-        if members:
-            self._fit(lane, origins, lane.places, stay=stay)
-
-    def _origin(self, number: int, place: int, seat_of: dict[int, int], old: list[list[int]]) -> Origin:
-        newcomer = self._running[place].origin
-        if newcomer is not None:
-            return newcomer
-        if place in seat_of:
-            return self._seats[seat_of[place]]
-        below = next(i for i in range(number) if place in old[i])
-        return FromCache(self._lanes[below].cache, old[below].index(place))
-
-    def _fit(self, lane: _Lane, origins: Sequence[Origin], places: IntArray, *, stay: bool = True) -> None:
-        """Bring a lane's cache to the shape that its members need; `stay` if they sit where they sat."""
-        cache = lane.cache
-        slots = seat_width(int(self._slots.ends(places).max()), cache.slots, slot_granule(len(places)))
-        width = seat_width(int(lane.source_length.max()), cache.source_width)
-        if not stay or (slots, width) != (cache.slots, cache.source_width):
-            cache.arrange(origins, slots=slots, source_width=width)
-
-    def _decode(self, lane: _Lane) -> list[Event]:
-        began = self._clock()
-        places, beams, searches = lane.places, lane.beams, self._searches
+    def _decode(self, seated: Seated) -> list[Event]:
+        """Run each lane, then decide for all sentences at once."""
+        began, events = self._clock(), list[Event]()
+        places, beams, searches = seated.places, seated.beams, self._searches
         score, choice, step = searches.score[places, :beams], searches.choice[places, :beams], searches.step[places]
-        at = lane.layout(score > DEAD)
-        batch = step_batch(
-            at,
-            token=token_of(choice),
-            step=step,
-            slot=self._slot[places, :beams],
-            ancestors=self._slots.mask(places, at.row_of.shape[1], lane.cache.slots),
-            source_length=lane.source_length,
-            candidates=self._rules.search.needed_candidates(beams, self._rules.vocabulary),
-        )
-        logprob, token = self._runner.step(lane.cache, batch)
-        decide = advance_singly if len(places) <= SINGLY_UP_TO else advance
-        selection = decide(
+        live, token, slot = score > DEAD, token_of(choice), self._slot[places, :beams]
+        candidates = Candidates(live, self._rules.search.needed_candidates(beams, self._rules.vocabulary))
+        for lane, part in zip(seated.lanes, seated.parts, strict=True):
+            narrow = part, slice(lane.beams)
+            try:
+                at = lane.layout(live[narrow])
+                batch = step_batch(
+                    at,
+                    token=token[narrow],
+                    step=step[part],
+                    slot=slot[narrow],
+                    ancestors=self._slots.mask(lane.places, at.row_of.shape[1], lane.cache.slots),
+                    source_length=lane.source_length,
+                    candidates=candidates.count,
+                )
+                candidates.put(part, at.live, *self._runner.step(lane.cache, batch))
+            except Exception as error:  # every waiter must hear of it; other lanes go on
+                events += self._fail(lane.members, error, "a decode step")
+        if events:
+            there = [i for i, place in enumerate(seated.members) if place in self._running]
+            if not there:
+                return events
+            seated, live, score, step = seated.only(there, searches), live[there], score[there], step[there]
+            candidates = candidates.only(there)
+        try:
+            selection = self._decide(seated, step, score, candidates)
+        except Exception as error:  # as above
+            return [*events, *self._fail(seated.members, error, "a decode step")]
+        now = self._clock()
+        self._observer.stepped(now - began, int(np.count_nonzero(live)), len(seated.members))
+        done = [seated.members[i] for i in selection.done.nonzero()[0]]
+        pieces = [piece for place in self._streaming.difference(done) for piece in self._piece(place)]
+        return [*events, *pieces, *(self._complete(place, now) for place in done)]
+
+    def _decide(self, seated: Seated, step: IntArray, score: FloatArray, candidates: Candidates) -> Selection:
+        advance_some = advance_singly if len(seated.members) <= SINGLY_UP_TO else advance
+        selection = advance_some(
             self._rules.search,
-            lane.limits,
+            seated.limits,
             step=step,
             score=score,
-            finished=searches.finished,
-            places=places,
-            top_logprob=_by_beam(logprob, at.live, DEAD),
-            top_token=_by_beam(token, at.live, 0),
+            finished=self._searches.finished,
+            places=seated.places,
+            top_logprob=candidates.logprob,
+            top_token=candidates.token,
         )
-        searches.commit(places, selection)
-        now = self._clock()
-        self._observer.stepped(now - began, len(batch.ids), len(places))
-        done = [lane.members[i] for i in selection.done.nonzero()[0]]
-        streaming = self._streaming.difference(done).intersection(lane.members) if self._streaming else ()
-        pieces = [piece for place in streaming for piece in self._piece(place)]
-        return [*pieces, *(self._complete(place, now) for place in done)]
+        self._searches.commit(seated.places, selection)
+        return selection
 
     def _piece(self, place: int) -> list[Event]:
         running = self._running[place]
@@ -456,20 +363,8 @@ class EngineCore:
         """End some sentences; their caches may hold anything now, so whatever sat with them starts from fresh ones."""
         failure = logged_failure(error, phase)
         events: list[Event] = [Failed(self._leave(place).request.id, failure) for place in list(places)]
-        for number, lane in enumerate(self._lanes):
-            if not any(place in self._running for place in lane.members):
-                self._lanes[number] = _Lane(self._runner.new_cache())
+        self._seating.renew()
         return events
-
-
-def _by_beam(rows: NDArray[Any], live: BoolArray, fill: object) -> NDArray[Any]:
-    """Packed rows (N, C) as (S, K, C); `fill` where no beam is live."""
-    shape = (*live.shape, rows.shape[1])
-    if len(rows) == live.size:
-        return rows.reshape(shape)
-    result = np.full(shape, fill, rows.dtype)
-    result[live] = rows
-    return result
 
 
 def logged_failure(error: BaseException, phase: str) -> StepFailed:

@@ -4,14 +4,14 @@ from typing import Protocol
 
 
 class StepObserver(Protocol):
-    """Is called on engine threads, once or twice a step: it must be cheap and must not raise."""
+    """Is called on engine threads, about twice a step: it must be cheap and must not raise."""
 
     def encoded(self, seconds: float, sentences: int, source_tokens: int, padded_tokens: int) -> None:
         """An encoder call has ended; `padded_tokens` of its attention rectangle held no source token."""
         ...
 
     def stepped(self, seconds: float, rows: int, sentences: int) -> None:
-        """A decode step of one lane has ended, host work included."""
+        """A decode step of all that run has ended, host work included."""
         ...
 
     def released(self, steps: int) -> None:
