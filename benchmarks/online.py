@@ -1,12 +1,12 @@
 """The highest rate at which p99 stays under 500 ms: Beamline, Beamline without continuous batching, CTranslate2.
 
-    python benchmarks/online.py [--repeat 3] [--quick] [--output FOLDER]
+    python benchmarks/online.py [--repeat 5] [--quick] [--output FOLDER]
 
 All three serve the embedded model over the same gRPC service, on the same cores, to `beamline load find-max` on another
-core. The two that batch requests are tuned first, for each workload: batch size, delay, workers, and for CTranslate2
-how a batch is cut and the instruction set. Then the three take turns. Writes docs/benchmarks/online.json, the picture
-and the table in docs/benchmarks.md; with --output, the same into a folder instead. Linux, two cores or more. Let
-nothing else run meanwhile.
+core. Each is tuned first, for each workload: how many requests run at a time, or start together after what delay on how
+many workers, and for CTranslate2 how a batch is cut and the instruction set. Then the three take turns. Writes
+docs/benchmarks/online.json, the picture and the table in docs/benchmarks.md; with --output, the same into a folder
+instead. Linux, two cores or more. Let nothing else run meanwhile.
 
 Needs `ctranslate2` beside Beamline with its extras server and load, and to convert the model torch and transformers:
 `make bench-online` has all of that.
@@ -46,7 +46,7 @@ def main() -> int:
 def parsed() -> argparse.Namespace:
     """The arguments; ends the program if they cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, metavar="N", help="searches of each server (default: 3)")
+    parser.add_argument("--repeat", type=int, metavar="N", help="searches of each server (default: 5)")
     parser.add_argument("--quick", action="store_true", help="a trial: no tuning, short windows, figures mean nothing")
     parser.add_argument("--workload", choices=["test", "mixed"], help="default: both")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: docs/")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Self
 
 from online_results import SAME_ANSWERS_OF, Machine, Results, Search, Tuning, search_of, with_figures
-from online_servers import BEAM, LABELS, MAX_NEW_TOKENS, TUNED, Models, System, instruction_sets, serving
-from online_tuning import BATCHES, DELAYS_MS, Batching, Try, best, candidates, first, next_try, rounds
+from online_servers import BEAM, LABELS, MAX_NEW_TOKENS, Models, System, instruction_sets, serving
+from online_tuning import AT_A_TIME, BATCHES, DELAYS_MS, Batching, Try, best, candidates, first, next_try, rounds
 from online_workloads import Workload
 
 from beamline_client import Client, SearchOptions
@@ -66,7 +66,9 @@ def effort(*, quick: bool, repeat: int | None) -> Effort:
         search = FindMaxOptions(precision=1.0, window_s=1.0, max_windows=3, stability=0.5)
         return Effort(search, search, tuned=False, repeat=repeat or 1)
     tuning = FindMaxOptions(precision=0.15, window_s=2.0, max_windows=5)
-    return Effort(FindMaxOptions(), tuning, tuned=True, repeat=repeat or 3)
+    # Many short searches that take turns rather than few long ones: the machine changes from minute to minute.
+    search = FindMaxOptions(window_s=3.0, max_windows=6)
+    return Effort(search, tuning, tuned=True, repeat=repeat or 5)
 
 
 def estimated_s(effort: Effort, workloads: int) -> float:
@@ -78,8 +80,9 @@ def estimated_s(effort: Effort, workloads: int) -> float:
     search_tries = _SEARCH_TRIES if effort.tuned else _QUICK_TRIES
     searches = len(System) * effort.repeat * (_START_S + search_tries * per_try(effort.search))
     grid = len(BATCHES) * len(DELAYS_MS) + 3
-    tries = _SEARCH_TRIES + grid * _CANDIDATE_TRIES + _CLIMBS
-    tunings = len(TUNED) * (grid * _START_S + tries * per_try(effort.tuning)) if effort.tuned else 0.0
+    settings = 2 * grid + len(AT_A_TIME)
+    tries = len(System) * (_SEARCH_TRIES + _CLIMBS) + settings * _CANDIDATE_TRIES
+    tunings = settings * _START_S + tries * per_try(effort.tuning) if effort.tuned else 0.0
     return workloads * (searches + tunings)
 
 
@@ -145,7 +148,7 @@ class Comparison:
             if not self.results.same_answers:
                 self._check_answers(workloads[0])
             for workload in workloads:
-                for system in TUNED:
+                for system in System:
                     self._tune(workload, paths[workload.name], system)
             for repetition in range(self._effort.repeat):
                 for workload in workloads:
@@ -162,21 +165,25 @@ class Comparison:
         search = SearchOptions(beam_size=BEAM, max_new_tokens=MAX_NEW_TOKENS)
         answers = {}
         for system in System:
-            batching = first(len(self._server_cores)) if system in TUNED else None
-            with serving(system, batching, self._models, self._server_cores) as server, Client(server.target) as client:
+            with (
+                serving(system, self._first(system), self._models, self._server_cores) as server,
+                Client(server.target) as client,
+            ):
                 parts = (sources[start : start + _AT_ONCE] for start in range(0, len(sources), _AT_ONCE))
                 answers[system] = [each.text for part in parts for each in client.generate(part, search=search)]
-        same = {system: same_share(answers[System.CONTINUOUS], answers[system]) for system in TUNED}
+        ours = answers.pop(System.CONTINUOUS)
+        same = {system: same_share(ours, theirs) for system, theirs in answers.items()}
         self._view.note("the same answers as Beamline: " + ", ".join(f"{LABELS[s]} {v:.1%}" for s, v in same.items()))
         if min(same.values()) < LEAST_SAME:
             raise RuntimeError("the servers do not compute the same: is the model converted as ct2_convert.py does it?")
         self._keep(same_answers=same)
 
-    def _chosen(self, workload: Workload, system: System) -> Batching | None:
+    def _first(self, system: System) -> Batching:
+        return first(len(self._server_cores), continuous=system is System.CONTINUOUS)
+
+    def _chosen(self, workload: Workload, system: System) -> Batching:
         known = {(each.workload, each.system): each.chosen for each in self.results.tunings}
-        if system in TUNED:
-            return known.get((workload.name, system), first(len(self._server_cores)))
-        return None
+        return known.get((workload.name, system), self._first(system))
 
     def _search(self, workload: Workload, path: Path, system: System, repetition: int) -> None:
         if any(
@@ -185,7 +192,7 @@ class Comparison:
         ):
             return
         batching = self._chosen(workload, system)
-        about = LABELS[system] if batching is None else f"{LABELS[system]}, {batching}"
+        about = f"{LABELS[system]}, {batching}"
         self._view.note(f"repetition {repetition + 1} of {self._effort.repeat}, {workload.name}: {about}")
         start = self._starts.get((workload.name, system))
         options = replace(self._effort.search, start_per_s=start)
@@ -204,7 +211,7 @@ class Comparison:
             return
         tries = [self._base(workload, path, system)]
         isas = instruction_sets(Path("/proc/cpuinfo").read_text("utf-8", "replace"))
-        for name in rounds(ct2=system is System.CTRANSLATE2, isas=isas):
+        for name in rounds(continuous=system is System.CONTINUOUS, ct2=system is System.CTRANSLATE2, isas=isas):
             some = list(candidates(name, best(tries).batching, isas))
             for candidate in some:
                 self._climb(workload, path, system, candidate, tries)
@@ -216,7 +223,7 @@ class Comparison:
 
     def _base(self, workload: Workload, path: Path, system: System) -> Try:
         """The rate that the first candidate is good for: what the others have to better."""
-        batching = first(len(self._server_cores))
+        batching = self._first(system)
         self._view.note(f"tuning {LABELS[system]}, {workload.name}: {batching}")
         with self._session(workload, path, system, batching, seed=SEED) as session:
             report = self._highest(session, self._effort.tuning)
@@ -258,7 +265,7 @@ class Comparison:
 
     @contextmanager
     def _session(
-        self, workload: Workload, path: Path, system: System, batching: Batching | None, seed: int
+        self, workload: Workload, path: Path, system: System, batching: Batching, seed: int
     ) -> Iterator[Session]:
         """A server on its cores, and what puts load on it."""
         with serving(system, batching, self._models, self._server_cores) as server:

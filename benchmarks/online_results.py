@@ -56,7 +56,7 @@ class Search(Part):
     workload: str
     system: System
     repetition: int
-    batching: Batching | None
+    batching: Batching
     highest_per_s: float | None
     """None if not even the lowest rate that was tried met the SLO."""
     step_per_s: float | None
@@ -117,9 +117,7 @@ class Results(Part):
     """What there are targets for, by the names that benchmarks/offline/targets.py has for them."""
 
 
-def search_of(
-    report: FindMaxReport, workload: str, system: System, batching: Batching | None, repetition: int
-) -> Search:
+def search_of(report: FindMaxReport, workload: str, system: System, batching: Batching, repetition: int) -> Search:
     """What is kept of a search."""
     run = report.best
     quality = None if run is None else run.quality
@@ -253,13 +251,12 @@ def _row(results: Results, workload: str, system: System, found: Sequence[Search
     rates = list(highest_rates(results.searches, workload, system).values())
     target = TARGETS.get((workload, system))
     ratio = spread(ratios(results.searches, workload, system), 2) if target else ""
-    batching = found[-1].batching
     p50s = [each.p50_ms for each in found if each.p50_ms is not None]
     bleus = [each.bleu for each in found if each.bleu is not None]
     cells = [
         workload,
         LABELS[system],
-        "continuous" if batching is None else str(batching),
+        str(found[-1].batching),
         spread(rates, 0 if rates and median(rates) >= 100 else 1),
         ratio,
         f"≥ {target:g}" if target else "",
@@ -276,7 +273,7 @@ def _notes(results: Results) -> Iterator[str]:
         count = len({each.batching for each in tuning.tries})
         yield (
             f"{LABELS[tuning.system]} on {tuning.workload}: the best of {count} settings is {tuning.chosen} (requests "
-            "that start together × how long the first waits)."
+            "that run at a time, or that start together × how long the first waits)."
         )
     invalid = sum(not each.valid for each in results.searches)
     if invalid:

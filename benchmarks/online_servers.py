@@ -39,7 +39,6 @@ LABELS = {
     System.REQUEST_LEVEL: "Beamline, request-level batching",
     System.CTRANSLATE2: "CTranslate2, dynamic batching",
 }
-TUNED = (System.REQUEST_LEVEL, System.CTRANSLATE2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +68,19 @@ def convert_for_ct2(target: Path, precision: str) -> Path:
     return target
 
 
-def command(system: System, batching: Batching | None, models: Models, workers: int) -> tuple[list[str], list[str]]:
+def command(system: System, batching: Batching, models: Models) -> tuple[list[str], list[str]]:
     """The program of a server, and its flags.
 
     Args:
         system: Which one.
-        batching: Of those that are tuned.
+        batching: As it was tuned.
         models: What to serve.
-        workers: Of the one that is not.
     """
-    if batching is None:
-        return [*_SERVE], ["--workers", str(workers), "--threads-per-worker", "1"]
     # Rows for a whole batch; `max_rows` is also the widest beam's bound.
     flags = ["--workers", str(batching.workers), "--threads-per-worker", "1"]
     flags += ["--max-rows", str(BEAM * batching.max_batch)]
+    if batching.max_delay_ms is None:
+        return [*_SERVE], flags
     flags += ["--request-batch", str(batching.max_batch), "--request-batch-delay-ms", f"{batching.max_delay_ms:g}"]
     if system is System.REQUEST_LEVEL:
         return [*_SERVE], flags
@@ -93,11 +91,9 @@ def command(system: System, batching: Batching | None, models: Models, workers: 
 
 
 @contextmanager
-def serving(
-    system: System, batching: Batching | None, models: Models, cores: Collection[int]
-) -> Iterator[ServerProcess]:
+def serving(system: System, batching: Batching, models: Models, cores: Collection[int]) -> Iterator[ServerProcess]:
     """A server on these cores, from its first moment on, that serves."""
-    program, flags = command(system, batching, models, len(cores))
+    program, flags = command(system, batching, models)
     with on_cores(cores):
         server = ServerProcess(models.bundle, *flags, program=program)
     with server:

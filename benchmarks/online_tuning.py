@@ -16,28 +16,30 @@ BATCHES = (16, 32, 64)
 DELAYS_MS = (2.0, 5.0, 10.0)
 FIRST = (32, 5.0)
 PARTS = (8, 16)
+AT_A_TIME = (4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)
 class Batching:
-    """How a server with request-level batching is started.
+    """How a server is started.
 
     Attributes:
-        max_batch: Requests that start together.
-        max_delay_ms: How long the first of them waits.
+        max_batch: Requests that start together; with continuous batching, that run at a time.
+        max_delay_ms: How long the first of them waits; None is continuous batching, where none does.
         workers: Batches at a time.
         part: Sentences that CTranslate2 gets at once, those of similar lengths together; None is the whole batch.
         isa: Instruction set that CTranslate2 is told to use; None is its choice.
     """
 
     max_batch: int
-    max_delay_ms: float
+    max_delay_ms: float | None
     workers: int
     part: int | None = None
     isa: str | None = None
 
     def __str__(self) -> str:
-        words = [f"{self.max_batch} × {self.max_delay_ms:g} ms"]
+        delay = self.max_delay_ms
+        words = [f"{self.max_batch} at a time" if delay is None else f"{self.max_batch} × {delay:g} ms"]
         words += [f"{self.workers} workers"] if self.workers > 1 else []
         words += [f"parts of {self.part}"] if self.part else []
         words += [self.isa] if self.isa else []
@@ -71,13 +73,16 @@ def next_try(candidates: Sequence[Batching], tries: Sequence[Try]) -> Try | None
     return None
 
 
-def first(workers: int) -> Batching:
-    """Where a tuning begins."""
-    return Batching(*FIRST, workers)
+def first(workers: int, *, continuous: bool = False) -> Batching:
+    """Where a tuning begins; for continuous batching, with what a server does by itself."""
+    batch, delay_ms = FIRST
+    return Batching(batch, None if continuous else delay_ms, workers)
 
 
-def rounds(*, ct2: bool, isas: Sequence[str] = ()) -> list[str]:
+def rounds(*, continuous: bool = False, ct2: bool = False, isas: Sequence[str] = ()) -> list[str]:
     """The rounds of a tuning, whose candidates are made from the best of the round before; see `candidates`."""
+    if continuous:
+        return ["at a time"]
     return [*(["parts"] if ct2 else []), *(["isa"] if ct2 and isas else []), "grid", "workers"]
 
 
@@ -90,6 +95,8 @@ def candidates(name: str, leader: Batching, isas: Sequence[str] = ()) -> Iterato
         isas: Instruction sets to tell CTranslate2.
     """
     match name:
+        case "at a time":
+            yield from (replace(leader, max_batch=count) for count in AT_A_TIME)
         case "parts":
             yield from (replace(leader, part=part) for part in PARTS)
         case "isa":

@@ -36,6 +36,7 @@ from online_workloads import LONG_TOKENS, joined, mixed, single_sentences
 from beamline_client.load.report import Point
 from beamline_client.load.sentences import Sentence, default_sentences, read_sentences
 from beamline_client.load.testing import example_find_max
+from beamline_server.engine.build import EngineOptions
 from offline.document import read_online
 from offline.results import Results as OfflineResults
 from offline.targets import TARGETS as OFFLINE_TARGETS
@@ -154,6 +155,12 @@ def test_the_grid_is_complete_but_for_the_leader() -> None:
     assert {each.part for each in found} == {8}
 
 
+def test_continuous_batching_is_tuned_in_how_many_run_at_a_time() -> None:
+    leader = first(2, continuous=True)
+    assert rounds(continuous=True, isas=["AVX512"]) == ["at a time"]
+    assert list(candidates("at a time", leader)) == [Batching(count, None, 2) for count in (4, 8, 16)]
+
+
 def test_the_other_rounds_change_one_thing_each() -> None:
     assert [each.part for each in candidates("parts", A)] == [8, 16]
     assert [each.isa for each in candidates("isa", A, ["AVX512"])] == ["AVX512"]
@@ -163,13 +170,14 @@ def test_the_other_rounds_change_one_thing_each() -> None:
 
 
 def test_only_ctranslate2_is_tuned_in_its_own_ways() -> None:
-    assert rounds(ct2=False, isas=["AVX512"]) == ["grid", "workers"]
+    assert rounds(isas=["AVX512"]) == ["grid", "workers"]
     assert rounds(ct2=True, isas=["AVX512"]) == ["parts", "isa", "grid", "workers"]
     assert rounds(ct2=True) == ["parts", "grid", "workers"]
 
 
 def test_a_batching_is_told_in_words() -> None:
     assert str(A) == "32 × 5 ms"
+    assert str(Batching(16, None, 1)) == "16 at a time"
     assert str(Batching(16, 2.5, 2, part=8, isa="AVX512")) == "16 × 2.5 ms, 2 workers, parts of 8, AVX512"
 
 
@@ -179,12 +187,12 @@ MODELS = Models(Path("bundle"), Path("converted"))
 
 
 def test_beamline_is_started_as_it_comes() -> None:
-    _, flags = command(System.CONTINUOUS, None, MODELS, workers=3)
-    assert flags == ["--workers", "3", "--threads-per-worker", "1"]
+    _, flags = command(System.CONTINUOUS, first(3, continuous=True), MODELS)
+    assert flags == ["--workers", "3", "--threads-per-worker", "1", "--max-rows", str(EngineOptions().rows)]
 
 
 def test_batches_have_rows_enough() -> None:
-    _, flags = command(System.REQUEST_LEVEL, Batching(64, 2, 1), MODELS, workers=3)
+    _, flags = command(System.REQUEST_LEVEL, Batching(64, 2, 1), MODELS)
     settings = dict(zip(flags[::2], flags[1::2], strict=True))
     assert settings["--max-rows"] == "256"
     assert (settings["--request-batch"], settings["--request-batch-delay-ms"]) == ("64", "2")
@@ -192,11 +200,11 @@ def test_batches_have_rows_enough() -> None:
 
 
 def test_ctranslate2_is_told_its_model_and_its_ways() -> None:
-    program, flags = command(System.CTRANSLATE2, Batching(32, 5, 2, part=8, isa="AVX512"), MODELS, workers=1)
+    program, flags = command(System.CTRANSLATE2, Batching(32, 5, 2, part=8, isa="AVX512"), MODELS)
     settings = dict(zip(flags[::2], flags[1::2], strict=True))
     assert program[-1].endswith("ct2_service.py")
     assert (settings["--ct2-model"], settings["--part"], settings["--isa"]) == ("converted", "8", "AVX512")
-    _, plain = command(System.CTRANSLATE2, A, MODELS, workers=1)
+    _, plain = command(System.CTRANSLATE2, A, MODELS)
     assert not {"--part", "--isa"} & set(plain)
 
 
@@ -226,7 +234,7 @@ def point(rate_per_s: float, *, met: bool = True, p99_ms: float | None = 200.0) 
 def search(workload: str, system: System, repetition: int, rate_per_s: float | None, *, valid: bool = True) -> Search:
     return Search(
         workload=workload, system=system, repetition=repetition,
-        batching=None if system is System.CONTINUOUS else Batching(64, 2.0, 1), highest_per_s=rate_per_s,
+        batching=Batching(64, None if system is System.CONTINUOUS else 2.0, 1), highest_per_s=rate_per_s,
         step_per_s=5.0, valid=valid, failures=[],
         points=[point(rate_per_s or 10.0), point(900.0, met=False, p99_ms=9e9)],
         p50_ms=50.0, p99_ms=450.0, class_p99_ms={"all": 450.0}, tokens_per_answer=9.25, bleu=53.0, inconsistent=0,
@@ -310,7 +318,7 @@ def test_the_table_has_rates_ratios_and_targets(three: Results) -> None:
         "| test | Beamline, request-level batching | 64 × 2 ms | 100 (100-100) | 1.50 (1.20-1.80) | ≥ 1.3 | 50 | 53.0 |"
         in block
     )
-    assert "| test | Beamline | continuous | 150 (120-180) |  |  | 50 | 53.0 |" in block
+    assert "| test | Beamline | 64 at a time | 150 (120-180) |  |  | 50 | 53.0 |" in block
     assert "medians of 3 interleaved repetitions" in " ".join(block.split())
     assert max(len(line) for line in block.splitlines() if not line.startswith("|")) <= 120
     assert "commit 0123456789ab;" in block
@@ -379,7 +387,7 @@ def test_what_is_kept_of_a_search() -> None:
 
 def test_what_is_kept_of_a_search_that_found_nothing() -> None:
     report = example_find_max().model_copy(update={"best": None, "highest_rate_per_s": None})
-    kept = search_of(report, "test", System.CONTINUOUS, None, 0)
+    kept = search_of(report, "test", System.CONTINUOUS, A, 0)
     assert (kept.highest_per_s, kept.p50_ms, kept.bleu, kept.class_p99_ms) == (None, None, None, {})
     assert (kept.tokens_per_answer, kept.inconsistent) == (None, None)
 
@@ -389,7 +397,7 @@ def test_what_is_kept_of_a_search_that_found_nothing() -> None:
 
 def test_a_run_in_earnest_takes_longer_than_a_trial() -> None:
     earnest, trial = effort(quick=False, repeat=None), effort(quick=True, repeat=None)
-    assert (earnest.repeat, trial.repeat) == (3, 1)
+    assert (earnest.repeat, trial.repeat) == (5, 1)
     assert estimated_s(earnest, 2) > 10 * estimated_s(trial, 2) > 0
     assert estimated_s(effort(quick=False, repeat=5), 2) > estimated_s(earnest, 2) > estimated_s(earnest, 1)
 
