@@ -1,17 +1,18 @@
 """One worker's engine, stepped by hand: everybody gets the answer that they would get alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beamline_server.engine.admission import SHARED_WIDTH, Capacity
+from beamline_server.engine.admission import Capacity
 from beamline_server.engine.beam import SearchRules
 from beamline_server.engine.core import EngineCore
 from beamline_server.engine.errors import DeadlineExceeded, EngineStopped, RequestCancelled, StepFailed
-from beamline_server.engine.observer import NullObserver, StepObserver
+from beamline_server.engine.observer import NullObserver
 from beamline_server.engine.request import (
     Completed,
     EarlyStopping,
@@ -24,8 +25,8 @@ from beamline_server.engine.request import (
     RequestId,
     SearchOptions,
 )
-from beamline_server.engine.runner import Cache
-from beamline_server.engine.scheduler import FINE_LANES_FROM, SEAT_GRANULE
+from beamline_server.engine.runner import Cache, StepBatch
+from beamline_server.engine.scoring import FloatArray
 from beamline_server.engine.testing import (
     Faults,
     ManualClock,
@@ -36,97 +37,19 @@ from beamline_server.engine.testing import (
     run_until_idle,
     table_rules,
 )
-
-RULES = table_rules(8)
-TABLE = RandomTable(8)
-
-
-@dataclass
-class Bench:
-    """A core with what it stands on. One step takes one second."""
-
-    core: EngineCore
-    runner: TableRunner
-    clock: ManualClock
-
-    def step(self) -> list[Event]:
-        events = self.core.step()
-        self.core.check()
-        self.clock.advance(1.0)
-        return events
-
-    def finish(self) -> dict[RequestId, Completed | Failed]:
-        """Step until idle; the outcomes from now on."""
-        events: list[Event] = []
-        while not self.core.idle:
-            events += self.step()
-        return outcomes(events)
-
-
-def bench(
-    *,
-    rows: int = 64,
-    slots: int = 1 << 16,
-    encode_tokens: int = 1024,
-    faults: Faults | None = None,
-    observer: StepObserver | None = None,
-    make_runner: Callable[..., TableRunner] = TableRunner,
-) -> Bench:
-    runner, clock = make_runner(TABLE, RULES, faults=faults), ManualClock()
-    core = EngineCore(
-        runner,
-        RULES,
-        Capacity(rows, slots),
-        clock=clock,
-        observer=observer or NullObserver(),
-        encode_tokens=encode_tokens,
-    )
-    return Bench(core, runner, clock)
-
-
-def request(
-    number: int,
-    *,
-    beams: int = 1,
-    tokens: int = 6,
-    source_tokens: int = 3,
-    deadline: float | None = None,
-    stream: bool = False,
-) -> GenerationRequest:
-    """A request that generates exactly so many tokens; its source tells it from all others."""
-    options = SearchOptions(beam_size=beams, n_best=beams, min_new_tokens=tokens, max_new_tokens=tokens)
-    return GenerationRequest(RequestId(number), source_of(number, source_tokens), options, deadline, stream)
-
-
-def source_of(number: int, length: int) -> Tokens:
-    return (*range(length - 1), number)
-
-
-def outcomes(events: Sequence[Event]) -> dict[RequestId, Completed | Failed]:
-    ends = [event for event in events if not isinstance(event, Piece)]
-    assert len({end.id for end in ends}) == len(ends), "a request has more than one outcome"
-    return {end.id: end for end in ends}
-
-
-def pieces(events: Sequence[Event], number: int) -> Tokens:
-    return tuple(token for e in events if isinstance(e, Piece) and e.id == number for token in e.tokens)
-
-
-def alone(asked: GenerationRequest) -> Completed:
-    outcome = run_alone(TableRunner(TABLE, RULES), RULES, asked)
-    assert isinstance(outcome, Completed)
-    return outcome
-
-
-def assert_as_alone(outcome: Completed | Failed, asked: GenerationRequest) -> None:
-    assert isinstance(outcome, Completed)
-    assert outcome.hypotheses == alone(asked).hypotheses
-
-
-def failure(outcome: Completed | Failed) -> Exception:
-    assert isinstance(outcome, Failed)
-    return outcome.error
-
+from beamline_server.engine.testing_core import (
+    RULES,
+    TABLE,
+    Bench,
+    alone,
+    assert_as_alone,
+    bench,
+    failure,
+    outcomes,
+    pieces,
+    request,
+    source_of,
+)
 
 # -- random traffic ---------------------------------------------------------------------------------------------------
 
@@ -422,6 +345,37 @@ def test_a_failed_step_fails_its_lane_and_the_next_request_is_served() -> None:
     assert_as_alone(ends[RequestId(4)], request(4, beams=2))
 
 
+def test_when_every_lane_fails_everybody_hears_of_it() -> None:
+    engine = bench(faults=Faults(step={2: RuntimeError("no"), 3: RuntimeError("neither")}))
+    engine.core.accept([request(1), request(2, source_tokens=80)])
+    engine.step()
+    ends = outcomes(engine.step())
+    assert {number: type(failure(end)) for number, end in ends.items()} == {1: StepFailed, 2: StepFailed}
+    assert engine.core.idle
+
+
+class HalfTokens(TableRunner):
+    """Its first answer names tokens that nothing can be done with."""
+
+    spoiled = False
+
+    def step(self, cache: Cache, batch: StepBatch) -> tuple[FloatArray, Any]:
+        logprob, token = super().step(cache, batch)
+        if self.spoiled:
+            return logprob, token
+        self.spoiled = True
+        return logprob, token + 0.5
+
+
+def test_a_failed_decision_fails_who_runs_and_the_next_request_is_served() -> None:
+    engine = bench(make_runner=HalfTokens)
+    engine.core.accept([request(1), request(2)])
+    ends = engine.finish()
+    assert {number: type(failure(end)) for number, end in ends.items()} == {1: StepFailed, 2: StepFailed}
+    engine.core.accept([request(3)])
+    assert_as_alone(engine.finish()[RequestId(3)], request(3))
+
+
 def test_the_cause_of_a_failure_is_logged_under_its_id(caplog: pytest.LogCaptureFixture) -> None:
     engine = bench(faults=Faults(step={0: RuntimeError("the cause")}))
     engine.core.accept([request(1)])
@@ -477,102 +431,6 @@ def test_failing_all_leaves_an_engine_that_serves() -> None:
     assert engine.core.idle
     engine.core.accept([request(7)])
     assert_as_alone(engine.finish()[RequestId(7)], request(7))
-
-
-# -- lanes ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_long_source_does_not_widen_the_lane_of_short_ones() -> None:
-    engine = bench()
-    engine.core.accept([request(1), request(2, source_tokens=200), request(3)])
-    engine.step()
-    short, long = engine.runner.trace
-    assert (short.sources, short.source_width) == ((source_of(1, 3), source_of(3, 3)), 8)
-    assert (long.sources, long.source_width) == ((source_of(2, 200),), 200)
-
-
-def test_a_sentence_that_grows_moves_to_a_wider_lane() -> None:
-    """The short ones that come and go meanwhile keep their narrow seats, and all get what they would get alone."""
-    engine = bench()
-    grower = request(0, beams=2, tokens=90)
-    short = [request(number, beams=3, tokens=7) for number in range(1, 31)]
-    engine.core.accept([grower])
-    events: list[Event] = []
-    for asked in short:
-        engine.core.accept([asked])
-        events += [event for _ in range(3) for event in engine.step()]
-    ends = outcomes(events) | engine.finish()
-    for asked in [grower, *short]:
-        assert_as_alone(ends[asked.id], asked)
-    with_grower = [step for step in engine.runner.trace if grower.source in step.sources]
-    assert max(step.slots for step in with_grower) > SHARED_WIDTH
-    assert {len(step.sources) for step in with_grower if step.slots > SHARED_WIDTH} == {1}
-    others = [step.slots for step in engine.runner.trace if grower.source not in step.sources]
-    assert max(others) <= SHARED_WIDTH
-
-
-def test_a_lane_shrinks_when_a_long_sentence_has_left_it() -> None:
-    engine = bench(rows=128)
-    engine.core.accept([request(0, tokens=40)])
-    for _ in range(38):
-        engine.step()
-    engine.core.accept(request(number, tokens=6) for number in range(1, 41))
-    engine.finish()
-    widths = [step.slots for step in engine.runner.trace if len(step.sources) > 32]
-    assert widths[0] > 32
-    assert widths[-1] == SEAT_GRANULE
-
-
-def test_many_sentences_sit_in_lanes_by_length_and_few_together() -> None:
-    """As they grow they move from lane to lane, and when most have ended the rest comes together again."""
-    engine = bench(rows=128)
-    asked = [request(number, beams=1 + number % 2, tokens=3 + number % 40) for number in range(1, 71)]
-    engine.core.accept(asked)
-    ends = engine.finish()
-    for each in asked:
-        assert_as_alone(ends[each.id], each)
-    runs = [(len(step.sources), step.slots) for step in engine.runner.trace]
-    assert {16, 32} <= {slots for _, slots in runs}
-    assert sum(count for count, _ in runs) == sum(3 + number % 40 for number in range(1, 71)), "a run per token"
-    first, last = runs[0], runs[-1]
-    assert first[0] >= FINE_LANES_FROM
-    assert first[1] <= 16
-    assert last[0] < FINE_LANES_FROM
-    assert last[1] > 32
-    # The rest of them, few as they are by then, runs in one lane.
-    positions = [step.positions for step in engine.runner.trace if max(step.positions) >= 38]
-    assert len(positions) == len({position for each in positions for position in each})
-
-
-def test_a_sentence_moves_although_nobody_comes_or_goes() -> None:
-    engine = bench()
-    first, second = request(1, tokens=100), request(2, tokens=100)
-    engine.core.accept([first])
-    for _ in range(40):
-        engine.step()
-    engine.core.accept([second])
-    ends = engine.finish()
-    assert_as_alone(ends[first.id], first)
-    assert_as_alone(ends[second.id], second)
-    wide = [step for step in engine.runner.trace if step.slots > SHARED_WIDTH]
-    # One after the other, each as soon as it needs to and not before.
-    assert [step.positions for step in wide] == [(position,) for position in (*range(64, 100), *range(64, 100))]
-
-
-def test_several_sentences_change_lanes_at_once() -> None:
-    """Those that move, those that stay and those that come are seated in one step, from wide lanes to narrow ones."""
-    engine = bench(rows=40)
-    movers = [request(number, beams=1 + number % 2, tokens=80) for number in range(4)]
-    stayers = [request(number, tokens=90, source_tokens=30) for number in range(4, 8)]
-    engine.core.accept([movers[0], stayers[0], movers[1], stayers[1], stayers[2], movers[2], movers[3], stayers[3]])
-    events: list[Event] = []
-    others = [request(number, beams=2, tokens=number % 5 + 1) for number in range(10, 90)]
-    for asked in others:
-        engine.core.accept([asked])
-        events += engine.step()
-    ends = outcomes(events) | engine.finish()
-    for asked in [*movers, *stayers, *others]:
-        assert_as_alone(ends[asked.id], asked)
 
 
 # -- streaming --------------------------------------------------------------------------------------------------------
