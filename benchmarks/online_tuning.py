@@ -16,7 +16,7 @@ BATCHES = (16, 32, 64)
 DELAYS_MS = (2.0, 5.0, 10.0)
 FIRST = (32, 5.0)
 PARTS = (8, 16)
-AT_A_TIME = (4, 8, 16)
+AT_A_TIME = (4, 8, 16, 64)
 
 
 @dataclass(frozen=True, slots=True)

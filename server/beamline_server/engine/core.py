@@ -89,6 +89,7 @@ class EngineCore:
         self._encode_tokens = encode_tokens
         self._admission = admission
         self._queue: deque[tuple[GenerationRequest, float]] = deque()
+        self._encoded: dict[RequestId, FromEncoder] = {}  # ahead of their start
         self._earliest_deadline = np.inf
         places = capacity.rows
         self._free_places = list(range(places - 1, -1, -1))
@@ -149,6 +150,7 @@ class EngineCore:
         assert self.queued_rows == sum(request.options.beam_size for request, _ in self._queue), (
             "the queue is miscounted"
         )
+        assert self._encoded.keys() <= {request.id for request, _ in self._queue}, "encodings are held for nobody"
         assert self._slots.in_use() == 0 or self._running, "slots are held by nobody"
 
     # -- messages -----------------------------------------------------------------------------------------------------
@@ -172,6 +174,7 @@ class EngineCore:
         """End everything that is queued or running with an error."""
         events: list[Event] = [Failed(request.id, make_error()) for request, _ in self._queue]
         self._queue.clear()
+        self._encoded.clear()
         self.queued_rows = 0
         for place in list(self._running):
             events.append(Failed(self._leave(place).request.id, make_error()))
@@ -224,10 +227,12 @@ class EngineCore:
         if leaving:
             self._queue = deque(entry for entry in self._queue if not goes(entry[0]))
             self.queued_rows -= sum(request.options.beam_size for request in leaving)
+            for request in leaving:
+                self._encoded.pop(request.id, None)
         return [Failed(request.id, error()) for request in leaving]
 
     def _start(self, now: float) -> list[Event]:
-        """Encode as many from the head of the queue as there is room for, and give them places."""
+        """Give places to as many from the head of the queue as there is room for."""
         if not self._queue or now < self._opens_at():
             return []
         queue = (request for request, _ in self._queue)
@@ -236,19 +241,35 @@ class EngineCore:
             return []
         starting = [self._queue.popleft() for _ in range(count)]
         self.queued_rows -= sum(request.options.beam_size for request, _ in starting)
-        sources = [request.source for request, _ in starting]
+        failure = self._encode([request for request, _ in starting], now)
+        encode_s = self._clock() - now
+        events: list[Event] = []
+        for request, queued_at in starting:
+            origin = self._encoded.pop(request.id, None)
+            if origin is None:
+                assert failure is not None
+                events.append(Failed(request.id, failure))
+            else:
+                self._enter(_Running(request, cost(request), queued_at, now, encode_s), origin)
+        return events
+
+    def _encode(self, starting: Sequence[GenerationRequest], now: float) -> StepFailed | None:
+        """Encode who starts, unless that has been done, and a few who wait; returns what went wrong."""
+        needed = [request for request in starting if request.id not in self._encoded]
+        if not needed:
+            return None
+        following = (request for request, _ in self._queue if request.id not in self._encoded)
+        needed += self._admission.encoded_with(needed, following, encode_tokens=self._encode_tokens)
+        sources = [request.source for request in needed]
         width = round_up(max(map(len, sources)))
         try:
             encoded = self._runner.encode(encoder_batch(sources, source_width=width))
         except Exception as error:  # every waiter must hear of it
-            failure = logged_failure(error, "encoding")
-            return [Failed(request.id, failure) for request, _ in starting]
-        encode_s = self._clock() - now
+            return logged_failure(error, "encoding")
         tokens = sum(map(len, sources))
-        self._observer.encoded(encode_s, count, tokens, width * count - tokens)
-        for index, (request, queued_at) in enumerate(starting):
-            self._enter(_Running(request, cost(request), queued_at, now, encode_s), FromEncoder(encoded, index))
-        return []
+        self._observer.encoded(self._clock() - now, len(sources), tokens, width * len(sources) - tokens)
+        self._encoded |= {request.id: FromEncoder(encoded, index) for index, request in enumerate(needed)}
+        return None
 
     def _opens_at(self) -> float:
         return self._admission.opens_at(Waiting(len(self._queue), self._queue[0][1], len(self._running)))

@@ -31,6 +31,11 @@ FINE_LANES_FROM = 48
 """Sentences of a worker from which on lanes narrower than `SHARED_WIDTH` are used (docs/performance.md)."""
 
 
+ENCODE_TOGETHER = 8
+"""Sentences that a call of the encoder takes if so many wait: more than start at a step, usually, since every call
+reads all weights (docs/performance.md)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
     """What is free at a worker."""
@@ -63,6 +68,12 @@ class Continuous:
         """How many requests from the head of the queue start now; see `starters`."""
         return starters(queue, room, encode_tokens=encode_tokens)
 
+    def encoded_with(
+        self, starting: Sequence[GenerationRequest], following: Iterable[GenerationRequest], *, encode_tokens: float
+    ) -> list[GenerationRequest]:
+        """Who is encoded ahead of its start, together with those who start; see `encoded_with`."""
+        return encoded_with(starting, following, encode_tokens=encode_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class RequestLevel:
@@ -90,6 +101,13 @@ class RequestLevel:
         del encode_tokens
         return starters(islice(queue, self.max_batch), room, encode_tokens=math.inf)
 
+    def encoded_with(
+        self, starting: Sequence[GenerationRequest], following: Iterable[GenerationRequest], *, encode_tokens: float
+    ) -> list[GenerationRequest]:
+        """Nobody: a batch is encoded when it starts."""
+        del starting, following, encode_tokens
+        return []
+
 
 Admission = Continuous | RequestLevel
 """When requests may start, and which."""
@@ -110,6 +128,30 @@ def starters(queue: Iterable[GenerationRequest], room: Room, *, encode_tokens: f
             break
         count += 1
     return count
+
+
+def encoded_with(
+    starting: Sequence[GenerationRequest], following: Iterable[GenerationRequest], *, encode_tokens: float
+) -> list[GenerationRequest]:
+    """Who is encoded ahead of its start, together with those who start.
+
+    Args:
+        starting: Who starts and has to be encoded now, at least one.
+        following: Who waits behind them and has not been encoded, in order.
+        encode_tokens: Source tokens of a call at most, padding included.
+
+    Returns:
+        As many of the following as make `ENCODE_TOGETHER` and leave less than half of the rectangle to padding.
+    """
+    lengths = [len(request.source) for request in starting]
+    result: list[GenerationRequest] = []
+    for request in islice(following, max(0, ENCODE_TOGETHER - len(starting))):
+        lengths.append(len(request.source))
+        padded = len(lengths) * max(lengths)
+        if padded > min(encode_tokens, 2 * sum(lengths)):
+            break
+        result.append(request)
+    return result
 
 
 def seats(old: Sequence[int], staying: Iterable[int], arriving: Sequence[int]) -> list[int]:

@@ -158,7 +158,7 @@ def test_the_grid_is_complete_but_for_the_leader() -> None:
 def test_continuous_batching_is_tuned_in_how_many_run_at_a_time() -> None:
     leader = first(2, continuous=True)
     assert rounds(continuous=True, isas=["AVX512"]) == ["at a time"]
-    assert list(candidates("at a time", leader)) == [Batching(count, None, 2) for count in (4, 8, 16)]
+    assert list(candidates("at a time", leader)) == [Batching(count, None, 2) for count in (4, 8, 16, 64)]
 
 
 def test_the_other_rounds_change_one_thing_each() -> None:

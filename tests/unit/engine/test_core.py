@@ -26,6 +26,7 @@ from beamline_server.engine.request import (
     SearchOptions,
 )
 from beamline_server.engine.runner import Cache, StepBatch
+from beamline_server.engine.scheduler import ENCODE_TOGETHER
 from beamline_server.engine.scoring import FloatArray
 from beamline_server.engine.testing import (
     Faults,
@@ -210,6 +211,32 @@ def test_encoding_is_bounded_per_step() -> None:
     assert [len(batch) for batch in engine.runner.encoded] == [2, 2, 1]
 
 
+def test_who_waits_is_encoded_with_who_starts() -> None:
+    """A few at a time; whoever is encoded when its turn comes starts without another call."""
+    notes = Notes()
+    engine = bench(rows=2, observer=notes)
+    asked = [request(number, tokens=2) for number in range(ENCODE_TOGETHER + 3)]
+    engine.core.accept(asked)
+    ends = engine.finish()
+    assert [note[2] for note in notes.notes if note[0] == "encoded"] == [ENCODE_TOGETHER, 3]
+    for each in asked:
+        assert_as_alone(ends[each.id], each)
+
+
+def test_who_was_encoded_ahead_can_leave_before_it_starts() -> None:
+    engine = bench(rows=1)
+    engine.core.accept([request(1), request(2), request(3, deadline=2.0), request(4)])
+    engine.step()
+    engine.core.cancel([RequestId(2)])
+    ends = engine.finish()
+    assert isinstance(failure(ends[RequestId(2)]), RequestCancelled)
+    assert isinstance(failure(ends[RequestId(3)]), DeadlineExceeded)
+    assert_as_alone(ends[RequestId(4)], request(4))
+    # The same number again is another request.
+    engine.core.accept([request(5), replace(request(2), source=source_of(6, 4))])
+    assert_as_alone(engine.finish()[RequestId(2)], replace(request(6), source=source_of(6, 4)))
+
+
 def test_a_wide_request_starts_although_narrow_ones_keep_coming() -> None:
     engine = bench(rows=16)
     ends: dict[RequestId, Completed | Failed] = {}
@@ -330,6 +357,16 @@ def test_a_failed_encoding_fails_only_those_it_would_have_started() -> None:
     ends = engine.finish()
     assert_as_alone(ends[RequestId(1)], request(1))
     assert_as_alone(ends[RequestId(4)], request(4))
+
+
+def test_a_failed_encoding_does_not_fail_those_who_wait() -> None:
+    engine = bench(rows=2, faults=Faults(encode={0: RuntimeError("no")}))
+    engine.core.accept([request(number) for number in range(5)])
+    ends = outcomes(engine.step())
+    assert {number: type(failure(end)) for number, end in ends.items()} == {0: StepFailed, 1: StepFailed}
+    ends = engine.finish()
+    for number in (2, 3, 4):
+        assert_as_alone(ends[RequestId(number)], request(number))
 
 
 def test_a_failed_step_fails_its_lane_and_the_next_request_is_served() -> None:

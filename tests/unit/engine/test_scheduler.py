@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from beamline_server.engine.admission import LANE_WIDTHS, SHARED_WIDTH, cost
 from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.scheduler import (
+    ENCODE_TOGETHER,
     FINE_LANES_FROM,
     SEAT_GRANULE,
     Room,
+    encoded_with,
     least_loaded,
     narrowest_lane,
     round_up,
@@ -106,6 +108,26 @@ def test_who_comes_takes_seats_in_order(seating: Seating) -> None:
     result = seats(seating.old, seating.staying, seating.arriving)
     taken = [result.index(who) for who in seating.arriving]
     assert taken == sorted(taken)
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    st.lists(st.integers(1, 60), max_size=20),
+    st.sampled_from([50, 200, 1024]),
+)
+def test_who_is_encoded_ahead_makes_a_call_fuller_but_not_wasteful(
+    starting: list[int], following: list[int], encode_tokens: int
+) -> None:
+    queue = [request(source_tokens=tokens) for tokens in following]
+    ahead = encoded_with([request(source_tokens=tokens) for tokens in starting], queue, encode_tokens=encode_tokens)
+    assert ahead == queue[: len(ahead)]
+    assert not ahead or len(starting) + len(ahead) <= ENCODE_TOGETHER
+    for count in range(1, len(ahead) + 1):
+        lengths = [*starting, *following[:count]]
+        assert len(lengths) * max(lengths) <= min(encode_tokens, 2 * sum(lengths))
+    if len(starting) + len(ahead) < ENCODE_TOGETHER and len(ahead) < len(queue):
+        lengths = [*starting, *following[: len(ahead) + 1]]
+        assert len(lengths) * max(lengths) > min(encode_tokens, 2 * sum(lengths))
 
 
 granules = st.integers(1, 8).map(lambda granules: granules * SEAT_GRANULE)
