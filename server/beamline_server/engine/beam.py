@@ -5,14 +5,13 @@ Axes: S sentences, K the widest beam among them, C candidates per row, M candida
 The definition is Hugging Face `generate`'s (transformers 5.x, `_beam_search`): per step the best
 `max(2, 1 + #eos) * beam_size` continuations of all beams are ranked by their summed log-probability; those among the
 first `beam_size` that end are finished hypotheses; the first `beam_size` that do not end are the next beams. Its slow
-twin, written for reading, is `beamline_export.reference_search`; `beam_singly` is the same for few sentences.
+twin, written for reading, is `beamline_export.reference_search`.
 
 Ranking is stable: of equal scores the lower beam, then the better candidate wins. So a sentence's answer depends on
 nothing but its own scores, whatever the width of its neighbours.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,12 +93,9 @@ _TOKEN_BITS, _BEAM_BITS = 32, 8
 _PARENT = np.arange(1 << _BEAM_BITS) << _TOKEN_BITS
 
 
-_Number = TypeVar("_Number", int, IntArray)
-
-
-def choice_of(parent: _Number, token: _Number) -> _Number:
+def choice_of(parent: IntArray, token: IntArray) -> IntArray:
     """The beam that a hypothesis continues and the token it adds, in one number: half as many arrays to carry along."""
-    result: _Number = (parent << _TOKEN_BITS) | token
+    result: IntArray = (parent << _TOKEN_BITS) | token
     return result
 
 
@@ -115,9 +111,9 @@ def token_of(choice: IntArray) -> IntArray:
     return result
 
 
-def ends_at(length: _Number, choice: _Number) -> _Number:
+def ends_at(length: IntArray, choice: IntArray) -> IntArray:
     """The end of a hypothesis in one number: how many tokens it has, and its last choice."""
-    result: _Number = (length << (_TOKEN_BITS + _BEAM_BITS)) | choice
+    result: IntArray = (length << (_TOKEN_BITS + _BEAM_BITS)) | choice
     return result
 
 

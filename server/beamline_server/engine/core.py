@@ -16,7 +16,6 @@ import numpy as np
 from beamline_server.engine.admission import Capacity, Cost, cost
 from beamline_server.engine.batch import Candidates, encoder_batch, step_batch
 from beamline_server.engine.beam import DEAD, IntArray, SearchRules, Selection, advance, parent_of, token_of
-from beamline_server.engine.beam_singly import SINGLY_UP_TO, advance_singly
 from beamline_server.engine.errors import DeadlineExceeded, EngineError, RequestCancelled, StepFailed
 from beamline_server.engine.kv_pool import SlotTable
 from beamline_server.engine.observer import StepObserver
@@ -349,8 +348,7 @@ class EngineCore:
         return [*events, *pieces, *(self._complete(place, now) for place in done)]
 
     def _decide(self, seated: Seated, step: IntArray, score: FloatArray, candidates: Candidates) -> Selection:
-        advance_some = advance_singly if len(seated.members) <= SINGLY_UP_TO else advance
-        selection = advance_some(
+        selection = advance(
             self._rules.search,
             seated.limits,
             step=step,

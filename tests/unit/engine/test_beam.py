@@ -10,12 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beamline_export.reference_search import NextLogprobs, reference_search
-from beamline_server.engine.admission import Capacity
 from beamline_server.engine.beam import SearchRules
-from beamline_server.engine.beam_singly import SINGLY_UP_TO
-from beamline_server.engine.core import EngineCore, ModelRules
+from beamline_server.engine.core import ModelRules
 from beamline_server.engine.errors import StepFailed
-from beamline_server.engine.observer import NullObserver
 from beamline_server.engine.request import (
     Completed,
     EarlyStopping,
@@ -28,16 +25,7 @@ from beamline_server.engine.request import (
     SearchOptions,
 )
 from beamline_server.engine.scoring import FloatArray
-from beamline_server.engine.testing import (
-    LogprobTable,
-    ManualClock,
-    RandomTable,
-    TableRunner,
-    Tokens,
-    run_alone,
-    run_until_idle,
-    table_rules,
-)
+from beamline_server.engine.testing import LogprobTable, RandomTable, TableRunner, Tokens, run_alone, table_rules
 
 SOURCE = (3, 4, 5)
 EOS = 1
@@ -56,37 +44,17 @@ def search(runner: TableRunner, rules: ModelRules, options: SearchOptions) -> tu
     return outcome.hypotheses
 
 
-def search_in_company(runner: TableRunner, rules: ModelRules, options: SearchOptions) -> tuple[Hypothesis, ...]:
-    """What the engine finds while more sentences run beside it than are searched singly, to its end."""
-    company = range(2, SINGLY_UP_TO + 2)
-    longest = SearchOptions(
-        beam_size=options.beam_size, min_new_tokens=options.max_new_tokens, max_new_tokens=options.max_new_tokens
-    )
-    asked = [GenerationRequest(RequestId(number), (number,), longest) for number in company]
-    clock, rows = ManualClock(), (len(asked) + 1) * options.beam_size
-    core = EngineCore(runner, rules, Capacity(rows, slots=1 << 30), clock=clock, observer=NullObserver())
-    core.accept([GenerationRequest(RequestId(1), SOURCE, options), *asked])
-    (outcome,) = (event for event in run_until_idle(core) if event.id == RequestId(1))
-    if isinstance(outcome, Failed):
-        assert isinstance(outcome.error, StepFailed)
-        return ()
-    assert isinstance(outcome, Completed)
-    return outcome.hypotheses
-
-
 def next_logprobs(table: LogprobTable) -> NextLogprobs:
     return lambda prefixes: np.stack([table(SOURCE, tuple(prefix)) for prefix in prefixes])
 
 
 def assert_as_reference(table: LogprobTable, rules: ModelRules, options: SearchOptions) -> None:
-    theirs = reference_search(next_logprobs(table), rules.search, options, rules.decoder_start)
-    expected = theirs.hypotheses[: options.n_best]
     runner = TableRunner(table, rules)
     ours = search(runner, rules, options)
+    theirs = reference_search(next_logprobs(table), rules.search, options, rules.decoder_start)
+    expected = theirs.hypotheses[: options.n_best]
     assert [(h.tokens, h.score) for h in ours] == [(h.tokens, h.score) for h in expected]
     assert len(runner.trace) == len(theirs.steps), "the searches did not take equally many steps"
-    # Few sentences are searched singly, more of them together.
-    assert search_in_company(TableRunner(table, rules), rules, options) == ours
 
 
 def only(*tokens: int, vocabulary: int = 8) -> FloatArray:
