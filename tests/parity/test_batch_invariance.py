@@ -132,6 +132,24 @@ def test_an_answer_is_the_same_alone_and_in_any_batch(model: Model, seed: int, r
     assert REQUESTS // 2 < completed < REQUESTS
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_an_answer_does_not_depend_on_the_number_of_threads(request: pytest.FixtureRequest, precision: str) -> None:
+    """In a batch on two threads, which share every product, as alone on one."""
+    bundle: Bundle = request.getfixturevalue(f"fr_en_{precision}")
+    rules, sources = model_rules(bundle.manifest), sources_of(bundle)
+    asked = requests(sources, 3)[:96]
+    on_two = through_the_engine(Model(HostRunner(bundle, threads=2), rules, sources), asked, 3)
+    one = HostRunner(bundle, threads=1)
+    compared = 0
+    for number, outcome in on_two.items():
+        if isinstance(outcome, Completed):
+            alone = run_alone(one, rules, asked[number])
+            assert isinstance(alone, Completed)
+            assert outcome.hypotheses == alone.hypotheses
+            compared += 1
+    assert compared > len(asked) // 2
+
+
 def test_caches_on_a_device_give_the_same_answers(fr_en_fp32: Bundle) -> None:
     """The runner for GPUs, on the CPU: other code moves the caches, the same graphs compute."""
     rules, sources = model_rules(fr_en_fp32.manifest), sources_of(fr_en_fp32)

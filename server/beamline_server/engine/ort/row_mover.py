@@ -20,6 +20,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from beamline_server.engine.beam import IntArray
+from beamline_server.engine.ort.sessions import session_options
 
 LARGEST_PART = 8
 _ELEMENT: dict[type[np.generic], int] = {np.float32: 1, np.float16: 10}
@@ -47,12 +48,8 @@ class RowMover:
         dtype: type[np.generic],
         threads: int = 1,
     ) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        options.enable_mem_pattern = False
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = ort.InferenceSession(_graph(_ELEMENT[dtype]), options, providers=list(providers))
+        graph = _graph(_ELEMENT[dtype])
+        self._session = ort.InferenceSession(graph, session_options(threads), providers=list(providers))
         self._device = device
         self._dtype = dtype
         part = gcd(width, LARGEST_PART)

@@ -12,6 +12,9 @@ from beamline_server.engine.runner import EncoderBatch, StepBatch
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
+SPIN_US = 100
+"""How long a thread without work stays awake, in microseconds: longer than a step is serial between two of its nodes
+(docs/performance.md)."""
 _MASKED = -1e4
 """What an additive mask adds where a beam has no ancestor: finite, so that a row without any gives no NaN in fp16."""
 
@@ -21,16 +24,24 @@ def available_providers() -> list[str]:
     return list(ort.get_available_providers())
 
 
-def open_session(bundle: Bundle, name: str, providers: Sequence[Any], threads: int) -> ort.InferenceSession:
-    """A session of one graph of a bundle."""
+def session_options(threads: int) -> ort.SessionOptions:
+    """How every session of the engine runs, on so many threads."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Shapes change from step to step: a pattern of one is no use for the next.
     options.enable_mem_pattern = False
-    # The decode threads share the cores with the front end, which a spinning pool would starve.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Nodes take microseconds, and so does waking a thread: between the nodes of a step it stays awake. For longer it
+    # must not, since the front end has the same cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    return options
+
+
+def open_session(bundle: Bundle, name: str, providers: Sequence[Any], threads: int) -> ort.InferenceSession:
+    """A session of one graph of a bundle."""
+    options = session_options(threads)
     # On CPU the fused kernel is several times slower than its parts (onnxruntime 1.31).
     options.add_session_config_entry(
         "optimization.disable_specified_optimizers", "SkipLayerNormFusion;BiasSkipLayerNormFusion"

@@ -1,0 +1,23 @@
+"""How sessions run: their threads must be quick within a step, and leave the cores to others outside of it."""
+
+import pytest
+
+from beamline_server.engine.ort.sessions import SPIN_US, session_options
+
+
+def spins(threads: int) -> str:
+    return str(session_options(threads).get_session_config_entry("session.intra_op.allow_spinning"))
+
+
+def test_a_single_thread_waits_for_nobody() -> None:
+    assert spins(1) == "0"
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+def test_several_threads_stay_awake_between_nodes_but_not_between_steps(threads: int) -> None:
+    options = session_options(threads)
+    assert options.intra_op_num_threads == threads
+    assert spins(threads) == "1"
+    # Without a bound, onnxruntime's threads keep the cores busy for much longer than a step takes.
+    assert options.get_session_config_entry("session.intra_op.spin_duration_us") == str(SPIN_US)
+    assert 0 < SPIN_US <= 1000
