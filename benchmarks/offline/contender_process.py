@@ -22,15 +22,19 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""As Beamline's image has it (docs/performance.md), and then for everybody. It also makes processes more alike: which
+pages of 4 KB the weights come to lie in is a matter of luck."""
+
 
 class ContenderFailed(Exception):
     """A contender ended, or did not answer in time; the text has the last line of what it said."""
 
 
 def environment() -> dict[str, str]:
-    """The variables of a worker's process: this package can be imported, and libraries keep quiet."""
+    """The variables of a worker's process: this package can be imported, libraries keep quiet, pages are huge."""
     path = os.pathsep.join(filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, **QUIET, "PYTHONPATH": path}
+    return {**os.environ, **QUIET, **HUGE_PAGES, "PYTHONPATH": path}
 
 
 class ContenderProcess:

@@ -27,8 +27,9 @@ END = "<!-- end: made by `make bench` -->"
 DEFINITIONS = """\
 Everybody translates the same token ids, in a process of its own that computes only in its turn; repetitions are
 interleaved, so that ratios within a repetition compare like with like. Figures are medians, with the least and the
-greatest in parentheses. Every contender runs in the setting that a search found fastest for it (last table). Output
-tokens are those of each sentence's best hypothesis, end of sequence included, for everybody.
+greatest in parentheses. Every contender runs in the setting that a search found fastest for it (last table), and with
+huge pages (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`), as Beamline's image does. Output tokens are those of each
+sentence's best hypothesis, end of sequence included, for everybody.
 
 Beam 4, length penalty 1 (score = sum of log-probabilities / length). A sentence is done when 4 hypotheses are finished:
 Beamline `early_stopping: WHEN_FULL`, transformers and optimum-onnx `early_stopping=True`, CTranslate2 `patience=1`.
