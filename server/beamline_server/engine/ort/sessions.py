@@ -12,8 +12,8 @@ from beamline_server.engine.runner import EncoderBatch, StepBatch
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
-SPIN_US = 100
-"""How long a thread without work stays awake, in microseconds: longer than a step is serial between two of its nodes
+SPIN_US = 300
+"""How long a thread without work stays awake, in microseconds: about as long as the host takes between two steps
 (docs/performance.md)."""
 _MASKED = -1e4
 """What an additive mask adds where a beam has no ancestor: finite, so that a row without any gives no NaN in fp16."""
