@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from beamline_server.engine.beam import DEAD, BoolArray, IntArray
+from beamline_server.engine.beam import BoolArray, IntArray
 from beamline_server.engine.runner import EncoderBatch, StepBatch
 from beamline_server.engine.scoring import FloatArray
 
@@ -125,7 +125,7 @@ class Candidates:
 
     @property
     def logprob(self) -> FloatArray:
-        """Log-probabilities, best first; DEAD where no beam is live, (S, K, C)."""
+        """Log-probabilities, best first; finite where no beam is live, and of no meaning there, (S, K, C)."""
         assert self._logprob is not None, "no lane has run"
         return self._logprob
 
@@ -135,24 +135,29 @@ class Candidates:
         assert self._token is not None, "no lane has run"
         return self._token
 
-    def put(self, part: slice, live: BoolArray, logprob: FloatArray, token: IntArray) -> None:
+    def put(self, part: slice, at: Layout, logprob: FloatArray, token: IntArray) -> None:
         """Put in what a lane has computed.
 
         Args:
             part: Its sentences.
-            live: Which of their beams exist, (S', K').
-            logprob: Of its rows, which are the live beams, (N', C).
+            at: Which of their beams, (S', K'), its rows are.
+            logprob: Of its rows, (N', C).
             token: As logprob.
         """
         shape = (*self._live.shape, self.count)
         if len(logprob) == self._live.size:
             self._logprob, self._token = logprob.reshape(shape), token.reshape(shape)
             return
+        beams = at.live.shape[1]
+        # Where no beam is live stands another row of the sentence: the beam's score is DEAD, so its totals are.
+        rows = at.row_of[:, :beams]
+        if at.live.shape == self._live.shape:
+            self._logprob, self._token = logprob.take(rows, axis=0), token.take(rows, axis=0)
+            return
         if self._logprob is None or self._token is None:
-            self._logprob, self._token = np.full(shape, DEAD), np.zeros(shape, np.int64)
-        narrow = part, slice(live.shape[1])
-        self._logprob[narrow][live] = logprob
-        self._token[narrow][live] = token
+            self._logprob, self._token = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
+        self._logprob[part, :beams] = logprob.take(rows, axis=0)
+        self._token[part, :beams] = token.take(rows, axis=0)
 
     def only(self, these: Sequence[int]) -> "Candidates":
         """Those of some sentences."""

@@ -328,7 +328,7 @@ class EngineCore:
                     source_length=lane.source_length,
                     candidates=candidates.count,
                 )
-                candidates.put(part, at.live, *self._runner.step(lane.cache, batch))
+                candidates.put(part, at, *self._runner.step(lane.cache, batch))
             except Exception as error:  # every waiter must hear of it; other lanes go on
                 events += self._fail(lane.members, error, "a decode step")
         if events:
