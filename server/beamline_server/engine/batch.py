@@ -125,7 +125,7 @@ class Candidates:
 
     @property
     def logprob(self) -> FloatArray:
-        """Log-probabilities, best first; finite where no beam is live, and of no meaning there, (S, K, C)."""
+        """Log-probabilities, best first; where no beam is live, those of another or zeros, (S, K, C)."""
         assert self._logprob is not None, "no lane has run"
         return self._logprob
 
@@ -144,20 +144,20 @@ class Candidates:
             logprob: Of its rows, (N', C).
             token: As logprob.
         """
-        shape = (*self._live.shape, self.count)
-        if len(logprob) == self._live.size:
-            self._logprob, self._token = logprob.reshape(shape), token.reshape(shape)
-            return
-        beams = at.live.shape[1]
-        # Where no beam is live stands another row of the sentence: the beam's score is DEAD, so its totals are.
-        rows = at.row_of[:, :beams]
+        if len(logprob) < at.live.size:
+            # Where no beam is live stands another one's row: the score there is DEAD, and so are all totals.
+            rows = at.row_of[:, : at.live.shape[1]].ravel()
+            logprob, token = logprob.take(rows, axis=0), token.take(rows, axis=0)
+        by_beam = (*at.live.shape, self.count)
+        logprob, token = logprob.reshape(by_beam), token.reshape(by_beam)
         if at.live.shape == self._live.shape:
-            self._logprob, self._token = logprob.take(rows, axis=0), token.take(rows, axis=0)
+            self._logprob, self._token = logprob, token
             return
         if self._logprob is None or self._token is None:
+            shape = (*self._live.shape, self.count)
             self._logprob, self._token = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
-        self._logprob[part, :beams] = logprob.take(rows, axis=0)
-        self._token[part, :beams] = token.take(rows, axis=0)
+        narrow = part, slice(at.live.shape[1])
+        self._logprob[narrow], self._token[narrow] = logprob, token
 
     def only(self, these: Sequence[int]) -> "Candidates":
         """Those of some sentences."""

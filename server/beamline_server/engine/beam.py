@@ -173,7 +173,8 @@ def advance(  # noqa: PLR0913 - the state of a search is these things; a class a
         score: Summed log-probabilities of the live beams, (S, K); DEAD where there is none.
         finished: Finished hypotheses so far, of these sentences and others.
         places: Where each sentence's are among them, (S,).
-        top_logprob: The best continuations of each beam, best first, (S, K, C); of dead beams anything finite.
+        top_logprob: The best continuations of each beam, best first, (S, K, C); those of dead beams are never
+            chosen.
         top_token: Their tokens, (S, K, C).
     """
     logprob = _constrain(rules, limits, step, top_logprob, top_token)

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beamline_export.reference_search import NextLogprobs, reference_search
-from beamline_server.engine.beam import SearchRules
+from beamline_server.engine.beam import DEAD, SearchRules, advance, parent_of, token_of
 from beamline_server.engine.core import ModelRules
 from beamline_server.engine.errors import StepFailed
 from beamline_server.engine.request import (
@@ -25,6 +25,7 @@ from beamline_server.engine.request import (
     SearchOptions,
 )
 from beamline_server.engine.scoring import FloatArray
+from beamline_server.engine.searches import Searches
 from beamline_server.engine.testing import LogprobTable, RandomTable, TableRunner, Tokens, run_alone, table_rules
 
 SOURCE = (3, 4, 5)
@@ -80,6 +81,31 @@ def test_engine_equals_the_reference_search(
             max_new_tokens=9,
         )
         assert_as_reference(RandomTable(9, seed), table_rules(9), options)
+
+
+@pytest.mark.parametrize("of_the_dead", [0.0, -2.5, -90.0])
+def test_candidates_of_dead_beams_are_never_chosen(of_the_dead: float) -> None:
+    """Whatever stands where no beam is live, better or worse than the candidates of those that are."""
+    searches, places = Searches(1, 3, (EOS,)), np.array([0])
+    searches.start(0, SearchOptions(beam_size=3, max_new_tokens=9), 0)
+    candidates = np.array([[[-1.0, -2.0, -3.0, -4.0], [of_the_dead] * 4, [of_the_dead] * 4]], np.float32)
+    tokens = np.array([[[4, EOS, 5, 6], [7, EOS, 7, 7], [EOS, 7, 7, 7]]])
+    selection = advance(
+        SearchRules((EOS,)),
+        searches.limits(places),
+        step=searches.step[places],
+        score=searches.score[places],
+        finished=searches.finished,
+        places=places,
+        top_logprob=candidates,
+        top_token=tokens,
+    )
+    assert selection.score.tolist() == [[-1.0, -3.0, -4.0]]
+    assert token_of(selection.choice).tolist() == [[4, 5, 6]]
+    assert not parent_of(selection.choice).any()
+    assert selection.merged is not None
+    assert selection.merged.finished.total[0, 0] == -2.0
+    assert selection.merged.finished.score[0, 1:].tolist() == [DEAD, DEAD]
 
 
 @dataclass(frozen=True)

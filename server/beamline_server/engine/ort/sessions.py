@@ -32,7 +32,7 @@ def session_options(threads: int) -> ort.SessionOptions:
     options.log_severity_level = 3
     # Shapes change from step to step: a pattern of one is no use for the next.
     options.enable_mem_pattern = False
-    # Nodes take microseconds, and so does waking a thread: between the nodes of a step it stays awake. For longer it
+    # Nodes take microseconds, and so does waking a thread: while steps follow each other it stays awake. For longer it
     # must not, since the front end has the same cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))

@@ -1,4 +1,4 @@
-"""How sessions run: their threads must be quick within a step, and leave the cores to others outside of it."""
+"""How sessions run: their threads are quick while steps follow each other, and then leave the cores to others."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def test_a_single_thread_waits_for_nobody() -> None:
 
 
 @pytest.mark.parametrize("threads", [2, 8])
-def test_several_threads_stay_awake_between_nodes_but_not_between_steps(threads: int) -> None:
+def test_several_threads_stay_awake_while_steps_follow_each_other_and_no_longer(threads: int) -> None:
     options = session_options(threads)
     assert options.intra_op_num_threads == threads
     assert spins(threads) == "1"
