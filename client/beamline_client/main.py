@@ -9,6 +9,9 @@ from importlib import metadata
 
 ENTRY_POINT_GROUP = "beamline.commands"
 
+_DISTRIBUTION = "beamline-serving"
+"""What pip calls this project; `beamline` on PyPI is somebody else's."""
+
 BUILT_IN: Mapping[str, str] = {
     "export": "beamline_export.cli:main",
     "inspect": "beamline_server.inspect_cli:main",
@@ -24,16 +27,16 @@ class _About:
     """What is known of a sub-command without loading it."""
 
     summary: str
-    install: str
-    """What to pip-install for it."""
+    extras: str
+    """Extras of the distribution that it needs, in brackets; empty for none."""
 
 
 _ABOUT: Mapping[str, _About] = {
-    "export": _About("write a PyTorch checkpoint as a bundle that the server reads", "beamline[export,server]"),
-    "inspect": _About("check a bundle and tell what is in it", "beamline[server]"),
-    "load": _About("put a server under load and measure it", "beamline[load]"),
-    "serve": _About("serve a bundle over gRPC", "beamline[server]"),
-    "translate": _About("send texts to a server and print what comes back", "beamline"),
+    "export": _About("write a PyTorch checkpoint as a bundle that the server reads", "[export,server]"),
+    "inspect": _About("check a bundle and tell what is in it", "[server]"),
+    "load": _About("put a server under load and measure it", "[load]"),
+    "serve": _About("serve a bundle over gRPC", "[server]"),
+    "translate": _About("send texts to a server and print what comes back", ""),
 }
 
 _EXIT_BAD_USAGE = 2
@@ -99,14 +102,20 @@ def _parser(commands: Mapping[str, metadata.EntryPoint]) -> argparse.ArgumentPar
 
 def _version() -> str:
     try:
-        return metadata.version("beamline")
+        return metadata.version(_DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return "(not installed)"
 
 
 def _missing_module(command: str, error: ModuleNotFoundError) -> str:
-    install = _ABOUT[command].install if command in _ABOUT else error.name
-    return f"{command} needs the module {error.name!r}, which is not installed: pip install '{install}'"
+    missing = f"{command} needs the module {error.name!r}, which is not installed"
+    if command not in _ABOUT:
+        return f"{missing}; install what brings {command} again"
+    extras = _ABOUT[command].extras
+    return (
+        f"{missing}; install {_DISTRIBUTION}{extras}: pip install '.{extras}' in a checkout of Beamline, "
+        f"or pip install 'FILE{extras}' with its wheel file"
+    )
 
 
 def _refuse(message: str) -> int:

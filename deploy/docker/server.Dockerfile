@@ -43,7 +43,7 @@ COPY --from=wheels /wheels /wheels
 RUN if [ "${VARIANT}" = gpu ]; then extra=server-gpu; else extra=server; fi \
     && python3 -m venv --without-pip /opt/beamline \
     && python3 -m pip --python /opt/beamline/bin/python3 install --no-cache-dir --no-index --find-links /wheels \
-       "beamline[${extra}]"
+       "beamline-serving[${extra}]"
 # onnxruntime's CUDA provider looks for its libraries where the linker looks, and wheels put them elsewhere. One folder
 # of links, for LD_LIBRARY_PATH; it stays empty in the CPU variant.
 RUN mkdir /opt/beamline/cuda \

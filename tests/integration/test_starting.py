@@ -180,7 +180,7 @@ def test_a_device_that_is_not_there_is_told_in_one_line(fr_en_int8: Bundle) -> N
     assert ended.status == EXIT_SETTINGS
     assert ended.problems == [
         "device cuda cannot be used: this onnxruntime has no CUDA provider; "
-        "install 'beamline[server-gpu]' on a machine with an NVIDIA GPU"
+        "install the extra server-gpu instead of server, on a machine with an NVIDIA GPU"
     ]
     assert ended.logged == []
 

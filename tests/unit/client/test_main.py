@@ -110,24 +110,34 @@ def test_ctrl_c_is_status_130(commands: dict[str, EntryPoint], capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    ("command", "install"),
+    ("command", "extras"),
     [
-        ("export", "pip install 'beamline[export,server]'"),
-        ("serve", "pip install 'beamline[server]'"),
-        ("inspect", "pip install 'beamline[server]'"),
-        ("load", "pip install 'beamline[load]'"),
-        pytest.param("translate", "pip install 'beamline'", id="translate-imports-late"),
-        ("foreign", "pip install 'module_that_does_not_exist'"),
+        ("export", "[export,server]"),
+        ("serve", "[server]"),
+        ("inspect", "[server]"),
+        ("load", "[load]"),
+        pytest.param("translate", "", id="translate-imports-late"),
     ],
 )
 def test_a_missing_extra_is_one_line_that_names_it(
-    commands: dict[str, EntryPoint], capsys: pytest.CaptureFixture[str], command: str, install: str
+    commands: dict[str, EntryPoint], capsys: pytest.CaptureFixture[str], command: str, extras: str
 ) -> None:
     assert run([command], commands) == 2
 
-    err = capsys.readouterr().err
-    assert err == (
-        f"beamline: {command} needs the module 'module_that_does_not_exist', which is not installed: {install}\n"
+    assert capsys.readouterr().err == (
+        f"beamline: {command} needs the module 'module_that_does_not_exist', which is not installed; install "
+        f"beamline-serving{extras}: pip install '.{extras}' in a checkout of Beamline, or pip install 'FILE{extras}' "
+        "with its wheel file\n"
+    )
+
+
+def test_a_missing_module_of_a_foreign_command_is_for_its_own_package(
+    commands: dict[str, EntryPoint], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["foreign"], commands) == 2
+    assert capsys.readouterr().err == (
+        "beamline: foreign needs the module 'module_that_does_not_exist', which is not installed; install what "
+        "brings foreign again\n"
     )
 
 
