@@ -69,12 +69,14 @@ COPY --from=installed /opt/beamline /opt/beamline
 # HOME: the user has no entry in /etc/passwd, and /tmp is the one place that a read-only container can write to.
 # NVIDIA_DRIVER_CAPABILITIES: what the container toolkit mounts of the driver; without a GPU it means nothing. Which
 # GPUs are visible is for the device plugin to say, so NVIDIA_VISIBLE_DEVICES must not be set in an image.
+# ORT_DISABLE_TELEMETRY: for whatever else is run in this image; the server sets it by itself.
 # GLIBC_TUNABLES: weights in huge pages where the node allows them, 2 % faster on a CPU (docs/performance.md).
 ENV PATH=/opt/beamline/bin:${PATH} \
     LD_LIBRARY_PATH=/opt/beamline/cuda \
     HOME=/tmp \
     PYTHONUNBUFFERED=1 \
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
+    ORT_DISABLE_TELEMETRY=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 USER 65532:65532

@@ -75,6 +75,7 @@ BANS = [
         ),
     ),
     Ban("export", ("beamline_client", "beamline", "grpc"), "an export needs no service"),
+    Ban("export", ("onnxruntime",), "the server's engine/ort prepares for it before the first import"),
     Ban("protos", ("beamline_server", "beamline_export", "beamline_client"), "everybody imports the protos"),
 ]
 

@@ -52,6 +52,27 @@ def open_session(bundle: Bundle, name: str, providers: Sequence[Any], threads: i
     return ort.InferenceSession(str(bundle.file(name)), options, providers=list(providers))
 
 
+_ELEMENT_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+
+Values = dict[str, tuple[str, list[str | int]]]
+"""Inputs or outputs of a graph: element type and axes by name."""
+
+
+def read_values(bundle: Bundle, name: str) -> tuple[Values, Values]:
+    """Inputs and outputs of one graph of a bundle, as onnxruntime reads them before it changes anything."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(str(bundle.file(name)), options, providers=[CPU])
+    sides = (session.get_inputs(), session.get_outputs())
+    inputs, outputs = ({v.name: (_ELEMENT_TYPES[v.type], list(v.shape)) for v in values} for values in sides)
+    return inputs, outputs
+
+
 class Sessions:
     """The encoder and the decoder step of a bundle."""
 
