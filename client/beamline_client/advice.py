@@ -25,26 +25,25 @@ def advice(error: BeamlineError, *, target: str, timeout_s: float) -> str:
     match error:
         case InvalidRequest() | NotFound():
             text = f"the request is not valid: {error}"
-        case Unavailable():
+        case Unavailable(hint=None):
             text = (
-                f"cannot reach a server at {target} ({error}): "
+                f"cannot reach a server at {target} ({error.message}): "
                 "is it running and ready? Start one with `beamline serve`, or name another with --server"
             )
-        case Overloaded(retry_after_s=None):
-            text = f"the server at {target} is busy: try again later, or lower --concurrency and --batch-size"
-        case Overloaded():
+        case Unavailable():
             text = (
-                f"the server at {target} is busy: try again in {error.retry_after_s:.1f} s, "
-                "or lower --concurrency and --batch-size"
+                f"cannot reach a server at {target} ({error.message}): {error.hint}; "
+                "start one with `beamline serve`, or name another with --server"
             )
+        case Overloaded():
+            text = f"the server at {target} is busy: {error.next_step}, or lower --concurrency and --batch-size"
         case DeadlineExceeded():
-            text = f"no answer from {target} within {timeout_s:g} s: raise --timeout, or lower --batch-size"
+            remedies = ("raise --timeout, lower --batch-size, or check --server", error.hint)
+            text = f"no answer from {target} within {timeout_s:g} s: {'; '.join(filter(None, remedies))}"
         case Cancelled():
             text = f"the call to {target} was cancelled: try again"
         case ServerError():
-            ids = [f"error id {error.error_id}"] if error.error_id else []
-            ids += [f"request id {error.request_id}"] if error.request_id else []
-            text = f"the server at {target} failed ({error}): tell its operator ({', '.join(ids) or 'no id known'})"
+            text = f"the server at {target} failed ({error.message}): {error.next_step}"
         case _:
-            text = f"what answers at {target} does not keep to the API of Beamline ({error}): check --server"
+            text = f"what answers at {target} does not keep to the API of Beamline ({error.message}): check --server"
     return " ".join(text.split())

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import TextIO
 
+from beamline_client.address import AddressUnusable, endpoints
 from beamline_client.advice import EXIT_BAD_USAGE, advice, exit_status
 from beamline_client.bulk import Generated, Line, generate_in_order
 from beamline_client.calls import DEFAULT_TIMEOUT_S, CallOptions
@@ -130,6 +131,10 @@ def _count_lines(path: str) -> int:
 
 def _contradiction(arguments: argparse.Namespace) -> str | None:
     """What is wrong with the arguments as a whole, if anything."""
+    try:
+        endpoints(arguments.server)
+    except AddressUnusable as error:
+        return f"--server: {error}"
     if arguments.text and arguments.file:
         return "give texts or --file, not both"
     if arguments.stream and (arguments.json or arguments.scores or (arguments.n_best or 1) > 1):

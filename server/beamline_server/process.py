@@ -24,6 +24,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 BEAMLINE = Path(sys.executable).with_name("beamline")
 """The installed command."""
 
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would look for it on its own machine
+
 LogRecord = Mapping[str, Any]
 Samples = Mapping[str, float]
 """Values by series, written as Prometheus has them: `beamline_requests_total{outcome="ok"}`."""
@@ -136,7 +138,7 @@ class ServerProcess:
             ProcessFailed: it does not.
         """
         request = health_pb2.HealthCheckRequest()
-        with grpc.insecure_channel(self.target) as channel:
+        with grpc.insecure_channel(self.target, options=[("grpc.enable_http_proxy", 0)]) as channel:
             watch = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=within_s, wait_for_ready=True)
             try:
                 next(status for status in watch if status.status == health_pb2.HealthCheckResponse.SERVING)
@@ -158,7 +160,7 @@ class ServerProcess:
         """Its metrics page."""
         port = self.log.wait_for("listening")["metrics_port"]
         request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Accept": accept})
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with _DIRECTLY.open(request, timeout=10) as response:
             return str(response.read().decode())
 
     def samples(self) -> Samples:

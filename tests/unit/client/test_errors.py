@@ -156,7 +156,7 @@ def test_unusable_details_leave_the_status(server: FakeServer, details: bytes) -
 
 
 def test_an_error_without_a_status_is_still_mapped() -> None:
-    assert isinstance(from_rpc_error(grpc.RpcError("odd")), ServerError)
+    assert isinstance(from_rpc_error(grpc.RpcError("odd"), target="host:1"), ServerError)
 
 
 def test_one_of_each_covers_the_tree() -> None:
@@ -170,6 +170,18 @@ def test_advice_is_one_line_that_says_what_to_do(error: BeamlineError) -> None:
     assert "\n" not in line
     assert ":" in line
     assert exit_status(error) == (2 if isinstance(error, InvalidRequest | NotFound) else 1)
+
+
+@pytest.mark.parametrize("error", ONE_OF_EACH, ids=lambda error: type(error).__name__)
+def test_the_text_of_every_error_says_what_to_do_next(error: BeamlineError) -> None:
+    assert str(error).startswith(error.message)
+    assert len(str(error)) > len(error.message) or isinstance(error, NotFound)  # a server tells what it does serve
+
+
+def test_texts_name_the_numbers_and_ids() -> None:
+    assert str(ONE_OF_EACH[3]) == "full: try again in 0.2 s"
+    assert str(ONE_OF_EACH[7]) == "internal error: tell its operator (error id e1, request id r1)"
+    assert str(DeadlineExceeded("late", hint="no cable")) == "late: allow more time, or ask for less at once; no cable"
 
 
 def test_advice_names_the_numbers_and_ids() -> None:

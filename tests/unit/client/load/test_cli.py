@@ -280,8 +280,10 @@ class TestBadInput:
             (("--lengths", "60-50"), "60-50"),
             (("--deadline", "2m"), "60"),
             (("--metrics", "http://127.0.0.1:1/metrics"), "http://127.0.0.1:1/metrics"),
-            (("--server", ""), "--server is empty"),
+            (("--server", ""), "--server: the address of the server is empty"),
             (("--server", "localhost:999999"), "ports are 1 to 65535"),
+            (("--server", "http://localhost:8001"), "gRPC alone, such as localhost:8001"),
+            (("--server", "::1:8001"), "write [::1]:8001"),
             (("--server", "127.0.0.1:1"), "cannot reach a server at 127.0.0.1:1"),
         ],
     )

@@ -21,7 +21,6 @@ from beamline_client.load.scrape import (
     parse,
     restarted,
     sample,
-    split_target,
 )
 from beamline_server.engine.loop import EngineLoad
 from beamline_server.metrics import Metrics, MetricsServer, Outcome
@@ -198,13 +197,6 @@ def test_what_is_no_address_is_one_clear_line(url: str) -> None:
 )
 def test_the_default_address_is_the_neighbour_of_the_default_port(target: str, url: str | None) -> None:
     assert default_url(target) == url
-
-
-@given(st.text())
-def test_any_target_splits_or_does_not(target: str) -> None:
-    split = split_target(target)
-
-    assert split is None or (split[0] and 0 <= split[1] < 65536)
 
 
 def test_a_sample_tells_what_happened_between_two_scrapes(server: Server) -> None:
