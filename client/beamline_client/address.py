@@ -58,7 +58,7 @@ def split_target(target: str) -> Endpoint | None:
 
 
 def is_on_this_machine(target: str) -> bool:
-    """Whether the way to a target stays on this machine: a loopback address, `localhost`, or a socket without a host."""
+    """Whether the way to a target stays on this machine: a loopback address, localhost, or a socket without a host."""
     try:
         found = endpoints(target)
     except AddressUnusable:

@@ -20,8 +20,16 @@ def exit_status(error: BeamlineError) -> int:
     return EXIT_BAD_USAGE if isinstance(error, InvalidRequest | NotFound) else EXIT_SERVER_FAILED
 
 
-def advice(error: BeamlineError, *, target: str, timeout_s: float) -> str:
-    """One line for the person who called the server at `target` with `timeout_s` seconds per call."""
+def advice(error: BeamlineError, *, target: str, timeout_s: float, more_time: str = "", less_work: str = "") -> str:
+    """One line for the person who ran a command that called a server.
+
+    Args:
+        error: What the call raised.
+        target: Where the server was called.
+        timeout_s: How long the call had, in seconds.
+        more_time: What the person can do to give it more, by the command's flags; empty for nothing.
+        less_work: The same, to ask for less at once.
+    """
     match error:
         case InvalidRequest() | NotFound():
             text = f"the request is not valid: {error}"
@@ -36,10 +44,10 @@ def advice(error: BeamlineError, *, target: str, timeout_s: float) -> str:
                 "start one with `beamline serve`, or name another with --server"
             )
         case Overloaded():
-            text = f"the server at {target} is busy: {error.next_step}, or lower --concurrency and --batch-size"
+            text = f"the server at {target} is busy: {_any_of(error.next_step, less_work)}"
         case DeadlineExceeded():
-            remedies = ("raise --timeout, lower --batch-size, or check --server", error.hint)
-            text = f"no answer from {target} within {timeout_s:g} s: {'; '.join(filter(None, remedies))}"
+            remedies = _any_of(more_time, less_work, "check --server")
+            text = f"no answer from {target} within {timeout_s:g} s: {'; '.join(filter(None, (remedies, error.hint)))}"
         case Cancelled():
             text = f"the call to {target} was cancelled: try again"
         case ServerError():
@@ -47,3 +55,7 @@ def advice(error: BeamlineError, *, target: str, timeout_s: float) -> str:
         case _:
             text = f"what answers at {target} does not keep to the API of Beamline ({error.message}): check --server"
     return " ".join(text.split())
+
+
+def _any_of(*remedies: str) -> str:
+    return ", or ".join(filter(None, remedies))

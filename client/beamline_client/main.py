@@ -44,6 +44,10 @@ _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 _EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
+class _OutputLost(Exception):
+    """What a command has printed cannot be written; the text says why."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `beamline` and returns its exit status."""
     return run(sys.argv[1:] if argv is None else argv, available_commands())
@@ -62,24 +66,35 @@ def run(argv: Sequence[str], commands: Mapping[str, metadata.EntryPoint]) -> int
     Returns:
         What the sub-command returns; 2 if it is unknown or something that it needs is not installed; 130 after Ctrl-C.
     """
-    if not argv or argv[0].startswith("-"):
-        parser = _parser(commands)
-        parser.parse_args(argv)  # --help, --version and unknown options end here
-        parser.print_usage(sys.stderr)
-        return _EXIT_BAD_USAGE
-    name, *arguments = argv
-    if name not in commands:
-        return _refuse(f"unknown command {name!r}; there are: {', '.join(commands)}")
+    if sys.stdout is None:  # closed by who started us, who so wants no output
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     try:
-        status: int = commands[name].load()(arguments)
-        sys.stdout.flush()
-    except ModuleNotFoundError as error:
-        return _refuse(_missing_module(name, error))
+        try:
+            return _dispatch(argv, commands)
+        finally:
+            _flush_stdout()  # also after --help, which raises SystemExit
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has seen enough
         _silence_stdout()
         return _EXIT_BROKEN_PIPE
+    except _OutputLost as error:
+        _silence_stdout()
+        return _refuse(f"stdout cannot be written: {error}")
+
+
+def _dispatch(argv: Sequence[str], commands: Mapping[str, metadata.EntryPoint]) -> int:
+    if not argv or argv[0].startswith("-"):
+        parser = _parser(commands)
+        parser.parse_args(argv)  # --help, --version and unknown options end here
+        return _refuse(f"name a command: {', '.join(commands)}; `beamline --help` tells what they do")
+    name, *arguments = argv
+    if name not in commands:
+        return _refuse(f"unknown command {name!r}; there are: {', '.join(commands)}")
+    try:
+        status: int = commands[name].load()(arguments)
+    except ModuleNotFoundError as error:
+        return _refuse(_missing_module(name, error))
     return status
 
 
@@ -121,6 +136,15 @@ def _missing_module(command: str, error: ModuleNotFoundError) -> str:
 def _refuse(message: str) -> int:
     sys.stderr.write(f"beamline: {message}\n")
     return _EXIT_BAD_USAGE
+
+
+def _flush_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _OutputLost(error.strerror) from error
 
 
 def _silence_stdout() -> None:

@@ -1,4 +1,4 @@
-"""Doubles for tests of programs that call Beamline. Mostly a real gRPC server that does not need a model:
+"""Doubles for tests of programs that call Beamline: a real gRPC server that does not need a model, and a proxy.
 
     with FakeServer() as server, Client(server.target) as client:
         assert client.generate_one("hello").text == "HELLO"
@@ -167,6 +167,10 @@ class FakeServer:
         else:
             port = self._server.add_secure_port(address, self.credentials)
         return port
+
+    def requests(self) -> list[Any]:
+        """The messages that asked for generation, in the order of arrival."""
+        return [call.request for call in self.calls if call.method != "GetInfo"]
 
     def fail(self, *failures: Failure) -> None:
         """Ends the next attempts with these failures, one each, whichever method they call."""

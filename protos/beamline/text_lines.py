@@ -1,6 +1,6 @@
-"""What a line of a text file is, the same for everything that reads one.
+r"""What a line of a text file is, the same for everything that reads one.
 
-A line ends with `\\n` or `\\r\\n` and with nothing else: a lone `\\r`, and the other characters at which `str.splitlines`
+A line ends with `\n` or `\r\n` and with nothing else: a lone `\r`, and the other characters at which `str.splitlines`
 would split, are text. A byte order mark at the start of the file is dropped. Text is UTF-8.
 """
 
@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 
 class NotText(ValueError):
-    """A line is not UTF-8; the text says which, where in it, and what to do."""
+    """A line is not UTF-8; the text says which, why, and what to do.
+
+    Attributes:
+        problem: The same without the line's number.
+    """
+
+    def __init__(self, number: int, problem: str) -> None:
+        super().__init__(f"line {number} {problem}")
+        self.problem = problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +42,8 @@ class TextLine:
         try:
             return self.content.decode()
         except UnicodeDecodeError as error:
-            raise NotText(
-                f"line {self.number} is not UTF-8 text (byte {error.start + 1} of it: {error.reason}): "
-                "convert the file to UTF-8"
-            ) from error
+            problem = f"is not UTF-8 text (byte {error.start + 1} of it: {error.reason}): convert the file to UTF-8"
+            raise NotText(self.number, problem) from error
 
 
 def read_lines(file: Iterable[bytes]) -> Iterator[TextLine]:

@@ -93,12 +93,16 @@ def test_any_target_splits_or_does_not(target: str) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["127.0.0.1", "127.8.9.10", "localhost", "LocalHost", "localhost.", "a.localhost", "0.0.0.0"]
-    + ["[::1]", "[::]", "[::ffff:127.0.0.1]"],
+    ["127.0.0.1", "127.8.9.10", "localhost", "LocalHost", "localhost.", "a.localhost", "0.0.0.0", "[::1]", "[::]"],
 )
 def test_hosts_on_this_machine(host: str) -> None:
     assert is_on_this_machine(f"{host}:8001")
     assert is_on_this_machine(f"dns:///{host}:8001")
+
+
+def test_ipv4_written_as_ipv6_is_on_this_machine() -> None:
+    assert is_on_this_machine("[::ffff:127.0.0.1]:8001")
+    assert not is_on_this_machine("[::ffff:10.0.0.1]:8001")
 
 
 @pytest.mark.parametrize("target", ["unix:socket", "unix:///run/socket", "unix-abstract:name"])
@@ -108,8 +112,18 @@ def test_sockets_are_on_this_machine(target: str) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["10.0.0.1:8001", "128.0.0.1:8001", "localhost.example:8001", "notlocalhost:8001", "[::2]:8001", "[fe80::1]:8001"]
-    + ["ipv4:127.0.0.1:8001,10.0.0.1:8001", "xds:///localhost:8001", "localhost", "http://localhost:8001"],
+    [
+        "10.0.0.1:8001",
+        "128.0.0.1:8001",
+        "localhost.example:8001",
+        "notlocalhost:8001",
+        "[::2]:8001",
+        "[fe80::1]:8001",
+        "ipv4:127.0.0.1:8001,10.0.0.1:8001",
+        "xds:///localhost:8001",
+        "localhost",
+        "http://localhost:8001",
+    ],
 )
 def test_others_are_elsewhere(target: str) -> None:
     assert not is_on_this_machine(target)

@@ -185,10 +185,17 @@ def test_texts_name_the_numbers_and_ids() -> None:
 
 
 def test_advice_names_the_numbers_and_ids() -> None:
-    lines = [advice(error, target="host:1", timeout_s=5.0) for error in ONE_OF_EACH]
+    flags = {"more_time": "raise --timeout", "less_work": "lower --batch-size"}
+    lines = [advice(error, target="host:1", timeout_s=5.0, **flags) for error in ONE_OF_EACH]
 
     assert "search.beam_size: at most 8" in lines[0]
-    assert "try again in 0.2 s" in lines[3]
+    assert "try again in 0.2 s, or lower --batch-size" in lines[3]
     assert "host:1" in lines[4]
-    assert "within 5 s: raise --timeout" in lines[5]
+    assert "within 5 s: raise --timeout, or lower --batch-size, or check --server" in lines[5]
     assert "error id e1, request id r1" in lines[7]
+
+
+def test_advice_names_no_flag_that_a_command_does_not_have() -> None:
+    lines = [advice(error, target="host:1", timeout_s=5.0) for error in ONE_OF_EACH]
+
+    assert not [line for line in lines if "--timeout" in line or "--batch-size" in line or "--concurrency" in line]

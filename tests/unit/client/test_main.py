@@ -1,6 +1,7 @@
 """The `beamline` command: what it lists, loads and reports."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -80,9 +81,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("beamline ")
 
 
-def test_no_command_prints_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_names_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert capsys.readouterr().err.startswith("usage: beamline")
+
+    err = capsys.readouterr().err
+    assert err.startswith("beamline: name a command: export, inspect, load, serve, translate; ")
+    assert (err.count("\n"), "--help" in err) == (1, True)
 
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +177,55 @@ def test_a_reader_that_leaves_early_is_no_error(server: FakeServer) -> None:
 
     assert process.returncode == 141
     assert err == b""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["translate", "--help"], ["load", "--help"]])
+def test_a_reader_that_leaves_before_the_help_is_no_error(arguments: list[str]) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "wb") as closed:
+        done = subprocess.run(
+            [*COMMAND, *arguments], env=ENVIRONMENT, stdout=closed, stderr=subprocess.PIPE, check=False
+        )
+
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("translate {} x", "beamline translate: stdin or stdout: No space left on device"),
+        ("translate --help", "beamline: stdout cannot be written: No space left on device"),
+    ],
+)
+def test_a_full_disk_is_told_in_one_line(server: FakeServer, command: str, told: str) -> None:
+    arguments = command.format(f"--server={server.target}").split()
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*COMMAND, *arguments], env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, check=False)
+
+    assert (done.returncode, done.stderr.decode()) == (2, f"{told}\n")
+
+
+def test_closed_streams_are_no_crash(server: FakeServer) -> None:
+    """As a shell closes them with `<&-` and `>&-`."""
+    translate = shlex.join([*COMMAND, "translate", "--server", server.target])
+
+    def run(line: str) -> tuple[int, bytes]:
+        done = subprocess.run(["sh", "-c", line], env=ENVIRONMENT, capture_output=True, check=False)
+        return done.returncode, done.stderr
+
+    assert run(f"{translate} x >&-") == (0, b"")
+    assert run(f"{translate} <&-") == (
+        *(2, b"beamline translate: there are no texts, and stdin is closed: give some, or name a file with --file\n"),
+    )
+
+
+def test_the_package_runs_as_the_command(server: FakeServer) -> None:
+    command = [sys.executable, "-m", "beamline_client", "translate", "x", "--server", server.target]
+
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+
+    assert done.stdout == "X\n"
 
 
 @pytest.mark.parametrize("module", ["beamline_client", "beamline_client.main", "beamline_client.cli"])

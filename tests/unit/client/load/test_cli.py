@@ -30,7 +30,7 @@ SENTENCES = "un\tone\ndeux mots\ttwo words\nencore trois mots\tthree more words\
 
 def capable() -> pb.GetInfoResponse:
     info = pb.GetInfoResponse()
-    info.model.name = "shouting"
+    info.model.name, info.model.has_tokenizer = "shouting", True
     info.limits.max_beam_size, info.limits.max_text_bytes, info.limits.max_new_tokens = 8, 1000, 100
     info.limits.max_duration.FromSeconds(60)
     info.default_search.beam_size = 4
@@ -314,6 +314,15 @@ class TestBadInput:
             load(*arguments)
         assert ended.value.code == 2
         assert f"argument {arguments[0]}" in capsys.readouterr().err
+
+    def test_a_model_without_a_tokenizer_is_told(self, load: Load, server: FakeServer) -> None:
+        server.info.model.has_tokenizer = False
+
+        status, _, err = load()
+
+        assert (status, err.count("\n")) == (2, 1)
+        assert "has no tokenizer" in err
+        assert sent(server) == []
 
     def test_something_else_that_listens_is_told(self, load: Load) -> None:
         """A port that is open but speaks no gRPC, such as the one of the metrics."""
