@@ -66,6 +66,12 @@ def is_on_this_machine(target: str) -> bool:
     return all(_is_local(host) for host, _ in found) if found else _split_scheme(target)[0] in _SCHEMES_OF_SOCKETS
 
 
+def is_numeric(target: str) -> bool:
+    """Whether a target is one address and port, so that no name has to be looked up."""
+    endpoint = split_target(target)
+    return endpoint is not None and _ip_address(endpoint.host) is not None
+
+
 def _split_scheme(target: str) -> tuple[str | None, str]:
     scheme, colon, rest = target.partition(":")
     # A host can be called "dns", too.
@@ -98,18 +104,21 @@ def _host_and_port(text: str) -> tuple[str, str]:
     return (host, port) if ":" in text else (text, "")
 
 
-def _is_ipv6(text: str) -> bool:
+def _ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return ipaddress.ip_address(text).version == 6
+        return ipaddress.ip_address(text)
     except ValueError:
-        return False
+        return None
+
+
+def _is_ipv6(text: str) -> bool:
+    return isinstance(_ip_address(text), ipaddress.IPv6Address)
 
 
 def _is_local(host: str) -> bool:
     name = host.rstrip(".").lower()
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
+    address = _ip_address(name)
+    if address is None:
         return name == "localhost" or name.endswith(".localhost")
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     # Whoever connects to the unspecified address, which servers listen at, reaches the machine itself.

@@ -40,8 +40,8 @@ def advice(error: BeamlineError, *, target: str, timeout_s: float, more_time: st
             )
         case Unavailable():
             text = (
-                f"cannot reach a server at {target} ({error.message}): {error.hint}; "
-                "start one with `beamline serve`, or name another with --server"
+                f"cannot reach a server at {target}: {error.hint}. "
+                f"Start one with `beamline serve`, or name another with --server ({error.message})"
             )
         case Overloaded():
             text = f"the server at {target} is busy: {_any_of(error.next_step, less_work)}"

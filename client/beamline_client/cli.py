@@ -108,6 +108,8 @@ def _contradiction(arguments: argparse.Namespace) -> str | None:
         return "--stream prints the best text only: leave out --json, --scores and --n-best"
     if arguments.file and arguments.output and _is_same_file(arguments.file, arguments.output):
         return f"{arguments.output} is the input: write to another file"
+    if arguments.output and os.path.isdir(arguments.output):
+        return f"{arguments.output} is a folder: name a file"
     folder = os.path.dirname(arguments.output or "")
     if folder and not os.path.isdir(folder):
         return f"{arguments.output}: there is no folder {folder}: create it, or write elsewhere"

@@ -54,7 +54,7 @@ class BeamlineError(Exception):
         code: The gRPC status, `grpc.StatusCode`.
         message: What happened, in words.
         request_id: The `x-request-id` under which the server knows the call; None when it was never sent.
-        hint: Why no server was reached and what most likely helps, where more is known than the class says.
+        hint: Why no server was reached, where that is known; None otherwise.
     """
 
     default_code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
@@ -147,7 +147,7 @@ class Unavailable(BeamlineError):
     @property
     def next_step(self) -> str:
         """What most likely helps."""
-        return self.hint or "try again in a moment, or ask another replica"
+        return "; ".join(filter(None, (self.hint, "try again in a moment, or ask another replica")))
 
 
 class DeadlineExceeded(BeamlineError):

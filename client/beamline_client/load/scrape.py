@@ -92,6 +92,8 @@ def fetch(url: str, timeout_s: float = 5.0) -> Samples:
     except urllib.error.HTTPError as error:
         with error:  # it holds the connection
             raise MetricsUnreachable(f"{url} answers with HTTP status {error.code}: {_ADVICE}") from error
+    except http.client.BadStatusLine as error:  # its text is what was sent, whatever that is
+        raise MetricsUnreachable(f"what answers at {url} does not speak HTTP, perhaps gRPC: {_ADVICE}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         words = " ".join(str(reason).split()) or type(reason).__name__

@@ -415,6 +415,7 @@ class TestErrors:
             pytest.param(["x", "--stream", "--n-best", "2"], id="stream-n-best"),
             pytest.param(["--file", "does-not-exist.txt"], id="no-such-file"),
             pytest.param(["x", "-o", "no/such/folder/out.txt"], id="no-such-folder"),
+            pytest.param(["x", "-o", str(Path(__file__).parent)], id="a-folder"),
         ],
     )
     def test_bad_usage_is_one_line_and_status_2(

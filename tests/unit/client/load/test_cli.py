@@ -332,6 +332,14 @@ class TestBadInput:
         assert err.count("\n") == 1
 
 
+def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["load", "find-maxx"]) == 2
+    assert capsys.readouterr().err == (
+        "beamline load: unknown command 'find-maxx'; there are: find-max, compare, schema; "
+        "a run has options alone, see --help\n"
+    )
+
+
 class TestFindMax:
     SEARCH = ("find-max", "--window", "0.4s", "--max-windows", "3", "--stability", "100%", "--precision", "30%")
 

@@ -22,6 +22,7 @@ from beamline_client.load.scrape import (
     restarted,
     sample,
 )
+from beamline_client.testing import FakeServer
 from beamline_server.engine.loop import EngineLoad
 from beamline_server.metrics import Metrics, MetricsServer, Outcome
 
@@ -158,9 +159,16 @@ def test_what_does_not_speak_http_is_no_page() -> None:
 
         thread = threading.Thread(target=greet)
         thread.start()
-        with pytest.raises(MetricsUnreachable, match="no metrics at"):
+        with pytest.raises(MetricsUnreachable, match="does not speak HTTP"):
             fetch(f"http://127.0.0.1:{listener.getsockname()[1]}/metrics")
         thread.join()
+
+
+def test_the_port_of_grpc_is_no_page() -> None:
+    with FakeServer() as server, pytest.raises(MetricsUnreachable) as caught:
+        fetch(f"http://{server.target}/metrics")
+    assert "does not speak HTTP, perhaps gRPC: name the server's page with --metrics URL" in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(
