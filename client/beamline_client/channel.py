@@ -40,13 +40,16 @@ def channel_options(target: str, *, retries: bool = True) -> list[tuple[str, str
             names: they would look for it on theirs.
         retries: Whether gRPC sends refused calls again, as `SERVICE_CONFIG` says.
     """
-    direct = [("grpc.enable_http_proxy", 0)] if is_on_this_machine(target) else []
+    # An answer is as large as what was asked for; gRPC's own limit of 4 MiB would lose it once it is there.
+    options: list[tuple[str, str | int]] = [("grpc.max_receive_message_length", -1)]
+    if is_on_this_machine(target):
+        options.append(("grpc.enable_http_proxy", 0))
     if not retries:
-        return [("grpc.enable_retries", 0), *direct]
+        return [*options, ("grpc.enable_retries", 0)]
     return [
+        *options,
         ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
         ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
-        *direct,
     ]
 
 

@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="what a text that cannot be translated (too long, no UTF-8) does: end everything, once the texts before it "
+        help="what a text that cannot be translated (too long, no UTF-8) does: end everything once the texts before it "
         "are written, or leave an empty line (default: %(default)s)",
     )
 

@@ -279,7 +279,8 @@ def _invalid_request(report: _Report) -> BeamlineError:
 
 def _resource_exhausted(report: _Report) -> BeamlineError:
     if _MESSAGE_TOO_LARGE in report.message:
-        return _invalid_request(report)
+        message = f"{report.message}: send fewer or shorter inputs at once"
+        return InvalidRequest(message, code=report.code, request_id=report.request_id)
     retry_info = report.detail(error_details_pb2.RetryInfo)
     return Overloaded(
         report.message,

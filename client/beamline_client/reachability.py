@@ -14,6 +14,8 @@ _HINTS = (
 """Pieces of gRPC's messages, and what they mean; the first that is found counts."""
 
 
+_OF_CONNECTING = ("failed to connect", "connections to all backends failing", "errors resolving")
+"""Pieces of the messages of calls that have never left: a connection that breaks later was the right one."""
 _NO_GRPC = (
     "no gRPC server answers there; a server's metrics have another port, and one that wants TLS is called with "
     "Client(root_certificates=...)"
@@ -27,6 +29,8 @@ def hint_for(message: str, target: str) -> str | None:
     proxy = proxy_for(target)
     if proxy is not None:  # then all that is known is about the proxy
         return str(proxy)
+    if not any(words in message for words in _OF_CONNECTING):
+        return None
     if not is_numeric(target) and any(words in message for words in _OF_ONE_ADDRESS):
         return _NO_GRPC
     return next((hint for words, hint in _HINTS if words in message), None)

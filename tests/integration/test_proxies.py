@@ -28,8 +28,8 @@ def test_nothing_goes_through_a_proxy(proxy: RecordingProxy, fr_en_int8: Bundle,
             text = client.generate_one("Où est la gare ?").text
         page = f"http://127.0.0.1:{server.log.wait_for('listening')['metrics_port']}/metrics"
         assert fetch(page).values
-        translate = [BEAMLINE, "translate", "--server", server.target, "Où est la gare ?"]
-        load = [BEAMLINE, "load", "--server", server.target, "--metrics", page, "--workers", "2", "-o", "report"]
+        translate = [str(BEAMLINE), "translate", "--server", server.target, "Où est la gare ?"]
+        load = [str(BEAMLINE), "load", "--server", server.target, "--metrics", page, "--workers", "2", "-o", "report"]
         brief = ["--concurrency", "1", "--duration", "1s", "--warm-up", "0s"]
 
         translated = subprocess.run(translate, capture_output=True, text=True, check=True, timeout=60)

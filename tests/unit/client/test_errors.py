@@ -119,6 +119,7 @@ def test_a_message_over_the_servers_limit_is_no_overload(server: FakeServer) -> 
     error = error_from(server, Failure(Code.RESOURCE_EXHAUSTED, "SERVER: Received message larger than max (9 vs. 8)"))
 
     assert isinstance(error, InvalidRequest)
+    assert str(error).endswith(": send fewer or shorter inputs at once")
 
 
 @pytest.mark.parametrize(

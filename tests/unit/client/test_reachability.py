@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from beamline_client import BeamlineError, DeadlineExceeded, ProtocolError, Unavailable
 from beamline_client.main import main
+from beamline_client.reachability import hint_for
 from beamline_client.testing import FakeServer
 from beamline_server.metrics import MetricsServer
 
@@ -117,3 +118,8 @@ def test_hints_are_of_no_use_to_who_was_answered(server: FakeServer, call: Call)
         call(server.target, "stream", "x", timeout_s=0.3)
 
     assert late.value.hint is None
+
+
+def test_a_connection_that_breaks_later_was_the_right_one() -> None:
+    assert hint_for("failed to connect to all addresses; last error: UNAVAILABLE: Socket closed", "10.0.0.1:1")
+    assert hint_for("Socket closed", "10.0.0.1:1") is None
