@@ -22,6 +22,8 @@ from beamline_server.settings import Settings
 from beamline_server.tokenizer import Tokenizer
 
 _UNLIMITED = -1
+_MOST_PENDING = 65_536
+_LONGEST_PENDING_S = 3600
 
 
 class PortError(Exception):
@@ -106,8 +108,16 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         # The limits on requests bound responses too; a refusal here would come after all the work.
         ("grpc.max_send_message_length", _UNLIMITED),
-        # A backstop, not admission control: clients see calls above it fail instead of waiting.
+        # Further calls of a connection wait in their client. gRPC must count those that the client knows to be open,
+        # not those whose memory is in use: with "overload protection" it refuses calls that a client may make.
         ("grpc.max_concurrent_streams", 1024),
+        ("grpc.http.overload_protection", 0),
+        # Calls that have arrived and not been looked at: above the first limit (1000 by default) gRPC cancels some,
+        # above the second all, without a word that tells callers to come back. What a server is full with, it must say
+        # itself, so only the memory that they take limits them: some 11 KB each.
+        ("grpc.server.max_pending_requests", _MOST_PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
+        ("grpc.server_max_unrequested_time_in_server", _LONGEST_PENDING_S),
         # A second process on the same port must fail instead of taking every other connection.
         ("grpc.so_reuseport", 0),
         # Callers that live long connect again now and then, and so find new replicas (gRFC A9).
@@ -117,6 +127,7 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         # Callers may ping every 20 s, also while they wait; by default that would cost them the connection (gRFC A8).
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+        # Half of it is borne, since pings that the network holds up arrive close together.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
