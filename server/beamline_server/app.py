@@ -22,11 +22,13 @@ from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
 from beamline_server.engine.runner import StepRunner
 from beamline_server.engine.scheduler import Admission, Continuous, RequestLevel
-from beamline_server.metrics import Metrics, MetricsServer
+from beamline_server.listening import PortError
+from beamline_server.metrics import Metrics
+from beamline_server.metrics_server import MetricsServer
 from beamline_server.rpc.desk import Desk, EngineLike
 from beamline_server.rpc.health import EngineWatch, Health, watch_engine
 from beamline_server.rpc.info import ServedModel, versions
-from beamline_server.rpc.server import PortError, Service, bind, build_server
+from beamline_server.rpc.server import Service, bind, build_server
 from beamline_server.rpc.servicer import TextWork
 from beamline_server.settings import Command, Settings, SettingsError, read_command
 from beamline_server.tokenizer import load_tokenizer
@@ -247,8 +249,8 @@ def _metrics_server(metrics: Metrics, settings: Settings) -> MetricsServer:
     host, port = settings.host, settings.metrics_port
     try:
         return MetricsServer(metrics.registry, host, port)
-    except OSError as error:
-        raise PortError(f"{host}:{port} cannot be listened on for metrics ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        raise PortError(host, port, error, use=" for metrics") from error
 
 
 def _fields(ports: Ports) -> dict[str, int]:

@@ -3,16 +3,12 @@
 Labels come from closed sets and children are made once: counting a request costs some ten microseconds, a step less.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from types import TracebackType
-from typing import Self
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
@@ -247,34 +243,6 @@ class Metrics:
         """Publish what does not change: the model's properties, and the versions of the server's parts."""
         Gauge("beamline_model_info", "The served model.", tuple(model), registry=self.registry).labels(**model).set(1)
         Gauge("beamline_build_info", "Versions.", tuple(build), registry=self.registry).labels(**build).set(1)
-
-
-class MetricsServer:
-    """Serves a registry over HTTP from a thread of its own, until it is closed.
-
-    Raises:
-        OSError: the address cannot be listened on.
-    """
-
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        server, thread = start_http_server(port, host, registry)
-        self._server: WSGIServer = server
-        self._thread: threading.Thread = thread
-        self.port: int = server.server_port
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop serving and free the port."""
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
 
 class _LoadCollector(Collector):

@@ -1,7 +1,6 @@
 """Puts the gRPC server together: services, guard, transport options, port."""
 
 import random
-import socket
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from beamline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+from beamline_server.listening import PortError, address_of, bound_sockets
 from beamline_server.metrics import Clock, Metrics
 from beamline_server.rpc.converters import RequestReader, default_search, limits_of
 from beamline_server.rpc.desk import Desk
@@ -24,10 +24,6 @@ from beamline_server.tokenizer import Tokenizer
 _UNLIMITED = -1
 _MOST_PENDING = 65_536
 _LONGEST_PENDING_S = 3600
-
-
-class PortError(Exception):
-    """An address cannot be listened on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +78,16 @@ def bind(server: Any, host: str, port: int) -> int:
     """Let a server listen, without encryption; returns the port, which is a free one for 0.
 
     Raises:
-        PortError: the address is taken or not this machine's.
+        PortError: there is nothing to listen on.
     """
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        _try_address(host, port)
-        bound: int = server.add_insecure_port(address)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or "gRPC does not say why"
-        raise PortError(f"{address} cannot be listened on ({reason}); is another server running?") from error
+        # gRPC would tell no reason, and write a line of its own into the log.
+        for probe in bound_sockets(host, port):
+            probe.close()
+        bound: int = server.add_insecure_port(address_of(host, port))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PortError(host, port, error) from error
     return bound
-
-
-def _try_address(host: str, port: int) -> None:
-    """Raise OSError if an address is taken: gRPC would tell no reason, and write a line of its own into the log."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
 
 
 def server_options(settings: Settings) -> list[tuple[str, int]]:

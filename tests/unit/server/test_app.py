@@ -23,7 +23,7 @@ from beamline_server.engine.build import DeviceError
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
 from beamline_server.engine.scheduler import Continuous, RequestLevel
-from beamline_server.rpc.server import PortError
+from beamline_server.listening import PortError
 from beamline_server.settings import Command, Settings, SettingsError
 from beamline_server.testing import EOS, ScriptedEngine, failure_of, make_completed, silent, write_bundle
 

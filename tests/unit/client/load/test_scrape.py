@@ -24,7 +24,8 @@ from beamline_client.load.scrape import (
 )
 from beamline_client.testing import FakeServer
 from beamline_server.engine.loop import EngineLoad
-from beamline_server.metrics import Metrics, MetricsServer, Outcome
+from beamline_server.metrics import Metrics, Outcome
+from beamline_server.metrics_server import MetricsServer
 
 DIGITS = st.integers(0, 10**6)
 
