@@ -32,8 +32,8 @@ def address_of(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def bound_sockets(host: str, port: int) -> Sequence[socket.socket]:
-    """Sockets on every address of a host, all with the same port, which is a free one for 0; they do not listen yet.
+def listening_sockets(host: str, port: int) -> Sequence[socket.socket]:
+    """Sockets on every address of a host, all listening on the same port, which is a free one for 0.
 
     Of a name's addresses, those of a family that this machine lacks are left out.
 
@@ -41,28 +41,30 @@ def bound_sockets(host: str, port: int) -> Sequence[socket.socket]:
         OSError | ValueError: the host has no address here, or a port is taken.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    bound: list[socket.socket] = []
+    sockets: list[socket.socket] = []
     refused: list[OSError] = []
     for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
-        free = (address[0], bound[0].getsockname()[1], *address[2:]) if bound else address
+        free = (address[0], sockets[0].getsockname()[1], *address[2:]) if sockets else address
         try:
-            bound.append(_bound_socket(socket.AddressFamily(family), free))
+            sockets.append(_listening_socket(socket.AddressFamily(family), free))
         except OSError as error:
             refused.append(error)
-    if not bound or errno.EADDRINUSE in [error.errno for error in refused]:
-        for each in bound:
+    if not sockets or errno.EADDRINUSE in [error.errno for error in refused]:
+        for each in sockets:
             each.close()
         raise refused[0]
-    return bound
+    return sockets
 
 
-def _bound_socket(family: socket.AddressFamily, address: tuple[object, ...]) -> socket.socket:
+def _listening_socket(family: socket.AddressFamily, address: tuple[object, ...]) -> socket.socket:
     opened = socket.socket(family, socket.SOCK_STREAM)
     try:
+        opened.setblocking(False)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # "::" stands for IPv4, too, as in gRPC
         opened.bind(address)
+        opened.listen()
     except OSError:
         opened.close()
         raise

@@ -5,29 +5,28 @@ the rendering of pages.
 """
 
 import asyncio
+import functools
 import http.client
 import io
 import logging
+import socket
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from beamline_server.listening import bound_sockets
+from beamline_server.listening import listening_sockets
 
 PATH = "/metrics"
 MOST_CONNECTIONS = 64
 """Connections at a time; for a further one, the one that is there longest has to go."""
-REQUEST_S = 5.0
-"""Time for a request to arrive, in seconds."""
-RESPONSE_S = 5.0
-"""Time for a response to be taken, in seconds."""
 
 _LONGEST_HEAD = 16 * 1024
-_BACKLOG = 128
+_PAUSE_S = 0.1
 _TEXT = ("Content-Type", "text/plain; charset=utf-8")
 
 Headers = Sequence[tuple[str, str]]
@@ -37,21 +36,26 @@ _log = logging.getLogger(__name__)
 class MetricsServer:
     """Serves a registry at /metrics from a thread of its own, until it is closed.
 
+    Args:
+        registry: What is served.
+        host: Where to listen.
+        port: The port; a free one for 0.
+        request_s: Time for a request to arrive, in seconds.
+        response_s: Time for a response to be taken, in seconds.
+
     Raises:
         OSError | ValueError: the address cannot be listened on.
     """
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, host: str, port: int, *, request_s: float = 5, response_s: float = 5
+    ) -> None:
         self._page = make_wsgi_app(registry)
-        self._connections: dict[asyncio.Task[Any], None] = {}  # the oldest first
-        self._sockets = bound_sockets(host, port)
+        self._request_s = request_s
+        self._response_s = response_s
+        self._connections: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._sockets = listening_sockets(host, port)
         self.port: int = self._sockets[0].getsockname()[1]
-        try:
-            for each in self._sockets:
-                each.listen(_BACKLOG)
-        except OSError:
-            self._close_sockets()
-            raise
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
@@ -70,50 +74,63 @@ class MetricsServer:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
-    def _close_sockets(self) -> None:
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:  # cancels all tasks at its end
+            runner.run(self._serve())
         for each in self._sockets:
             each.close()
 
-    def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:  # cancels the connections at its end
-            runner.run(self._serve())
-
     async def _serve(self) -> None:
-        serve, limit = asyncio.start_server, _LONGEST_HEAD
-        servers = [await serve(self._connected, sock=each, backlog=_BACKLOG, limit=limit) for each in self._sockets]
+        accepting = [asyncio.create_task(self._accept(each)) for each in self._sockets]
         await self._stop.wait()
-        for server in servers:
-            server.close()
+        for task in accepting:
+            task.cancel()
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._connections) >= MOST_CONNECTIONS:
-            next(iter(self._connections)).cancel()
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections[task] = None
-        try:
-            await self._answer(reader, writer)
-        except (asyncio.CancelledError, TimeoutError, EOFError, OSError):
-            pass  # it was too slow, or is gone, or has to go
-        finally:
-            del self._connections[task]
-            writer.transport.abort()
+    async def _accept(self, listening: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = await self._loop.sock_accept(listening)
+            except OSError:  # no descriptor is free, or the peer has gone again
+                await asyncio.sleep(_PAUSE_S)
+                continue
+            if len(self._connections) >= MOST_CONNECTIONS:
+                oldest = next(iter(self._connections))
+                del self._connections[oldest]
+                oldest.cancel()
+            connection.setblocking(False)
+            task = asyncio.create_task(self._connected(connection))
+            self._connections[task] = None
+            task.add_done_callback(functools.partial(self._ended, connection))
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            async with asyncio.timeout(REQUEST_S):
-                head = await reader.readuntil(b"\r\n\r\n")
+    def _ended(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
+        self._connections.pop(task, None)
+        connection.close()
+
+    async def _connected(self, connection: socket.socket) -> None:
+        with suppress(TimeoutError, EOFError, OSError):  # it is too slow, or gone
+            async with asyncio.timeout(self._request_s):
+                head = await self._head(connection)
             response = self._response(head)
-        except asyncio.LimitOverrunError:
-            response = _message("431 Request Header Fields Too Large", _text("the request's head is too long"))
-        async with asyncio.timeout(RESPONSE_S):
-            writer.write(response)
-            await writer.drain()
-            writer.write_eof()
-            while await reader.read(_LONGEST_HEAD):
-                pass  # closed with something unread, the connection would be reset, and the response perhaps lost
+            async with asyncio.timeout(self._response_s):
+                await self._loop.sock_sendall(connection, response)
+                connection.shutdown(socket.SHUT_WR)
+                while await self._loop.sock_recv(connection, _LONGEST_HEAD):
+                    pass  # closed with something unread, the connection would be reset, and the response perhaps lost
+
+    async def _head(self, connection: socket.socket) -> bytes:
+        """The request up to its empty line, or as much of it as is borne."""
+        head = b""
+        while b"\r\n\r\n" not in head and len(head) <= _LONGEST_HEAD:
+            received = await self._loop.sock_recv(connection, _LONGEST_HEAD)
+            if not received:
+                raise EOFError
+            head += received
+        return head
 
     def _response(self, head: bytes) -> bytes:
+        head, end, _ = head.partition(b"\r\n\r\n")
+        if not end or len(head) > _LONGEST_HEAD:
+            return _message("431 Request Header Fields Too Large", _text("the request's head is too long"))
         try:
             method, target, fields = _parsed(head)
         except (ValueError, http.client.HTTPException):
@@ -144,7 +161,7 @@ class MetricsServer:
 
 
 def _parsed(head: bytes) -> tuple[str, Any, http.client.HTTPMessage]:
-    line, _, fields = head.partition(b"\r\n")
+    line, _, fields = (head + b"\r\n\r\n").partition(b"\r\n")
     method, target, version = line.decode("ascii").split(" ")
     if not version.startswith("HTTP/1."):
         raise ValueError(version)

@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from beamline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
-from beamline_server.listening import PortError, address_of, bound_sockets
+from beamline_server.listening import PortError, address_of, listening_sockets
 from beamline_server.metrics import Clock, Metrics
 from beamline_server.rpc.converters import RequestReader, default_search, limits_of
 from beamline_server.rpc.desk import Desk
@@ -22,7 +22,7 @@ from beamline_server.settings import Settings
 from beamline_server.tokenizer import Tokenizer
 
 _UNLIMITED = -1
-_MOST_PENDING = 65_536
+_MOST_PENDING = 32_768
 _LONGEST_PENDING_S = 3600
 
 
@@ -82,7 +82,7 @@ def bind(server: Any, host: str, port: int) -> int:
     """
     try:
         # gRPC would tell no reason, and write a line of its own into the log.
-        for probe in bound_sockets(host, port):
+        for probe in listening_sockets(host, port):
             probe.close()
         bound: int = server.add_insecure_port(address_of(host, port))
     except (OSError, ValueError, RuntimeError) as error:
