@@ -60,10 +60,10 @@ UNKNOWN_METHOD = MethodName("unknown", "unknown", "unary")
 class MethodMetrics:
     """The series of one gRPC method."""
 
-    def __init__(self, started: Counter, handled: Callable[[str], Counter], seconds: Histogram) -> None:
+    def __init__(self, started: Counter, handled: Callable[[str], Counter], seconds: Histogram, usual: str) -> None:
         self._started = started
         self._make_handled = handled
-        self._handled: dict[str, Counter] = {"OK": handled("OK")}
+        self._handled: dict[str, Counter] = {usual: handled(usual)}  # there from the start, as 0
         self._seconds = seconds
 
     def started(self) -> None:
@@ -151,8 +151,6 @@ class Metrics:
         self._grpc_seconds = self._histogram(
             "grpc_server_handling_seconds", "Time from a call's arrival to its end.", LATENCY_BUCKETS_S, *labels
         )
-        self._unknown_started = self._grpc_started.labels(*_labels(UNKNOWN_METHOD))
-        self._unknown_handled = self._grpc_handled.labels(*_labels(UNKNOWN_METHOD), "UNIMPLEMENTED")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
@@ -185,19 +183,14 @@ class Metrics:
 
     # The RPC layer.
 
-    def method(self, name: MethodName) -> MethodMetrics:
-        """The series of a served method; to be kept, not looked up per call."""
+    def method(self, name: MethodName, *, usual: str = "OK") -> MethodMetrics:
+        """The series of a method whose calls usually have this status; to be kept, not looked up per call."""
         labels = _labels(name)
 
         def handled(code: str) -> Counter:
             return self._grpc_handled.labels(*labels, code)
 
-        return MethodMetrics(self._grpc_started.labels(*labels), handled, self._grpc_seconds.labels(*labels))
-
-    def unknown_method(self) -> None:
-        """Somebody has called a method that is not served."""
-        self._unknown_started.inc()
-        self._unknown_handled.inc()
+        return MethodMetrics(self._grpc_started.labels(*labels), handled, self._grpc_seconds.labels(*labels), usual)
 
     def request_ended(self, outcome: Outcome, seconds: float) -> None:
         """A request for generation, of one or several inputs, has ended so."""

@@ -95,8 +95,8 @@ class MetricsServer:
                 continue
             if len(self._connections) >= MOST_CONNECTIONS:
                 oldest = next(iter(self._connections))
-                del self._connections[oldest]
                 oldest.cancel()
+                await asyncio.wait([oldest])
             connection.setblocking(False)
             task = asyncio.create_task(self._connected(connection))
             self._connections[task] = None

@@ -166,9 +166,7 @@ def test_a_crowd_that_does_not_read_keeps_nobody_out(fetch: Fetch, connect: Call
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /metrics HTTP/1.1\r\nHost: x\r\n"], ids=["nothing", "half a request"])
-def test_who_does_not_finish_asking_is_closed(
-    registry: CollectorRegistry, sent: bytes
-) -> None:
+def test_who_does_not_finish_asking_is_closed(registry: CollectorRegistry, sent: bytes) -> None:
     with (
         MetricsServer(registry, "127.0.0.1", 0, request_s=0.1) as server,
         socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection,
