@@ -7,16 +7,17 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
+from beamline.v1 import generation_pb2
 from beamline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from beamline_server.listening import PortError, address_of, listening_sockets
 from beamline_server.metrics import Clock, Metrics
 from beamline_server.rpc.converters import RequestReader, default_search, limits_of
 from beamline_server.rpc.desk import Desk
-from beamline_server.rpc.health import SERVICE, Health
+from beamline_server.rpc.health import Health
 from beamline_server.rpc.info import ServedModel, info_message
 from beamline_server.rpc.interceptors import Guard
+from beamline_server.rpc.reflection import add_reflection
 from beamline_server.rpc.servicer import GenerationServicer, TextWork
 from beamline_server.settings import Settings
 from beamline_server.tokenizer import Tokenizer
@@ -69,8 +70,7 @@ def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | No
     add_GenerationServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]  # generated
     health_pb2_grpc.add_HealthServicer_to_server(service.health.servicer, server)
     if settings.reflection:
-        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
+        add_reflection(server, [generation_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR])
     return server
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import error_details_pb2
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from beamline.v1 import generation_pb2 as pb
@@ -17,7 +16,6 @@ from beamline_server.rpc.call import Call, current_call, generates
 from beamline_server.rpc.errors import MethodNotFound
 from beamline_server.rpc.interceptors import Guard, printable
 from beamline_server.rpc.server import bind
-from beamline_server.settings import Settings
 from beamline_server.testing import ByteTokenizer, ManualClock, RunningService, failure_of, serving
 
 CODE = grpc.StatusCode
@@ -227,22 +225,6 @@ async def test_retries_of_grpc_are_counted() -> None:
     async with serving() as service:
         await trailing(service, [("grpc-previous-rpc-attempts", "1")])
         assert service.metrics.registry.get_sample_value("beamline_retries_seen_total") == 1
-
-
-@pytest.mark.parametrize("reflection", [True, False])
-async def test_reflection_can_be_switched_off(reflection: bool) -> None:
-    request = reflection_pb2.ServerReflectionRequest(list_services="")
-    async with serving(settings=Settings(reflection=reflection)) as service:
-        stub: Any = reflection_pb2_grpc.ServerReflectionStub(service.channel)  # type: ignore[no-untyped-call, unused-ignore]  # generated
-        call = stub.ServerReflectionInfo(iter([request]))
-        if reflection:
-            answers = [answer async for answer in call]
-            names = {found.name for found in answers[0].list_services_response.service}
-            assert {"beamline.v1.GenerationService", "grpc.health.v1.Health"} <= names
-        else:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                [answer async for answer in call]
-            assert caught.value.code() == CODE.UNIMPLEMENTED
 
 
 class Context:
