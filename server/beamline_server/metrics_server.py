@@ -81,26 +81,33 @@ class MetricsServer:
             each.close()
 
     async def _serve(self) -> None:
-        accepting = [asyncio.create_task(self._accept(each)) for each in self._sockets]
+        for each in self._sockets:
+            self._listen(each)
         await self._stop.wait()
-        for task in accepting:
-            task.cancel()
+        for each in self._sockets:
+            self._loop.remove_reader(each)
 
-    async def _accept(self, listening: socket.socket) -> None:
-        while True:
-            try:
-                connection, _ = await self._loop.sock_accept(listening)
-            except OSError:  # no descriptor is free, or the peer has gone again
-                await asyncio.sleep(_PAUSE_S)
-                continue
-            if len(self._connections) >= MOST_CONNECTIONS:
-                oldest = next(iter(self._connections))
-                oldest.cancel()
-                await asyncio.wait([oldest])
-            connection.setblocking(False)
-            task = asyncio.create_task(self._connected(connection))
-            self._connections[task] = None
-            task.add_done_callback(functools.partial(self._ended, connection))
+    def _listen(self, listening: socket.socket) -> None:
+        if not self._stop.is_set():
+            self._loop.add_reader(listening, self._accept, listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        try:
+            connection, _ = listening.accept()
+        except (BlockingIOError, ConnectionError):  # the peer has gone again
+            return
+        except OSError:  # no descriptor is free
+            self._loop.remove_reader(listening)
+            self._loop.call_later(_PAUSE_S, self._listen, listening)
+            return
+        if len(self._connections) >= MOST_CONNECTIONS:
+            oldest = next(iter(self._connections))
+            del self._connections[oldest]
+            oldest.cancel()
+        connection.setblocking(False)
+        task = self._loop.create_task(self._connected(connection))
+        self._connections[task] = None
+        task.add_done_callback(functools.partial(self._ended, connection))
 
     def _ended(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
         self._connections.pop(task, None)

@@ -137,7 +137,7 @@ class ServerProcess:
 
     def _reachable(self, port: str) -> str:
         listening = self.log.wait_for("listening")
-        host = listening["host"]
+        host = str(listening["host"])
         return address_of(_LOOPBACK.get(host, host), listening[port])
 
     def wait_until_serving(self, *, within_s: float = 60) -> None:

@@ -28,7 +28,7 @@ current_call: ContextVar[Call] = ContextVar("current_call")
 
 
 def generates(method: FunctionT) -> FunctionT:
-    """Mark a servicer's method: its calls count as requests for generation, and the server ends those that take long."""
+    """Mark a servicer's method: its calls count as requests for generation, and take `max_duration_s` at most."""
     setattr(method, _MARK, True)
     return method
 
