@@ -1,9 +1,11 @@
 """A server as a process of its own, for tests, benchmarks and demos: start it, watch it, stop it.
 
-with ServerProcess(bundle, "--max-rows", "64") as server:
-server.wait_until_serving()
-...  # call server.target
-status = server.stop()
+A test, or a program that compares servers, does this:
+
+    with ServerProcess(bundle, "--max-rows", "64") as server:
+        server.wait_until_serving()
+        ...  # call server.target
+        status = server.stop()
 """
 
 import json
