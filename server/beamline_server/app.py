@@ -22,7 +22,7 @@ from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
 from beamline_server.engine.runner import StepRunner
 from beamline_server.engine.scheduler import Admission, Continuous, RequestLevel
-from beamline_server.listening import PortError
+from beamline_server.listening import PortError, allow_most_descriptors
 from beamline_server.metrics import Metrics
 from beamline_server.metrics_server import MetricsServer
 from beamline_server.rpc.desk import Desk, EngineLike
@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = read_command(sys.argv[1:] if argv is None else argv, os.environ)
         logs.configure(command.settings.log_level)
+        allow_most_descriptors()
         disable_created_metrics()  # type: ignore[no-untyped-call]  # has no type information
         return asyncio.run(_run_until_signalled(command))
     except SettingsError as error:

@@ -1,9 +1,14 @@
-"""Addresses to listen on, for gRPC and for metrics alike, and what to tell where there is nothing to listen on."""
+"""Addresses to listen on, for gRPC and for metrics alike; what to tell where one cannot; how many may connect."""
 
 import errno
+import resource
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 
+_OWN_DESCRIPTORS = 128
+"""For the server's own files, and for the connections of those who read the metrics."""
+_UNLIMITED = 2**31 - 1
 _ADVICE = {
     errno.EADDRINUSE: "is another server running? Stop it, or choose another port",
     errno.EADDRNOTAVAIL: "it is no address of this machine; 0.0.0.0 and :: stand for all that it has",
@@ -69,3 +74,17 @@ def _listening_socket(family: socket.AddressFamily, address: tuple[object, ...])
         opened.close()
         raise
     return opened
+
+
+def allow_most_descriptors() -> None:
+    """Let this process open as many files and connections as the system permits; shells often set a lower limit."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # some systems permit "unlimited", but not to ask for it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def most_callers() -> int:
+    """Connections for which this process has descriptors, besides its own."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = allowed == resource.RLIM_INFINITY
+    return _UNLIMITED if unlimited else min(max(allowed - _OWN_DESCRIPTORS, 1), _UNLIMITED)

@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from beamline.v1 import generation_pb2
 from beamline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
-from beamline_server.listening import PortError, address_of, listening_sockets
+from beamline_server.listening import PortError, address_of, listening_sockets, most_callers
 from beamline_server.metrics import Clock, Metrics
 from beamline_server.rpc.converters import RequestReader, default_search, limits_of
 from beamline_server.rpc.desk import Desk
@@ -115,6 +115,10 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         # A peer that is gone would otherwise hold its connection for two hours.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        # Who connects and says nothing, not even that it speaks HTTP/2, would hold a descriptor for two minutes.
+        ("grpc.server_handshake_timeout_ms", 10_000),
+        # Without a descriptor, neither metrics nor anything else could be read.
+        ("grpc.max_allowed_incoming_connections", most_callers()),
         # Callers may ping every 20 s, also while they wait; by default that would cost them the connection (gRFC A8).
         # Half of it is borne, since pings that the network holds up arrive close together.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

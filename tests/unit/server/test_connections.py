@@ -1,9 +1,10 @@
-"""Clients that keep their connection alive with pings: how often they may, and what becomes of those that overdo it.
+"""Clients' connections: how often pings may come, what becomes of those that overdo it, and of those that say nothing.
 
 gRPC's own clients refuse to ping often, so these are HTTP/2 frames written by hand.
 """
 
 import asyncio
+import resource
 import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -13,16 +14,21 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2_grpc
 
+from beamline_server.metrics_server import MOST_CONNECTIONS
 from beamline_server.rpc.server import bind, server_options
 from beamline_server.settings import Settings
 
 FLOOR = "grpc.http2.min_ping_interval_without_data_ms"
 GRPC_FLOOR_MS = 300_000
 """What gRPC bears if it is told nothing."""
+HANDSHAKE = "grpc.server_handshake_timeout_ms"
+GRPC_HANDSHAKE_MS = 120_000
 DOCUMENTED_INTERVAL_MS = 20_000
 """How often clients may ping, as docs/api.md has it."""
 SCALE = 100
 """So many times faster than in production, or the tests would take minutes."""
+CONNECTIONS = "grpc.max_allowed_incoming_connections"
+LONGEST_SILENCE_S = 10
 PINGS = 8
 """Two more than enough: gRPC ends the connection at the third that comes too early."""
 
@@ -89,23 +95,30 @@ def watch_headers() -> Iterator[bytes]:
 
 
 @asynccontextmanager
-async def connected() -> AsyncIterator[Connection]:
-    """A connection to a server with the options of production, but for the time between pings, which is scaled."""
-    options = dict(server_options(Settings()))
-    options[FLOOR] = options.get(FLOOR, GRPC_FLOOR_MS) // SCALE
+async def streams_to_a_server() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection to a server with the options of production, but for times that the tests await, which are scaled."""
+    options = {HANDSHAKE: GRPC_HANDSHAKE_MS, FLOOR: GRPC_FLOOR_MS} | dict(server_options(Settings()))
+    options |= {name: options[name] // SCALE for name in (HANDSHAKE, FLOOR)}
     server = grpc.aio.server(options=[*options.items()])
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)  # type: ignore[attr-defined, no-untyped-call, unused-ignore]  # stubs lack aio
     port = bind(server, "127.0.0.1", 0)
     await server.start()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
+        yield reader, writer
+    finally:
+        writer.close()
+        await server.stop(None)
+
+
+@asynccontextmanager
+async def connected() -> AsyncIterator[Connection]:
+    """The same, as a connection that speaks HTTP/2."""
+    async with streams_to_a_server() as (reader, writer):
         writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
         connection = Connection(reader, writer)
         connection.send(SETTINGS)
         yield connection
-    finally:
-        writer.close()
-        await server.stop(None)
 
 
 def test_the_floor_leaves_room_for_pings_that_arrive_close_together() -> None:
@@ -125,3 +138,16 @@ async def test_pings_as_often_as_documented_are_answered(calling: bool) -> None:
 async def test_pings_far_more_often_cost_the_connection() -> None:
     async with connected() as connection:
         assert await connection.goaway_to_pings_every(0) == b"too_many_pings"
+
+
+@pytest.mark.parametrize("sent", [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], ids=["nothing", "the preface alone"])
+async def test_who_does_not_begin_to_speak_is_closed_within_seconds(sent: bytes) -> None:
+    async with streams_to_a_server() as (reader, writer):
+        writer.write(sent)
+        async with asyncio.timeout(LONGEST_SILENCE_S / SCALE * 10):  # ten times as long, for slow machines
+            await reader.read()
+
+
+def test_there_are_descriptors_left_when_all_callers_have_come() -> None:
+    most, (allowed, _) = dict(server_options(Settings()))[CONNECTIONS], resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert most + MOST_CONNECTIONS < allowed
