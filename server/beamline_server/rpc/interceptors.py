@@ -94,14 +94,15 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         return guarded
 
     def _guard(self, path: str, handler: Any) -> Any:
-        behaviour = _behaviour(handler)
+        function = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         series = self._metrics.method(_method_name(path, handler))
-        method = _GuardedMethod(path, series, self._metrics, generates=does_generate(behaviour))
+        method = _GuardedMethod(path, series, self._metrics, generates=does_generate(function))
         deserialize, serialize = handler.request_deserializer, handler.response_serializer
         if deserialize is not None and not handler.request_streaming:
             deserialize = _tolerant(deserialize)
         make = _MAKE_HANDLER[handler.request_streaming, handler.response_streaming]
-        return make(self._around(method, behaviour), request_deserializer=deserialize, response_serializer=serialize)
+        behaviour = self._around(method, _written(function))
+        return make(behaviour, request_deserializer=deserialize, response_serializer=serialize)
 
     def _around(self, method: "_GuardedMethod", behaviour: Behaviour) -> Behaviour:
         clock = self._clock
@@ -259,15 +260,14 @@ async def _within(longest_s: float, work: Awaitable[Any]) -> Any:
         raise
 
 
-def _behaviour(handler: Any) -> Behaviour:
-    """The handler's function; one that yields its responses becomes one that writes them."""
-    behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-    if not inspect.isasyncgenfunction(behaviour):
-        function: Behaviour = behaviour
-        return function
+def _written(function: Any) -> Behaviour:
+    """A method's function; one that yields its responses becomes one that writes them."""
+    if not inspect.isasyncgenfunction(function):
+        behaviour: Behaviour = function
+        return behaviour
 
     async def write_all(request: Any, context: Any) -> None:
-        responses: AsyncIterator[Any] = behaviour(request, context)
+        responses: AsyncIterator[Any] = function(request, context)
         async for response in responses:
             await context.write(response)
 

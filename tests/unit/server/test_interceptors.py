@@ -1,7 +1,7 @@
 """What holds for every call: ids, malformed bytes, faults that leak nothing, and counting."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -228,12 +228,31 @@ async def test_retries_of_grpc_are_counted() -> None:
         assert service.metrics.registry.get_sample_value("beamline_retries_seen_total") == 1
 
 
+async def test_a_method_that_yields_its_responses_can_generate_too() -> None:
+    @generates
+    async def rescore(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        yield str(current_call.get().deadline_s).encode()
+
+    async def continuation(details: object) -> Any:
+        return grpc.unary_stream_rpc_method_handler(rescore)
+
+    metrics = Metrics(CollectorRegistry())
+    guard = Guard(metrics, max_duration_s=30, clock=ManualClock(1000))
+    handler = await guard.intercept_service(continuation, SimpleNamespace(method="/x.Y/Z"))
+    context = Context(remaining_s=None)
+    await handler.unary_stream(b"", context)
+
+    assert context.written == [b"1030"]
+    assert metrics.registry.get_sample_value("beamline_requests_total", {"outcome": "ok"}) == 1
+
+
 class Context:
     """A server's context for one call, as far as the guard uses it."""
 
     def __init__(self, remaining_s: float | None) -> None:
         self._remaining_s = remaining_s
         self.aborted: tuple[Any, ...] = ()
+        self.written: list[bytes] = []
 
     def invocation_metadata(self) -> None:
         return None
@@ -243,6 +262,9 @@ class Context:
 
     def time_remaining(self) -> float | None:
         return self._remaining_s
+
+    async def write(self, response: bytes) -> None:
+        self.written.append(response)
 
     async def abort(self, *arguments: Any) -> None:
         self.aborted = arguments
