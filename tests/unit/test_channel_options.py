@@ -10,7 +10,7 @@ from grpc._cython import cygrpc
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDERS = ("server", "client", "export", "benchmarks", "models", "tests")
-OPTION = re.compile(r"grpc(\.[a-z0-9_]+)+")
+OPTION = re.compile(r"grpc(\.(?!v\d)[a-z0-9_]+)+")
 CORE = Path(cygrpc.__file__).read_bytes()
 
 
@@ -20,7 +20,7 @@ def is_known(option: str) -> bool:
 
 
 def options_of(path: Path) -> Iterator[str]:
-    """Every string of a file that reads like an option; the names of services have capitals."""
+    """Every string of a file that reads like an option; names of services have capitals, those of packages versions."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and OPTION.fullmatch(node.value):
             yield node.value
