@@ -16,7 +16,7 @@ from beamline_client import BeamlineError, DeadlineExceeded, ProtocolError, Unav
 from beamline_client.main import main
 from beamline_client.reachability import hint_for
 from beamline_client.testing import FakeServer
-from beamline_server.metrics import MetricsServer
+from beamline_server.metrics_server import MetricsServer
 
 Call: TypeAlias = Callable[..., Any]
 
