@@ -37,6 +37,7 @@ from beamline_export.parity import Probe, check_contract, check_parity, random_s
 from beamline_export.precision import STORES, CalibratedInt8Store, WeightStore
 from beamline_export.progress import Progress
 from beamline_export.spec import Checkpoint, ExportError, check_weights
+from beamline_export.vocabularies import check_vocabularies
 from beamline_server.bundle import (
     DECODER_STEP,
     ENCODER,
@@ -109,10 +110,13 @@ def export_checkpoint(
     with progress.step("read the checkpoint"):
         checkpoint = family.read(source)
         check_weights(checkpoint)
+        notices = [*checkpoint.notices, *check_vocabularies(checkpoint, source)]
+    for notice in notices:
+        progress.warn(notice)
     unsupported = checkpoint.generation["not_supported"]
     assert isinstance(unsupported, dict)
     for setting, value in sorted(unsupported.items()):
-        progress.warn(f"generation setting {setting} = {value} is not supported")
+        progress.warn(f"setting {setting} = {value} is not supported and has no effect")
     activations = Activations(scaled="per_row") if options.precision == "int8" else None
     if sentences is not None:
         activations = _calibrated(checkpoint, source, target, sentences, progress)
@@ -291,7 +295,11 @@ class _Writing:
             },
             "special_tokens": dataclasses.asdict(self.checkpoint.special_tokens),
             "generation_defaults": dict(self.checkpoint.generation),
-            "tokenizer": {"kind": self.checkpoint.tokenizer_kind, "files": list(self.checkpoint.tokenizer_files)},
+            "tokenizer": {
+                "kind": self.checkpoint.tokenizer_kind,
+                "files": list(self.checkpoint.tokenizer_files),
+                **self.checkpoint.tokenizer_settings,
+            },
             "files": self.sums,
             "golden": golden or [],
             "golden_tolerance": _GOLDEN_TOLERANCE[self.options.precision],

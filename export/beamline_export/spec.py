@@ -105,6 +105,8 @@ class Checkpoint:
         removed_tokens: Ids that are taken out before the softmax, so that what they had goes to all others: what
             Hugging Face's `renormalize_logits` makes of banned tokens.
         weight_names: Canonical name -> name in the checkpoint, for messages.
+        tokenizer_settings: Further fields of the bundle's `TokenizerEntry`.
+        notices: What the user should know about the checkpoint, a line each.
     """
 
     spec: TransformerSpec
@@ -115,6 +117,8 @@ class Checkpoint:
     tokenizer_files: Mapping[str, str] = field(default_factory=dict)
     removed_tokens: tuple[int, ...] = ()
     weight_names: Mapping[str, str] = field(default_factory=dict)
+    tokenizer_settings: Mapping[str, object] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
 
 def _linear(name: str, out_features: int, in_features: int) -> Iterator[tuple[str, tuple[int, ...]]]:
