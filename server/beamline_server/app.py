@@ -127,6 +127,7 @@ async def run(
         metrics_port = resources.enter_context(_metrics_server(metrics, settings)).port
         bundle = await asyncio.to_thread(load_bundle, command.bundle)
         tokenizer = load_tokenizer(bundle)
+        _tell_ignored_settings(bundle)
         built = await asyncio.to_thread(build, bundle, settings, deliver=desk.deliver, observer=metrics)
         model = ServedModel(settings.model_name or bundle.manifest.name, bundle, built.device)
         metrics.watch_load(built.engine.load, clock=time.monotonic)
@@ -154,6 +155,12 @@ async def run(
             await server.stop(None)
         _log.info("stopped", extra={"event": "stopped", "engine_failed": died})
     return EXIT_ENGINE_FAILED if died else EXIT_STOPPED
+
+
+def _tell_ignored_settings(bundle: Bundle) -> None:
+    if ignored := bundle.manifest.generation_defaults.not_supported:
+        message = "settings of the checkpoint would change answers and have no effect"
+        _log.warning(message, extra={"event": "ignored_settings", "settings": ignored})
 
 
 @dataclass(frozen=True, slots=True)
