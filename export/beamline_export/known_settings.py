@@ -108,6 +108,8 @@ TOKENIZER: Mapping[str, Mapping[str, Effect]] = {
         **_all((), "sp_model_kwargs"),
         # Of a normalizer of punctuation that transformers load and do not call.
         **_all(ANY, "source_lang target_lang source_spm target_spm vocab target_vocab_file special_tokens_pattern"),
+        # Of byte pairs, which it has none of.
+        **_all(ANY, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
     },
     "bart": {
         **_TOKENIZER,

@@ -87,7 +87,7 @@ def _vocabulary(file: Path) -> dict[str, int]:
     try:
         return read_vocabulary(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(f"{file} cannot be read as a vocabulary ({unreadable(error)}); download it again") from error
+        raise unreadable_tokenizer(file, error) from error
 
 
 def read_bart_tokenizer(
@@ -98,10 +98,10 @@ def read_bart_tokenizer(
     One that adds nothing gets `<s> source </s>` from BART's own class, and nothing from any other, as in transformers.
     Arguments and errors are those of `read_marian_tokenizer`.
     """
-    tokenizer = _tokenizer(folder / "tokenizer.json")
+    tokenizer = load_json_tokenizer(folder / "tokenizer.json")
     known: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     roberta = (config.tokenizer_class or _ROBERTA_CLASSES[0]).removesuffix("Fast") in _ROBERTA_CLASSES
-    before, after = _added_around(tokenizer)
+    before, after = added_around(tokenizer)
     own = tuple(config.token(name, _ROBERTA[name]) for name in ("cls_token", "sep_token"))
     notices = []
     if not (before or after):
@@ -130,15 +130,25 @@ def read_bart_tokenizer(
     )
 
 
-def _tokenizer(file: Path) -> Any:
+def load_json_tokenizer(file: Path) -> Any:
+    """A tokenizer.json.
+
+    Raises:
+        ExportError: it is missing, or none.
+    """
     try:
         return read_json_tokenizer(file)
     except Exception as error:  # the library raises its own kinds; all mean the same to the user
-        raise ExportError(f"{file} cannot be read as a tokenizer ({unreadable(error)}); download it again") from error
+        raise unreadable_tokenizer(file, error) from error
 
 
-def _added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that a post-processor puts before and after a text."""
+def unreadable_tokenizer(file: Path, error: Exception) -> ExportError:
+    """That a file is no tokenizer's, and why."""
+    return ExportError(f"{file} cannot be read as a tokenizer ({unreadable(error)}); download it again")
+
+
+def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the post-processor of a tokenizer.json puts before and after a text."""
     encoding = tokenizer.encode(_PROBE)
     added = [bool(mask) for mask in encoding.special_tokens_mask]
     first = added.index(False) if False in added else 1

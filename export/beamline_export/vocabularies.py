@@ -5,13 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beamline_export.spec import Checkpoint, ExportError
-from beamline_server.tokenizer import (
-    read_json_tokenizer,
-    read_sentencepiece,
-    read_vocabulary,
-    unknown_id,
-    unreadable,
-)
+from beamline_export.tokenizer_files import added_around, load_json_tokenizer, unreadable_tokenizer
+from beamline_server.tokenizer import read_sentencepiece, read_vocabulary, unknown_id
 
 _MOST_SHOWN = 5
 _FILES = {
@@ -58,6 +53,8 @@ def check_vocabularies(checkpoint: Checkpoint, folder: Path) -> list[str]:
     source, target = _FILES[checkpoint.tokenizer_kind]
     target = target if target in checkpoint.tokenizer_files else source
     spec = checkpoint.spec
+    if checkpoint.tokenizer_kind == "tokenizers":
+        _check_around(checkpoint, folder / source)
     read = {name: _read(checkpoint.tokenizer_kind, folder / name, spec.source_vocabulary) for name in {source, target}}
     return [
         *_outside(read[source], folder / source, "source", spec.source_vocabulary),
@@ -91,20 +88,35 @@ def _ids_outside(named: Mapping[str, Iterable[int | None]], side: str, size: int
             yield f"{name} {shown} is outside the {side} vocabulary of {size} (0 to {size - 1}); correct or remove it"
 
 
+def _check_around(checkpoint: Checkpoint, file: Path) -> None:
+    """A source begins and ends once: as its config says, or as its tokenizer does."""
+    tokens = checkpoint.special_tokens
+    before, after = added_around(load_json_tokenizer(file))
+    for name, wanted, found in (
+        ("source_bos_token_id", tokens.source_bos, before[:1]),
+        ("source_eos_token_id", tokens.source_eos, after[-1:]),
+    ):
+        if wanted is not None and found not in ([], [wanted]):
+            raise ExportError(
+                f"config.json: {name} {wanted} is not what the post-processor of {file.name} adds ({found[0]}): a text "
+                "would get both; correct or remove it"
+            )
+
+
 def _read(kind: str, file: Path, size: int) -> _Vocabulary:
+    if kind == "tokenizers":
+        return _read_json(file, size)
     try:
         if kind == "marian":
             return _Vocabulary(read_vocabulary(file))
-        if kind == "sentencepiece":
-            model = read_sentencepiece(file)
-            return _Vocabulary({model.id_to_piece(i): i for i in range(model.get_piece_size())})
-        return _read_json(file, size)
-    except Exception as error:  # the libraries raise many kinds; all mean that the file is no such vocabulary
-        raise ExportError(f"{file} cannot be read as a tokenizer ({unreadable(error)}); download it again") from error
+        model = read_sentencepiece(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable_tokenizer(file, error) from error
+    return _Vocabulary({model.id_to_piece(i): i for i in range(model.get_piece_size())})
 
 
 def _read_json(file: Path, size: int) -> _Vocabulary:
-    tokenizer = read_json_tokenizer(file)
+    tokenizer = load_json_tokenizer(file)
     added = tokenizer.get_added_tokens_decoder().values()
     return _Vocabulary(
         tokenizer.get_vocab(with_added_tokens=True),

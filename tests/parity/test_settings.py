@@ -166,7 +166,9 @@ PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad
             },
             id="cleaned-up",
         ),
-        pytest.param({}, {}, {"tokenizer_config": {"extra_special_tokens": ["\u0120", "Z", "Q", "#"]}}, id="special-words"),
+        pytest.param(
+            {}, {}, {"tokenizer_config": {"extra_special_tokens": ["\u0120", "Z", "Q", "#"]}}, id="special-words"
+        ),
     ],
 )
 def test_bart_answers_as_transformers_do(
