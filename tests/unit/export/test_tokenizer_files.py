@@ -123,6 +123,7 @@ def test_separate_vocabularies_need_two_files(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"lacks target_vocab\.json of its tokenizer, whose separate_vocabs is true"):
         read(folder)
     edit(folder / "tokenizer_config.json", separate_vocabs=False)
+    edit(folder / "generation_config.json", pad_token_id=0, decoder_start_token_id=0)
     assert "target_vocab.json" not in read(folder).tokenizer_files
     with pytest.raises(ExportError, match=r"vocab\.json has 6000 tokens .* model's target vocabulary has 90: copy the"):
         check_vocabularies(read(folder), folder)
