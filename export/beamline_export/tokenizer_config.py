@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from beamline_export.checkpoint import read_optional_json
+from beamline_export.checkpoint import Fields, read_optional_json
 from beamline_export.known_settings import READ, TOKENIZER, without_effect
 from beamline_export.spec import ExportError
 
 CONFIG_FILE = "tokenizer_config.json"
 _MAP_FILE = "special_tokens_map.json"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("separate_vocabs", "add_prefix_space", "clean_up_tokenization_spaces")
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")
 
 
@@ -54,6 +55,10 @@ def read_tokenizer_config(folder: Path, family: str) -> TokenizerConfig:
     data = read_optional_json(folder / CONFIG_FILE) or {}
     if "added_tokens_decoder" not in data:  # which has been there ever since the map does not count any more
         data |= read_optional_json(folder / _MAP_FILE) or {}
+    fields = Fields(data, str(folder / CONFIG_FILE))
+    for name in _FLAGS:
+        fields.flag(name, False)
+    fields.check()
     try:
         return _read(folder, data, family)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -101,16 +101,7 @@ def read_bart_tokenizer(
     tokenizer = load_json_tokenizer(folder / "tokenizer.json")
     known: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     roberta = (config.tokenizer_class or _ROBERTA_CLASSES[0]).removesuffix("Fast") in _ROBERTA_CLASSES
-    before, after = added_around(tokenizer)
-    own = tuple(config.token(name, _ROBERTA[name]) for name in ("cls_token", "sep_token"))
-    notices = []
-    if not (before or after):
-        notices.append(_nothing_around(own if roberta else ()))
-        if roberta and (missing := [token for token in own if token not in known]):
-            raise ExportError(f"{folder / 'tokenizer.json'} has no {missing[0]}, which BART has around a text; add it")
-        before, after = ([[known[token]] for token in own]) if roberta else ([], [])
-    elif roberta and (before, after) != ([known.get(own[0])], [known.get(own[1])]):
-        notices.append(_other_around(tokenizer, (*before, *after), own))
+    before, after, notices = _around_bart(tokenizer, config, known, roberta=roberta)
     added = tokenizer.get_added_tokens_decoder()
     flagged = {i for i, token in added.items() if token.special}
     matched = {token.content for token in added.values() if not token.special}
@@ -128,6 +119,22 @@ def read_bart_tokenizer(
         },
         notices,
     )
+
+
+def _around_bart(
+    tokenizer: Any, config: TokenizerConfig, known: Mapping[str, int], *, roberta: bool
+) -> tuple[list[int], list[int], list[str]]:
+    """The ids before and after a text, and what the user should know about them."""
+    before, after = added_around(tokenizer)
+    own = [config.token(name, _ROBERTA[name]) for name in ("cls_token", "sep_token")]
+    if before or after:
+        differs = roberta and (before, after) != ([known.get(own[0])], [known.get(own[1])])
+        return before, after, [_other_around(tokenizer, (*before, *after), own)] if differs else []
+    if not roberta:
+        return [], [], [_nothing_around(())]
+    if missing := [token for token in own if token not in known]:
+        raise ExportError(f"tokenizer.json has no {missing[0]}, which BART has around a text; add it")
+    return [known[own[0]]], [known[own[1]]], [_nothing_around(own)]
 
 
 def load_json_tokenizer(file: Path) -> Any:

@@ -102,6 +102,29 @@ def test_fr_en_translates_as_transformers_do(file: str, changes: dict[str, Any],
     assert same(fr_en, "marian", french()) == 24
 
 
+def test_two_vocabularies_have_two_ends(tmp_path: Path) -> None:
+    """A source ends with the source's `</s>`, and the target's leaves no trace in text."""
+    folder = tmp_path / "checkpoint"
+    ids = {"eos_token_id": 7, "pad_token_id": 5999, "decoder_start_token_id": 5999, "bos_token_id": None}
+    sizes = {"vocab_size": 6000, "decoder_vocab_size": 6000, "share_encoder_decoder_embeddings": False}
+    write_hugging_face(folder, "marian", {**sizes, **ids}, {**ids, "eos_token_id": [2, 7]}, seed=3)
+    for name in ("source.spm", "target.spm", "vocab.json"):
+        shutil.copy(FR_EN / name, folder)
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    (folder / "target_vocab.json").write_text(json.dumps({p: (i + 7) % 6000 for p, i in vocabulary.items()}))
+    edit(folder / "tokenizer_config.json", separate_vocabs=True)
+    bundle = export(folder, folder.with_name("bundle"), ExportOptions(), Progress(io.StringIO()))
+    tokenizer = load_tokenizer(bundle)
+    assert tokenizer is not None
+    with quiet_transformers():
+        their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in french():
+        assert tokenizer.encode(text) == their_tokenizer(text)["input_ids"]
+        assert tokenizer.encode(text)[-1] == 0
+        words = [i + 7 for i in tokenizer.encode(text)[:-1]]
+        assert tokenizer.decode([*words, 7]) == their_tokenizer.decode(words, skip_special_tokens=True)
+
+
 def write_bart(
     folder: Path,
     config: dict[str, Any],

@@ -253,6 +253,14 @@ def test_tokens_that_are_none_are_refused(config: dict[str, Any], tmp_path: Path
         read(write_marian(tmp_path / "m", config))
 
 
+def test_flags_are_true_or_false(tmp_path: Path) -> None:
+    folder = write_marian(tmp_path / "m", {"separate_vocabs": "yes", "clean_up_tokenization_spaces": 1})
+    with pytest.raises(
+        ExportError, match=r"separate_vocabs must be true or false.*clean_up_tokenization_spaces must be"
+    ):
+        read(folder)
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "vocab.json"])
 def test_a_file_that_is_no_json_is_named(name: str, tmp_path: Path) -> None:
     folder = write_marian(tmp_path / "m")
