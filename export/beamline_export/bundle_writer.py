@@ -116,7 +116,7 @@ def export_checkpoint(
     unsupported = checkpoint.generation["not_supported"]
     assert isinstance(unsupported, dict)
     for setting, value in sorted(unsupported.items()):
-        progress.warn(f"setting {setting} = {value} is not supported and has no effect")
+        progress.warn(f"setting not supported: {setting} = {value}")
     activations = Activations(scaled="per_row") if options.precision == "int8" else None
     if sentences is not None:
         activations = _calibrated(checkpoint, source, target, sentences, progress)

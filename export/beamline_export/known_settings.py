@@ -128,7 +128,7 @@ def without_effect(settings: Mapping[str, Any], known: Mapping[str, Effect], *, 
     for name, value in settings.items():
         effect = known.get(name)
         if effect is None and name_unknown:
-            found[name] = f"{json.dumps(value)}: a setting of this name is not known"
+            found[name] = f"{json.dumps(value)} (an unknown name)"
         elif isinstance(effect, tuple) and value not in (None, [], {}, *effect):
             found[name] = json.dumps(value)
     return found

@@ -203,7 +203,7 @@ def test_unsupported_settings_are_warned_about_and_recorded(
 ) -> None:
     source = checkpoint.config(generation={"no_repeat_ngram_size": 3, "num_beams": 4})
     bundle = export(source, tmp_path / "bundle", ExportOptions(), Progress())
-    assert "warning: setting no_repeat_ngram_size = 3 is not supported and has no effect" in capsys.readouterr().err
+    assert "warning: setting not supported: no_repeat_ngram_size = 3" in capsys.readouterr().err
     assert bundle.manifest.generation_defaults.not_supported == {"no_repeat_ngram_size": "3"}
     assert bundle.manifest.generation_defaults.beam_size == 4
 

@@ -108,9 +108,7 @@ def test_the_forced_beginning_of_old_configs_is_their_bos(bos: dict[str, int], f
 
 def test_settings_that_nobody_knows_are_named() -> None:
     """In generation_config.json; config.json has fields of its owner."""
-    assert read({"lenght_penalty": 2}).defaults["not_supported"] == {
-        "lenght_penalty": "2: a setting of this name is not known"
-    }
+    assert read({"lenght_penalty": 2}).defaults["not_supported"] == {"lenght_penalty": "2 (an unknown name)"}
     assert read_generation({**IDS, "trained_by": "me"}, None, max_positions=9).defaults["not_supported"] == {}
 
 

@@ -204,7 +204,7 @@ def test_the_map_of_special_tokens_counts_for_old_tokenizers_alone(tmp_path: Pat
         ({"sp_model_kwargs": {"enable_sampling": True}}, "sp_model_kwargs", '{"enable_sampling": true}'),
         ({"unk_token": "[UNK]"}, "unk_token", '"[UNK]"; <unk> is used'),
         ({"tokenizer_class": "T5Tokenizer"}, "tokenizer_class", '"T5Tokenizer"; read as by MarianTokenizer'),
-        ({"clean_up_spaces": True}, "clean_up_spaces", "true: a setting of this name is not known"),
+        ({"clean_up_spaces": True}, "clean_up_spaces", "true (an unknown name)"),
         (
             {"added_tokens_decoder": {"6000": {"content": "<new>", "special": False}}},
             "added_tokens_decoder",
