@@ -140,7 +140,7 @@ class Metrics:
         self._padding_tokens = self._counter("beamline_padding_tokens", "Padding that was encoded along with them.")
         self._release_steps = self._histogram(
             "beamline_slot_release_steps",
-            "Steps from the engine's learning of a cancellation or deadline to the rows' release.",
+            "Steps that ended after a cancellation or deadline and before the rows' release.",
             RELEASE_BUCKETS,
         )
 

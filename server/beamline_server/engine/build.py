@@ -62,7 +62,6 @@ def model_rules(manifest: Manifest) -> ModelRules:
         decoder_start=tokens.decoder_start,
         vocabulary=dimensions.target_vocabulary,
         max_source_tokens=dimensions.max_source_tokens,
-        max_target_tokens=dimensions.max_target_tokens,
     )
 
 

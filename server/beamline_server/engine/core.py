@@ -28,6 +28,8 @@ from beamline_server.engine.seating import Seated, Seating
 
 MAX_BEAMS = 16
 ENCODE_TOKENS = 1024
+_STEPS_REMEMBERED = 16
+"""Ends of steps that a core remembers, to tell how many of them a request that nobody waits for sat through."""
 _log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
@@ -41,7 +43,6 @@ class ModelRules:
     decoder_start: int
     vocabulary: int
     max_source_tokens: int
-    max_target_tokens: int
 
 
 @dataclass(slots=True)
@@ -95,7 +96,7 @@ class EngineCore:
         self._room = Room(places, capacity.rows, capacity.slots)
         self._running: dict[int, _Running] = {}
         self._place_of: dict[RequestId, int] = {}
-        self._cancelled: set[RequestId] = set()
+        self._cancelled: dict[RequestId, float] = {}
         self._streaming: set[int] = set()
         self._deadline = np.full(places, np.inf)
         self._slot = np.zeros((places, MAX_BEAMS), np.int64)
@@ -104,6 +105,7 @@ class EngineCore:
         self._seating = Seating(runner, self._slots, self._searches)
         self.queued_rows = 0
         self.last_step_at: float | None = None
+        self._ends: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
 
     # -- what others may ask ------------------------------------------------------------------------------------------
 
@@ -159,15 +161,15 @@ class EngineCore:
         now = self._clock()
         for request in requests:
             # What was cancelled before it came is another request, which has ended, of the same id.
-            self._cancelled.discard(request.id)
+            self._cancelled.pop(request.id, None)
             self._queue.append((request, now))
             self.queued_rows += request.options.beam_size
             if request.deadline is not None:
                 self._earliest_deadline = min(self._earliest_deadline, request.deadline)
 
-    def cancel(self, ids: Iterable[RequestId]) -> None:
-        """Drop requests at the next step; unknown ids have ended already."""
-        self._cancelled.update(ids)
+    def cancel(self, ids: Iterable[RequestId], wished_at: float | None = None) -> None:
+        """Drop requests at the next step whose callers gave up at `wished_at` (default: now); unknown ids have ended."""
+        self._cancelled |= dict.fromkeys(ids, self._clock() if wished_at is None else wished_at)
 
     def fail_all(self, make_error: Callable[[], EngineError]) -> list[Event]:
         """End everything that is queued or running with an error."""
@@ -194,25 +196,22 @@ class EngineCore:
             return [*events, *self._fail(list(self._running), error, "seating")]
         events += self._decode(seated)
         self.last_step_at = self._clock()
+        self._ends.append(self.last_step_at)
         return events
 
     def _drop_cancelled(self) -> list[Event]:
         if not self._cancelled:
             return []
-        cancelled, self._cancelled = self._cancelled, set()
-        events: list[Event] = []
-        for place in [self._place_of[i] for i in cancelled if i in self._place_of]:
-            events.append(Failed(self._leave(place).request.id, RequestCancelled()))
-            self._observer.released(0)
+        cancelled, self._cancelled = self._cancelled, {}
+        held = [(self._place_of[i], wished_at) for i, wished_at in cancelled.items() if i in self._place_of]
+        events: list[Event] = [self._release(place, RequestCancelled(), wished_at) for place, wished_at in held]
         return events + self._unqueue(lambda request: request.id in cancelled, RequestCancelled)
 
     def _drop_late(self, now: float) -> list[Event]:
         if now < self._earliest_deadline:
             return []
-        events: list[Event] = []
-        for place in np.flatnonzero(self._deadline <= now):
-            events.append(Failed(self._leave(int(place)).request.id, DeadlineExceeded("decoding")))
-            self._observer.released(0)
+        late = [(place, self._deadline[place]) for place in np.flatnonzero(self._deadline <= now).tolist()]
+        events: list[Event] = [self._release(place, DeadlineExceeded("decoding"), wished) for place, wished in late]
         events += self._unqueue(
             lambda request: request.deadline is not None and request.deadline <= now,
             lambda: DeadlineExceeded("queueing"),
@@ -220,6 +219,11 @@ class EngineCore:
         waiting = [request.deadline for request, _ in self._queue if request.deadline is not None]
         self._earliest_deadline = min([*waiting, float(self._deadline.min(initial=np.inf))], default=np.inf)
         return events
+
+    def _release(self, place: int, error: EngineError, wished_at: float) -> Failed:
+        """End a sentence that nobody has waited for since `wished_at`; tell how many steps have ended since."""
+        self._observer.released(sum(end > wished_at for end in self._ends))
+        return Failed(self._leave(place).request.id, error)
 
     def _unqueue(self, goes: Callable[[GenerationRequest], bool], error: Callable[[], EngineError]) -> list[Event]:
         leaving = [request for request, _ in self._queue if goes(request)]

@@ -41,6 +41,7 @@ class _Submit:
 @dataclass(frozen=True, slots=True)
 class _Cancel:
     ids: frozenset[RequestId]
+    wished_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,8 @@ class _Worker:
         match message:
             case _Submit(requests):
                 self.core.accept(requests)
-            case _Cancel(ids):
-                self.core.cancel(ids)
+            case _Cancel(ids, wished_at):
+                self.core.cancel(ids, wished_at)
             case _Stop(until):
                 self._stop_at = until
 
@@ -240,7 +241,7 @@ class Engine:
         """Drop requests at their next step; each then ends with `Failed(RequestCancelled)`. Unknown ids have ended."""
         with self._lock:
             for worker in {self._owner[i][0] for i in ids if i in self._owner}:
-                self._workers[worker].mailbox.put(_Cancel(frozenset(ids)))
+                self._workers[worker].mailbox.put(_Cancel(frozenset(ids), self._clock()))
 
     def load(self) -> EngineLoad:
         """What the engine holds now."""

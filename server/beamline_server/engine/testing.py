@@ -104,10 +104,9 @@ def table_rules(
     search: SearchRules = SearchRules(eos=(1,)),  # noqa: B008 - a frozen value
     *,
     max_source_tokens: int = 512,
-    max_target_tokens: int = 512,
 ) -> ModelRules:
     """The rules of a model that a table stands for; its decoder start is 0."""
-    return ModelRules(search, 0, vocabulary, max_source_tokens, max_target_tokens)
+    return ModelRules(search, 0, vocabulary, max_source_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -547,6 +547,22 @@ def test_the_observer_hears_of_every_encoding_step_and_release() -> None:
     assert notes.notes == [("released", 0), ("released", 0), ("stepped", 0.0, 1, 1)]
 
 
+def test_a_release_tells_how_many_steps_ended_since_the_caller_gave_up() -> None:
+    """Steps here end at 0, 1, 2, … seconds."""
+    notes = Notes()
+    engine = bench(observer=notes)
+    engine.core.accept([request(number, tokens=9, deadline=3.5 if number == 4 else None) for number in range(1, 5)])
+    for _ in range(3):
+        engine.step()
+    notes.notes.clear()
+    engine.core.cancel([RequestId(1)], 2.0)
+    engine.core.cancel([RequestId(2)], 1.5)
+    engine.core.cancel([RequestId(3)], 0.5)
+    engine.step()
+    engine.step()
+    assert [note for note in notes.notes if note[0] == "released"] == [("released", steps) for steps in (0, 1, 2, 0)]
+
+
 def test_a_result_says_why_it_ended() -> None:
     engine = bench()
     engine.core.accept([request(1, tokens=3)])

@@ -10,6 +10,7 @@ import pytest
 from beamline_server.engine.admission import Capacity
 from beamline_server.engine.core import Clock
 from beamline_server.engine.errors import (
+    DeadlineExceeded,
     EngineError,
     EngineStopped,
     QueueFull,
@@ -19,7 +20,7 @@ from beamline_server.engine.errors import (
     StepFailed,
 )
 from beamline_server.engine.loop import Engine
-from beamline_server.engine.observer import NullObserver
+from beamline_server.engine.observer import NullObserver, StepObserver
 from beamline_server.engine.request import Completed, Failed, GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.runner import StepRunner
 from beamline_server.engine.testing import (
@@ -41,11 +42,17 @@ FOR_EVER = 100_000
 
 
 def request(
-    number: int, *, beams: int = 1, tokens: int = 6, source_tokens: int = 3, stream: bool = False
+    number: int,
+    *,
+    beams: int = 1,
+    tokens: int = 6,
+    source_tokens: int = 3,
+    deadline: float | None = None,
+    stream: bool = False,
 ) -> GenerationRequest:
     options = SearchOptions(beam_size=beams, min_new_tokens=tokens, max_new_tokens=tokens)
     source = (*range(source_tokens - 1), number)
-    return GenerationRequest(RequestId(number), source, options, stream=stream)
+    return GenerationRequest(RequestId(number), source, options, deadline, stream=stream)
 
 
 def runner(*, gate: Gate | None = None, faults: Faults | None = None) -> TableRunner:
@@ -92,6 +99,7 @@ def start() -> Iterator[Start]:
         rows: int = 64,
         queue_rows: int = 64,
         clock: Clock | None = None,
+        observer: StepObserver | None = None,
     ) -> Running:
         inbox = Inbox()
         engine = Engine(
@@ -100,7 +108,7 @@ def start() -> Iterator[Start]:
             Capacity(rows, 1 << 30),
             queue_rows=queue_rows,
             deliver=inbox,
-            observer=NullObserver(),
+            observer=observer or NullObserver(),
             clock=clock or ManualClock(),
         )
         gates.extend([gate] if gate else [])
@@ -275,6 +283,37 @@ def test_cancelled_requests_end_at_the_next_step(start: Start) -> None:
     gate.let_pass(2)
     assert isinstance(running.error(1), RequestCancelled)
     assert isinstance(running.error(2), RequestCancelled)
+    gate.open()
+    assert isinstance(running.finish()[RequestId(3)], Completed)
+
+
+class Releases(NullObserver):
+    """After how many steps rows were given back."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def released(self, steps: int) -> None:
+        self.steps.append(steps)
+
+
+def test_the_step_that_runs_while_a_request_is_cancelled_counts_and_so_does_a_deadlines(start: Start) -> None:
+    gate, clock, releases = Gate(), ManualClock(), Releases()
+    running = start(gate=gate, clock=clock, observer=releases)
+    running.submit(request(1, tokens=FOR_EVER), request(2, tokens=FOR_EVER, deadline=10.0), request(3, tokens=5))
+    gate.wait_for_arrival()
+    clock.advance(1.0)
+    running.engine.cancel([RequestId(1)])
+    clock.advance(1.0)
+    # The step that runs, and the next one, which is without it.
+    gate.let_pass(2)
+    assert isinstance(running.error(1), RequestCancelled)
+    assert releases.steps == [1]
+    gate.wait_for_arrival()
+    clock.advance(20.0)
+    gate.let_pass(2)
+    assert isinstance(running.error(2), DeadlineExceeded)
+    assert releases.steps == [1, 1]
     gate.open()
     assert isinstance(running.finish()[RequestId(3)], Completed)
 
