@@ -185,15 +185,24 @@ def test_a_second_server_on_the_same_port_is_refused(server: ServerProcess, fr_e
 
 
 @pytest.mark.skipif(CUDA in available_providers(), reason="this onnxruntime has CUDA")
-def test_a_device_that_is_not_there_is_told_in_one_line(fr_en_int8: Bundle) -> None:
-    ended = serve_in_vain(fr_en_int8.path, "--device", "cuda", "--grpc-port", 0, "--metrics-port", 0)
+def test_a_device_that_is_not_there_is_told_in_one_line(fr_en_fp32: Bundle) -> None:
+    ended = serve_in_vain(fr_en_fp32.path, "--device", "cuda", "--grpc-port", 0, "--metrics-port", 0)
 
     assert ended.status == EXIT_SETTINGS
     assert ended.problems == [
         "device cuda cannot be used: this onnxruntime has no CUDA provider; "
-        "install the extra server-gpu instead of server, on a machine with an NVIDIA GPU"
+        "install the extra server-gpu in place of server"
     ]
     assert ended.logged == []
+
+
+def test_a_bundle_for_the_cpu_is_not_served_on_a_gpu(fr_en_int8: Bundle) -> None:
+    ended = serve_in_vain(fr_en_int8.path, "--device", "cuda", "--grpc-port", 0, "--metrics-port", 0)
+
+    assert ended.status == EXIT_SETTINGS
+    assert ended.problems == [
+        "device cuda cannot be used: the bundle is int8, which runs on the CPU; export it with --precision fp16"
+    ]
 
 
 def test_settings_that_promise_more_than_the_model_has_are_refused(fr_en_int8: Bundle) -> None:

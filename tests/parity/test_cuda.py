@@ -1,7 +1,6 @@
 """The embedded model in fp16 on a GPU, with its caches in device memory, beside fp32 on the CPU."""
 
 import gzip
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,11 +10,12 @@ from numpy.typing import NDArray
 
 from beamline_export.agreement import Tokens, search_all
 from beamline_export.parity import all_logprobs
-from beamline_server.bundle import Bundle
+from beamline_server.bundle import Bundle, Precision
 from beamline_server.engine.build import model_rules
-from beamline_server.engine.ort.device import DeviceRunner
+from beamline_server.engine.ort.cuda import provider_options, what_is_missing
+from beamline_server.engine.ort.device import DeviceRunner, providers
 from beamline_server.engine.ort.host import HostRunner
-from beamline_server.engine.ort.sessions import CUDA, available_providers
+from beamline_server.engine.ort.sessions import CUDA, Sessions
 from beamline_server.engine.request import EarlyStopping, SearchOptions
 from beamline_server.engine.runner import StepRunner
 from beamline_server.tokenizer import load_tokenizer
@@ -27,17 +27,9 @@ SENTENCES = 64
 STEPS = 12
 TOLERANCE = 2e-2
 """How far fp16 may move a log-probability; candidates closer than twice that may change places."""
-
-
-def why_not() -> str | None:
-    """What is missing here, if anything. With both there, a provider that does not start is a failure."""
-    if CUDA not in available_providers():
-        return "this onnxruntime has no CUDA provider (pip install onnxruntime-gpu)"
-    try:
-        subprocess.run(["nvidia-smi", "--list-gpus"], check=True, capture_output=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"there is no NVIDIA GPU ({error})"
-    return None
+MISSING = what_is_missing()
+"""If nothing is, a provider that does not start is a failure."""
+needs_a_gpu = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +56,7 @@ def forced(answers: Sequence[Tokens], start: int) -> NDArray[np.int64]:
     return np.array(rows, np.int64)
 
 
-@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@needs_a_gpu
 def test_fp16_on_a_gpu_is_fp32_but_for_near_ties(
     fr_en_fp32: Bundle, cpu: StepRunner, gpu: StepRunner, sources: list[Tokens]
 ) -> None:
@@ -85,7 +77,7 @@ def test_fp16_on_a_gpu_is_fp32_but_for_near_ties(
     assert not parted.any()
 
 
-@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@needs_a_gpu
 def test_searches_on_a_gpu_agree(fr_en_fp32: Bundle, cpu: StepRunner, gpu: StepRunner, sources: list[Tokens]) -> None:
     """All in one batch, of mixed widths; where a near-tie parts two searches, their scores are close."""
     rules = model_rules(fr_en_fp32.manifest)
@@ -103,7 +95,7 @@ def test_searches_on_a_gpu_agree(fr_en_fp32: Bundle, cpu: StepRunner, gpu: StepR
     assert all(abs(a.score - b.score) <= TOLERANCE for a, b in same)
 
 
-@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@needs_a_gpu
 def test_captured_graphs_answer_what_single_kernels_answer(
     fr_en_fp32: Bundle, export_fr_en: Callable[[str], Bundle], sources: list[Tokens]
 ) -> None:
@@ -119,3 +111,11 @@ def test_captured_graphs_answer_what_single_kernels_answer(
     assert len(graphs.step_graphs) > 0
     for found in passes:
         assert [answer.hypotheses for answer in found] == [answer.hypotheses for answer in expected]
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_provider_takes_what_it_is_told(export_fr_en: Callable[[str], Bundle], precision: Precision) -> None:
+    told = provider_options(precision, graphs=False)
+    session = Sessions(export_fr_en(precision), providers("cuda", precision, graphs=False), threads=1).decoder
+    assert told.items() <= session.get_provider_options()[CUDA].items()

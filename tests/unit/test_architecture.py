@@ -71,7 +71,7 @@ BANS = [
         "what computes stands behind the StepRunner protocol",
         but=tuple(
             f"server/beamline_server/engine/ort/{name}.py"
-            for name in ("sessions", "host", "device", "fixed_run", "captured_graphs", "encoder_runs", "row_mover")
+            for name in ("sessions", "cuda", "fixed_run", "captured_graphs", "encoder_runs", "row_mover")
         ),
     ),
     Ban("export", ("beamline_client", "beamline.v1", "grpc"), "an export needs no service"),

@@ -76,16 +76,14 @@ def choose_device(wanted: str, precision: str) -> str:
     Raises:
         DeviceError: cuda is asked for and cannot be used.
     """
-    from beamline_server.engine.ort.sessions import CUDA, available_providers
+    from beamline_server.engine.ort.cuda import what_is_missing
 
-    reason = None
-    if CUDA not in available_providers():
-        reason = (
-            "this onnxruntime has no CUDA provider; install the extra server-gpu instead of server, on a machine with "
-            "an NVIDIA GPU"
-        )
-    elif precision == "int8":
-        reason = "the bundle is int8, which runs on the CPU; export it with --precision fp16"
+    if wanted == "cpu":
+        return wanted
+    if precision == "int8":
+        reason: str | None = "the bundle is int8, which runs on the CPU; export it with --precision fp16"
+    else:
+        reason = what_is_missing()
     if wanted == "cuda" and reason is not None:
         raise DeviceError(f"device cuda cannot be used: {reason}")
     if wanted == "auto":

@@ -5,11 +5,11 @@ import threading
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
-from beamline_server.bundle import Bundle
+from beamline_server.bundle import Bundle, Precision
 from beamline_server.engine.beam import IntArray
 from beamline_server.engine.ort.captured_graphs import CapturedGraphs
+from beamline_server.engine.ort.cuda import preload, provider_options, what_is_missing
 from beamline_server.engine.ort.device_cache import DeviceCache, LargestMemory
 from beamline_server.engine.ort.encoder_runs import EncoderRuns
 from beamline_server.engine.ort.padding import fill_step
@@ -40,13 +40,12 @@ class DeviceRunner:
     def __init__(self, bundle: Bundle, *, device: str = "cuda", threads: int = 1, graphs: bool = True) -> None:
         self.device = device
         if device == "cuda":
-            # Finds CUDA and cuDNN among the installed Python packages; what is loaded already (torch's) is used.
-            ort.preload_dlls()
+            preload()
         self._sessions, captured = _open(bundle, device, threads, graphs)
         if device == "cuda" and CUDA not in self._sessions.decoder.get_providers():
-            raise RuntimeError("onnxruntime could not start its CUDA provider; its log says why")
+            raise RuntimeError(what_is_missing() or "onnxruntime could not start its CUDA provider, and does not say why")
         self._mover = RowMover(
-            _providers(device, graphs=False),
+            providers(device, bundle.manifest.precision, graphs=False),
             device=device,
             width=self._sessions.width,
             dtype=self._sessions.dtype,
@@ -92,24 +91,17 @@ class DeviceRunner:
         return np.ascontiguousarray(logprob[:rows, :candidates]), np.ascontiguousarray(token[:rows, :candidates])
 
 
-def _providers(device: str, *, graphs: bool) -> list[Any]:
-    if device == "cpu":
-        return [CPU]
-    options = {
-        "device_id": 0,
-        # Flash or memory-efficient attention; cuDNN would build a plan per shape.
-        "sdpa_kernel": 3,
-        "arena_extend_strategy": "kSameAsRequested",
-        "enable_cuda_graph": int(graphs),
-    }
-    return [(CUDA, options), CPU]
+def providers(device: str, precision: Precision, *, graphs: bool) -> list[Any]:
+    """Execution providers of a session, as `onnxruntime.InferenceSession` takes them."""
+    return [CPU] if device == "cpu" else [(CUDA, provider_options(precision, graphs=graphs)), CPU]
 
 
 def _open(bundle: Bundle, device: str, threads: int, graphs: bool) -> tuple[Sessions, bool]:
     """Sessions, and whether they can capture graphs: onnxruntime refuses if a node is left to the host."""
+    precision = bundle.manifest.precision
     if graphs:
         try:
-            return Sessions(bundle, _providers(device, graphs=True), threads), True
+            return Sessions(bundle, providers(device, precision, graphs=True), threads), True
         except Exception as error:  # whatever it was: if it is not about graphs, it comes again
             _log.warning("no CUDA graphs", exc_info=error, extra={"event": "graphs_off", "device": device})
-    return Sessions(bundle, _providers(device, graphs=False), threads), False
+    return Sessions(bundle, providers(device, precision, graphs=False), threads), False

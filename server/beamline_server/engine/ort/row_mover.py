@@ -49,7 +49,8 @@ class RowMover:
         threads: int = 1,
     ) -> None:
         graph = _graph(_ELEMENT[dtype])
-        self._session = ort.InferenceSession(graph, session_options(threads), providers=list(providers))
+        options = session_options(threads)
+        self._session = ort.InferenceSession(graph, options, providers=list(providers), enable_fallback=0)
         self._device = device
         self._dtype = dtype
         part = gcd(width, LARGEST_PART)

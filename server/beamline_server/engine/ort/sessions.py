@@ -15,8 +15,8 @@ CPU = "CPUExecutionProvider"
 SPIN_US = 300
 """How long a thread without work stays awake, in microseconds: about as long as the host takes between two steps
 (docs/performance.md)."""
-_MASKED = -1e4
-"""What an additive mask adds where a beam has no ancestor: finite, so that a row without any gives no NaN in fp16."""
+_SILENT = 4
+"""onnxruntime's own lines are plain text among the JSON of the log, and what is wrong comes as an exception as well."""
 
 
 def available_providers() -> list[str]:
@@ -25,11 +25,17 @@ def available_providers() -> list[str]:
 
 
 def session_options(threads: int) -> ort.SessionOptions:
-    """How every session of the engine runs, on so many threads."""
+    """How every session of the engine runs, on so many threads.
+
+    Options that could change numbers on a CPU stay as they are: `session.set_denormal_as_zero` is off, and so is
+    `session.x64quantprecision`, which would also slow down processors that sum int8 products exactly; those that do
+    not are found out by the golden inputs. cuda.py has those of a GPU.
+    """
+    ort.set_default_logger_severity(_SILENT)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = _SILENT
     # Shapes change from step to step: a pattern of one is no use for the next.
     options.enable_mem_pattern = False
     # Nodes take microseconds, and so does waking a thread: while steps follow each other it stays awake. For longer it
@@ -49,7 +55,8 @@ def open_session(bundle: Bundle, name: str, providers: Sequence[Any], threads: i
     options.add_session_config_entry(
         "optimization.disable_specified_optimizers", "SkipLayerNormFusion;BiasSkipLayerNormFusion"
     )
-    return ort.InferenceSession(str(bundle.file(name)), options, providers=list(providers))
+    # Without fallback: it would print, and compute on the CPU what was meant for the GPU.
+    return ort.InferenceSession(str(bundle.file(name)), options, providers=list(providers), enable_fallback=0)
 
 
 _ELEMENT_TYPES = {
@@ -86,7 +93,6 @@ class Sessions:
         types = {value.name: value.type for value in self.decoder.get_inputs()}
         self.dtype = np.float16 if types[self.self_names[0]] == "tensor(float16)" else np.float32
         self._counts: dict[int, NDArray[np.int64]] = {}
-        self.additive_mask = types["ancestors"] != "tensor(bool)"
 
     def _count(self, candidates: int) -> NDArray[np.int64]:
         """One array per number, so that the same number is the same input."""
@@ -104,16 +110,13 @@ class Sessions:
 
     def step_feeds(self, batch: StepBatch) -> dict[str, NDArray[Any]]:
         """Inputs of the decoder step but for its caches."""
-        mask: NDArray[Any] = batch.ancestors
-        if self.additive_mask:
-            mask = np.where(mask, 0.0, _MASKED).astype(self.dtype)
         return {
             "ids": batch.ids,
             "positions": batch.positions,
             "slot": batch.slot,
             "row_of": batch.row_of,
             "back": batch.back,
-            "ancestors": mask,
+            "ancestors": batch.ancestors,
             "source_length": batch.source_length,
             "candidates": self._count(batch.candidates),
         }

@@ -1,6 +1,9 @@
 """How sessions run: their threads are quick while steps follow each other, and then leave the cores to others."""
 
+import numpy as np
+import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 
 from beamline_server.engine.ort.sessions import SPIN_US, session_options
 
@@ -21,3 +24,18 @@ def test_several_threads_stay_awake_while_steps_follow_each_other_and_no_longer(
     # Without a bound, onnxruntime's threads keep the cores busy for much longer than a step takes.
     assert options.get_session_config_entry("session.intra_op.spin_duration_us") == str(SPIN_US)
     assert 0 < SPIN_US <= 1000
+
+
+def test_what_fails_is_raised_and_onnxruntime_writes_no_lines_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    """They would stand as plain text among the JSON of the server's log."""
+    values = [("table", TensorProto.FLOAT, ["rows"]), ("number", TensorProto.INT64, ["n"])]
+    inputs = [helper.make_tensor_value_info(*value) for value in values]
+    output = helper.make_tensor_value_info("row", TensorProto.FLOAT, None)
+    graph = helper.make_graph([helper.make_node("Gather", ["table", "number"], ["row"])], "g", inputs, [output])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(1), enable_fallback=0)
+
+    with pytest.raises(Exception, match="out of data bounds"):
+        session.run(None, {"table": np.ones(2, np.float32), "number": np.array([7])})
+
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,92 @@
+"""What CUDA's provider is told, and what is said where it cannot start. No GPU is needed."""
+
+from typing import Any
+
+import pytest
+
+from beamline_server.bundle import Precision
+from beamline_server.engine.build import DeviceError, choose_device
+from beamline_server.engine.ort.cuda import Driver, ask_driver, driver_problem, provider_options
+from beamline_server.engine.ort.device import providers
+from beamline_server.engine.ort.sessions import CPU, CUDA
+
+KNOWN = {
+    *("arena_extend_strategy", "cudnn_conv1d_pad_to_nc1d", "cudnn_conv_algo_search", "cudnn_conv_use_max_workspace"),
+    *("device_id", "do_copy_in_default_stream", "enable_cuda_graph", "enable_cudnn", "fuse_conv_bias"),
+    *("enable_skip_layer_norm_strict_mode", "external_data_loader_reading_threads", "gpu_external_alloc"),
+    *("gpu_external_empty_cache", "gpu_external_free", "gpu_mem_limit", "has_user_compute_stream", "prefer_nhwc"),
+    *("sdpa_kernel", "tunable_op_enable", "tunable_op_max_tuning_duration_ms", "tunable_op_tuning_enable"),
+    *("use_ep_level_unified_stream", "use_tf32", "user_compute_stream"),
+}
+"""Options that the provider of onnxruntime 1.31 knows; it refuses others."""
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", "0"), ("fp16", "1")])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_fp32_is_computed_in_fp32_and_fp16s_head_in_what_holds_fp16(
+    precision: Precision, tf32: str, graphs: bool
+) -> None:
+    assert provider_options(precision, graphs=graphs) == {
+        "device_id": "0",
+        "use_tf32": tf32,
+        "sdpa_kernel": "3",
+        "arena_extend_strategy": "kSameAsRequested",
+        "enable_cuda_graph": str(int(graphs)),
+    }
+    assert providers("cuda", precision, graphs=graphs) == [(CUDA, provider_options(precision, graphs=graphs)), CPU]
+    assert providers("cpu", precision, graphs=graphs) == [CPU]
+
+
+def test_the_provider_knows_every_option() -> None:
+    assert provider_options("fp32", graphs=True).keys() <= KNOWN
+
+
+# -- what is missing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("driver", "problem"),
+    [
+        (Driver(0, 0, "CUDA driver version is insufficient"), "there is no NVIDIA driver here; install one for CUDA 13"),
+        (Driver(12040, 0, "insufficient"), "the NVIDIA driver is for CUDA 12.4; install one for CUDA 13"),
+        (Driver(13000, 0, "no device is detected"), "the NVIDIA driver finds no GPU (no device is detected); look at"),
+        (Driver(13010, 0), "the NVIDIA driver finds no GPU (it counts 0 devices); look at"),
+    ],
+)
+def test_what_is_wrong_with_a_driver_is_said_with_what_to_do(driver: Driver, problem: str) -> None:
+    assert (driver_problem(driver, 13) or "").startswith(problem)
+
+
+@pytest.mark.parametrize("version", [13000, 13020, 14000])
+def test_a_driver_at_least_as_new_and_a_device_are_enough(version: int) -> None:
+    assert driver_problem(Driver(version, 1), 13) is None
+
+
+class Runtime:
+    """CUDA's runtime library on some machine."""
+
+    def __init__(self, version: int, status: int, devices: int) -> None:
+        self._version, self._status, self._devices = version, status, devices
+        self.cudaGetErrorString: Any = lambda status: f"error {status}".encode()
+
+    def cudaDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = self._version
+        return 0
+
+    def cudaGetDeviceCount(self, devices: Any) -> int:
+        devices._obj.value = self._devices
+        return self._status
+
+
+def test_the_runtime_is_asked_for_driver_and_devices() -> None:
+    good: Any = Runtime(13000, 0, 2)
+    assert ask_driver(good) == Driver(13000, 2)
+    empty: Any = Runtime(13000, 100, 0)
+    assert ask_driver(empty) == Driver(13000, 0, "error 100")
+
+
+def test_nobody_is_asked_where_it_does_not_matter() -> None:
+    assert choose_device("cpu", "fp16") == "cpu"
+    assert choose_device("auto", "int8") == "cpu"
+    with pytest.raises(DeviceError, match="the bundle is int8, which runs on the CPU"):
+        choose_device("cuda", "int8")
