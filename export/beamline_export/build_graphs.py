@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 
 from beamline_export.graph_writer import GraphWriter, WeightsFile
-from beamline_export.graphs import ElementType, decoder_step_graph, encoder_graph, kv_arrange_graph
+from beamline_export.graphs import decoder_step_graph, encoder_graph
 from beamline_export.layers import Layers, Rectangle
 from beamline_export.precision import WeightStore
 from beamline_export.spec import Checkpoint
@@ -103,11 +103,3 @@ def top_by_blocks(g: GraphWriter, logprob: str, vocabulary: int, block: int) -> 
     which = g.one("GatherElements", best, g.one("Div", place, size), axis=1)
     within = g.one("Mod", place, size)
     g.named("Add", [g.one("Mul", which, size), within], "top_token")
-
-
-def build_kv_arrange(width: int, cache: ElementType, weights: WeightsFile) -> onnx.ModelProto:
-    """Moves cache rows on a device that the host cannot write to."""
-    g = GraphWriter(weights)
-    kept, added = g.one("Pad", "kept", "pad_kept"), g.one("Pad", "added", "pad_added")
-    g.named("Gather", [g.one("Concat", kept, added, axis=0), "take"], "arranged")
-    return g.model("kv_arrange", kv_arrange_graph(width, cache))

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 
 import beamline_server
-from beamline_export.build_graphs import build_decoder_step, build_encoder, build_kv_arrange
+from beamline_export.build_graphs import build_decoder_step, build_encoder
 from beamline_export.calibration import (
     MOST_SENTENCES,
     RangeStore,
@@ -32,7 +32,7 @@ from beamline_export.calibration import (
 )
 from beamline_export.families.registry import Family, detect
 from beamline_export.graph_writer import WeightsFile
-from beamline_export.graphs import GraphSpec, decoder_step_graph, encoder_graph, kv_arrange_graph
+from beamline_export.graphs import GraphSpec, decoder_step_graph, encoder_graph
 from beamline_export.parity import Probe, check_contract, check_parity, random_sources
 from beamline_export.precision import STORES, CalibratedInt8Store, WeightStore
 from beamline_export.progress import Progress
@@ -42,7 +42,6 @@ from beamline_server.bundle import (
     DECODER_STEP,
     ENCODER,
     FORMAT_VERSION,
-    KV_ARRANGE,
     MANIFEST,
     NAME_PATTERN,
     WEIGHTS,
@@ -226,7 +225,6 @@ def _write_graphs(checkpoint: Checkpoint, store: WeightStore, folder: Path) -> N
         graphs = {
             ENCODER: build_encoder(checkpoint, store, weights),
             DECODER_STEP: build_decoder_step(checkpoint, store, weights),
-            KV_ARRANGE: build_kv_arrange(checkpoint.spec.d_model, store.cache, weights),
         }
     for name, graph in graphs.items():
         (folder / name).write_bytes(graph.SerializeToString(deterministic=True))
@@ -265,7 +263,6 @@ class _Writing:
         return {
             ENCODER: encoder_graph(layers, width, self.cache),
             DECODER_STEP: decoder_step_graph(layers, width, self.cache),
-            KV_ARRANGE: kv_arrange_graph(width, self.cache),
         }
 
     def manifest(self, *, parity: dict[str, Any] | None = None, golden: list[dict[str, Any]] | None = None) -> Bundle:
@@ -356,11 +353,10 @@ def _golden(bundle: Bundle, runner: StepRunner, seed: int) -> dict[str, Any]:
     forced = [tokens.decoder_start]
     for _ in range(min(_GOLDEN_STEPS, dimensions.max_target_tokens) - 1):
         forced.append(forced_decode(runner, source, tuple(forced))[0][-1])
-    top_token, top_logprob = forced_decode(runner, source, tuple(forced))
+    _, top_logprob = forced_decode(runner, source, tuple(forced))
     return {
         "source": list(source),
         "forced": forced,
-        "top_token": top_token,
         "top_logprob": [float(np.float32(value)) for value in top_logprob],
     }
 

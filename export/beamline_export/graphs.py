@@ -96,22 +96,3 @@ def decoder_step_graph(layers: int, width: int, cache: ElementType) -> GraphSpec
     outputs = {"top_logprob": TensorSpec("float32", ("N", "C")), "top_token": TensorSpec("int64", ("N", "C"))}
     outputs |= {f"self_{kind}_{i}_out": pool for i in range(layers) for kind in ("k", "v")}
     return GraphSpec(inputs, outputs)
-
-
-def kv_arrange_graph(width: int, cache: ElementType) -> GraphSpec:
-    """Re-seats cache rows: concatenates two sources, each cropped or padded to a common length, and takes sentences.
-
-    `pad_kept` and `pad_added` are the six numbers of ONNX Pad (negative ones crop); `take` indexes the sentences of
-    both sources, one after the other.
-    """
-    pads = TensorSpec("int64", (6,))
-    return GraphSpec(
-        inputs={
-            "kept": TensorSpec(cache, ("S1", "P1", width)),
-            "added": TensorSpec(cache, ("S2", "P2", width)),
-            "pad_kept": pads,
-            "pad_added": pads,
-            "take": TensorSpec("int64", ("S",)),
-        },
-        outputs={"arranged": TensorSpec(cache, ("S", "P", width))},
-    )

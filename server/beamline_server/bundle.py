@@ -5,11 +5,11 @@ A bundle is a folder:
     manifest.json       this module's `Manifest`
     encoder.onnx        ids -> cross-attention keys and values
     decoder_step.onnx   one step of the decoder over packed rows
-    kv_arrange.onnx     not read any more: the server moves cache rows by a graph of its own
     weights.bin         every weight once; both graphs point into it
     tokenizer files     as the manifest names them
 
-The server refuses what it cannot verify and says which file and why.
+The server refuses what it cannot verify and says which file and why. It verifies and ignores files that it does not
+know, as old exports wrote them.
 """
 
 import hashlib
@@ -18,13 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 ENCODER = "encoder.onnx"
 DECODER_STEP = "decoder_step.onnx"
-KV_ARRANGE = "kv_arrange.onnx"
 WEIGHTS = "weights.bin"
 
 NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -120,14 +119,18 @@ class Golden(_Model):
     Attributes:
         source: Source ids.
         forced: Decoder input ids, one per step, decoder start first.
-        top_token: The most probable token after each step.
-        top_logprob: Its log-probability.
+        top_logprob: The log-probability of the most probable token after each step.
     """
 
     source: tuple[TokenId, ...]
     forced: tuple[TokenId, ...]
-    top_token: tuple[TokenId, ...]
     top_logprob: tuple[float, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_tokens(cls, data: object) -> object:
+        """Old exports also wrote which tokens those are, which nobody needs to know."""
+        return {key: value for key, value in data.items() if key != "top_token"} if isinstance(data, dict) else data
 
 
 class Activations(_Model):
@@ -179,7 +182,7 @@ class Manifest(_Model):
             yield f"generation_defaults: n_best {defaults.n_best} is more than beam_size {defaults.beam_size}"
 
     def _file_problems(self) -> Iterator[str]:
-        for required in (ENCODER, DECODER_STEP, KV_ARRANGE, WEIGHTS, *self.tokenizer.files):
+        for required in (ENCODER, DECODER_STEP, WEIGHTS, *self.tokenizer.files):
             if required not in self.files:
                 yield f"files: {required!r} is not listed"
         for name in self.files:
@@ -209,8 +212,8 @@ class Manifest(_Model):
     def _golden_problems(self) -> Iterator[str]:
         dimensions = self.dimensions
         for golden in self.golden:
-            if not len(golden.forced) == len(golden.top_token) == len(golden.top_logprob):
-                yield "golden: forced, top_token and top_logprob differ in length"
+            if len(golden.forced) != len(golden.top_logprob):
+                yield "golden: forced and top_logprob differ in length"
             sides = (
                 (golden.source, dimensions.max_source_tokens, dimensions.source_vocabulary),
                 (golden.forced, dimensions.max_target_tokens, dimensions.target_vocabulary),

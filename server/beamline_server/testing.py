@@ -81,7 +81,7 @@ class ByteTokenizer:
 def make_manifest(**changes: object) -> Manifest:
     """A manifest for the byte tokenizer, with these fields changed."""
     entry = {"sha256": "0" * 64, "bytes": 0}
-    files = ("encoder.onnx", "decoder_step.onnx", "kv_arrange.onnx", "weights.bin")
+    files = ("encoder.onnx", "decoder_step.onnx", "weights.bin")
     fields: dict[str, object] = {
         "format_version": 1,
         "name": "test-model",

@@ -1,5 +1,6 @@
 """A bundle is verified before it is served; what is wrong is named, with its file."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from beamline_server.bundle import MANIFEST, BundleError, load_bundle, read_mani
 from beamline_server.testing import make_manifest, write_bundle
 
 CALIBRATED = {"scaled": "calibrated", "sentences": 400, "ranges": {"head.weight": 8.5, "cross_kv": 0.0}}
-FILES = ["encoder.onnx", "decoder_step.onnx", "kv_arrange.onnx", "weights.bin"]
+FILES = ["encoder.onnx", "decoder_step.onnx", "weights.bin"]
 
 
 def scale(activations: object) -> Callable[[Any], object]:
@@ -209,7 +210,7 @@ def test_all_invalid_fields_are_named_at_once(edit: Callable[..., Path]) -> None
         (scale({"scaled": "calibrated"}), "activations: ranges, and how many sentences"),
         (scale({**CALIBRATED, "ranges": {}}), "activations: ranges, and how many sentences"),
         (scale({**CALIBRATED, "scaled": "per_row"}), "activations: ranges, and how many sentences"),
-        (lambda d: d["files"].pop("kv_arrange.onnx"), "files: 'kv_arrange.onnx' is not listed"),
+        (lambda d: d["files"].pop("decoder_step.onnx"), "files: 'decoder_step.onnx' is not listed"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_named(
@@ -228,14 +229,29 @@ def test_how_activations_are_scaled_is_read_and_need_not_be_told(edit: Callable[
         assert activations.model_dump(exclude_defaults=True) == told
 
 
-GOLDEN = {"source": [1, 2], "forced": [0, 5], "top_token": [5, 6], "top_logprob": [-1.0, -0.5]}
+def test_a_file_that_nobody_reads_is_verified_all_the_same(bundle: Path) -> None:
+    """Old exports wrote a kv_arrange.onnx."""
+    content = b"moves cache rows"
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    data = json.loads((bundle / MANIFEST).read_text())
+    data["files"]["kv_arrange.onnx"] = entry
+    (bundle / MANIFEST).write_text(json.dumps(data))
+    assert refused(bundle).problem.startswith("is missing")
+    (bundle / "kv_arrange.onnx").write_bytes(content[::-1])
+    assert refused(bundle).problem.startswith("does not match its checksum")
+    (bundle / "kv_arrange.onnx").write_bytes(content)
+    assert "kv_arrange.onnx" in load_bundle(bundle).manifest.files
+
+
+GOLDEN = {"source": [1, 2], "forced": [0, 5], "top_logprob": [-1.0, -0.5]}
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
         ({}, None),
-        ({"top_token": [5]}, "golden: forced, top_token and top_logprob differ in length"),
+        ({"top_token": [5, 6]}, None),  # as old exports wrote it
+        ({"top_logprob": [-1.0]}, "golden: forced and top_logprob differ in length"),
         ({"source": []}, "golden: [] is nothing that this model reads"),
         ({"source": [1, 9999]}, "golden: [1, 9999] is nothing that this model reads"),
         ({"forced": [0, 9999]}, "golden: [0, 9999] is nothing that this model reads"),

@@ -1,7 +1,6 @@
 """What can go wrong with a request, as facts.
 
 EngineError
-├── InvalidOptions        the search options contradict each other or the model's limits
 ├── SourceTooLong         more source tokens than the model has positions
 ├── RequestTooLarge       could never fit, however empty the engine is
 ├── QueueFull             no room now; come back later
@@ -26,16 +25,6 @@ class Violation:
 
     field: str
     problem: str
-
-
-@dataclass
-class InvalidOptions(EngineError):
-    """The search options are not valid for this model; names every violation."""
-
-    violations: tuple[Violation, ...]
-
-    def __str__(self) -> str:
-        return "; ".join(f"{v.field}: {v.problem}" for v in self.violations)
 
 
 @dataclass

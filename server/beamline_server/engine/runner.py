@@ -41,7 +41,6 @@ class Encoded:
     """Cross-attention keys and values of one encoder batch; what they are is the runner's business."""
 
     tensors: Any
-    source_width: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,7 +273,7 @@ class TableRunner:
             _expect(bool(np.isin(rows, rows[:length]).all()), "padding is filled from another sentence")
             sources.append(tuple(batch.ids[rows[:length]].tolist()))
         self.encoded.append(tuple(sources))
-        return Encoded(tuple(sources), width)
+        return Encoded(tuple(sources))
 
     def new_cache(self) -> Cache:
         """As `StepRunner.new_cache`."""

@@ -26,7 +26,6 @@ from grpc_status import rpc_status
 from beamline_server.engine.errors import (
     DeadlineExceeded,
     EngineStopped,
-    InvalidOptions,
     QueueFull,
     RequestCancelled,
     RequestTooLarge,
@@ -197,12 +196,6 @@ _Code = grpc.StatusCode
 STATUSES: Mapping[type[Exception], _Rule] = {
     # Fix the request.
     InvalidRequest: _Rule(_Code.INVALID_ARGUMENT, Outcome.INVALID, lambda e: _bad_request(e.violations)),
-    InvalidOptions: _Rule(
-        _Code.INVALID_ARGUMENT,
-        Outcome.INVALID,
-        lambda e: _bad_request(e.violations),
-        text=lambda e: _summary(e.violations),
-    ),
     SourceTooLong: _Rule(_Code.INVALID_ARGUMENT, Outcome.INVALID, _violates("inputs")),
     RequestTooLarge: _Rule(_Code.INVALID_ARGUMENT, Outcome.INVALID, _violates("search")),
     MalformedMessage: _Rule(_Code.INVALID_ARGUMENT, Outcome.INVALID),

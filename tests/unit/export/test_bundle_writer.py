@@ -214,7 +214,7 @@ def test_the_manifest_tells_how_the_bundle_came_to_be(checkpoint: Any, tmp_path:
     assert manifest.spec["norm_placement"] == "post"
     assert manifest.parity["device"] == "cpu"
     assert len(manifest.golden) == 3
-    assert set(manifest.graphs) == {"encoder.onnx", "decoder_step.onnx", "kv_arrange.onnx"}
+    assert set(manifest.graphs) == {"encoder.onnx", "decoder_step.onnx"}
 
 
 def test_graphs_that_break_their_contract_are_named(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:

@@ -10,7 +10,6 @@ from beamline_server.engine.errors import (
     DeadlineExceeded,
     EngineError,
     EngineStopped,
-    InvalidOptions,
     QueueFull,
     RequestCancelled,
     RequestTooLarge,
@@ -59,7 +58,6 @@ def test_every_class_of_the_trees_has_a_status(root: type[Exception]) -> None:
     ("error", "code", "outcome", "text"),
     [
         (InvalidRequest((Violation("a", "b"),)), CODE.INVALID_ARGUMENT, Outcome.INVALID, "a: b"),
-        (InvalidOptions((Violation("a", "b"),)), CODE.INVALID_ARGUMENT, Outcome.INVALID, "a: b"),
         (
             SourceTooLong(9, 8),
             CODE.INVALID_ARGUMENT,

@@ -71,7 +71,7 @@ class EncoderRuns:
             source_length=np.array(batch.source_length),
             keeper=(run, entry.lend()),
         )
-        return Encoded(rows, batch.row_of.shape[1])
+        return Encoded(rows)
 
     def _entry(self, shape: EncoderShape) -> _Entry:
         found = next((entry for entry in self._entries if entry.shape == shape and entry.free), None)

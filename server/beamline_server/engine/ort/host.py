@@ -164,7 +164,7 @@ class HostRunner:
     def encode(self, batch: EncoderBatch) -> Encoded:
         """As `StepRunner.encode`."""
         tensors = self._sessions.encoder.run(self._sessions.cross_names, self._sessions.encoder_feeds(batch))
-        return Encoded(tensors, batch.row_of.shape[1])
+        return Encoded(tensors)
 
     def new_cache(self) -> Cache:
         """As `StepRunner.new_cache`."""

@@ -1,6 +1,8 @@
 """Sessions of a bundle's graphs, and what is fed to them."""
 
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ CPU = "CPUExecutionProvider"
 SPIN_US = 300
 """How long a thread without work stays awake, in microseconds: about as long as the host takes between two steps
 (docs/performance.md)."""
+_VNNI = frozenset({"avx_vnni", "avx512_vnni"})
 _SILENT = 4
 """onnxruntime's own lines are plain text among the JSON of the log, and what is wrong comes as an exception as well."""
 
@@ -27,9 +30,8 @@ def available_providers() -> list[str]:
 def session_options(threads: int) -> ort.SessionOptions:
     """How every session of the engine runs, on so many threads.
 
-    Options that could change numbers on a CPU stay as they are: `session.set_denormal_as_zero` is off, and so is
-    `session.x64quantprecision`, which would also slow down processors that sum int8 products exactly; those that do
-    not are found out by the golden inputs. cuda.py has those of a GPU.
+    Of the options that could change numbers on a CPU, `session.set_denormal_as_zero` stays off, and
+    `session.x64quantprecision` is on where int8 products would be summed wrongly. cuda.py has those of a GPU.
     """
     ort.set_default_logger_severity(_SILENT)
     options = ort.SessionOptions()
@@ -42,10 +44,26 @@ def session_options(threads: int) -> ort.SessionOptions:
     # must not, since the front end has the same cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
-    # Processors without VNNI add pairs of int8 products in 16 bits, where they overflow silently; this makes
-    # onnxruntime take the slower kernel there that does not (ADR 0010). It changes nothing on other processors.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    exact = sums_int8_exactly(_processor())
+    # Unsigned weights, which are summed in 32 bits everywhere; where signed ones are as well, those are twice as fast.
+    options.add_session_config_entry("session.x64quantprecision", "0" if exact else "1")
     return options
+
+
+def sums_int8_exactly(processor: str) -> bool:
+    """Whether an x86 processor sums products of unsigned and signed bytes in 32 bits; without VNNI, 16 saturate.
+
+    Args:
+        processor: As /proc/cpuinfo describes it.
+    """
+    return not _VNNI.isdisjoint(processor.split())
+
+
+@cache
+def _processor() -> str:
+    """What is known of it: nothing where there is no such file. Being exact then comes before being fast."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text("utf-8", errors="replace") if file.exists() else ""
 
 
 def open_session(bundle: Bundle, name: str, providers: Sequence[Any], threads: int) -> ort.InferenceSession:

@@ -5,7 +5,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from beamline_server.engine.ort.sessions import SPIN_US, session_options
+from beamline_server.engine.ort.sessions import SPIN_US, session_options, sums_int8_exactly
 
 
 def spins(threads: int) -> str:
@@ -39,3 +39,25 @@ def test_what_fails_is_raised_and_onnxruntime_writes_no_lines_of_its_own(capfd: 
         session.run(None, {"table": np.ones(2, np.float32), "number": np.array([7])})
 
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "exact"),
+    [("fpu avx2 avx512f", False), ("fpu avx2 avx_vnni", True), ("avx512f avx512_vnni\nbugs", True), ("", False)],
+)
+def test_without_vnni_sums_of_signed_bytes_saturate(flags: str, exact: bool) -> None:
+    assert sums_int8_exactly(f"processor : 0\nflags\t\t: {flags}\n") is exact
+
+
+def test_products_of_bytes_are_summed_exactly_on_this_processor() -> None:
+    """Neighbouring products at their largest: 16 bits do not hold their sum."""
+    inputs = [helper.make_tensor_value_info("a", TensorProto.UINT8, ["rows", 64])]
+    output = helper.make_tensor_value_info("y", TensorProto.INT32, None)
+    weights = helper.make_tensor("w", TensorProto.INT8, [64, 32], np.full(64 * 32, 127, np.int8).tobytes(), raw=True)
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["a", "w"], ["y"])], "g", inputs, [output], [weights])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(1), enable_fallback=0)
+
+    (sums,) = session.run(None, {"a": np.full((3, 64), 255, np.uint8)})
+
+    assert (sums == 64 * 255 * 127).all()
