@@ -2,7 +2,9 @@
 
     PYTHONPATH=server:export:client:protos python benchmarks/gpu.py --out results [--budget-s 450]
 
-Makes the bundles it needs, checks fp16 on the GPU against fp32 on the CPU, tells which kernels run, and measures steps,
+First the smoke test (`--only smoke`: at most two minutes, a line per check): whether sessions open, all nodes are on the
+device, rows are moved, replays are the plain run's bits, and fp16 and fp32 agree with fp32 on the CPU. Then it makes the
+bundles it needs, checks fp16 on the GPU against fp32 on the CPU, tells which kernels run, and measures steps,
 throughput offline and online, and transformers' `generate` beside it. Writes results.json and results.md after every
 part. Each part is a process of its own, so that one that fails, hangs or breaks the GPU's context does not take the
 rest along; parts that no time is left for are skipped.
@@ -45,6 +47,7 @@ class Part:
 
 
 PARTS = (
+    Part("smoke", "smoke:smoke", 120, 20),
     Part("machine", "machine:machine", 60, 5),
     Part("limits", "machine:limits", 60, 10),
     Part("bundles", "bundles:bundles", 200, 60),
@@ -86,6 +89,8 @@ def main(argv: Sequence[str]) -> int:
         else:
             outcome = _apart(part, arguments.device, out, work, limit_s=min(part.limit_s, left))
         results[part.name] = {**outcome, "seconds": time.monotonic() - began}
+        for line in outcome.get("result", {}).get("lines", ()):
+            print(f"  {line}")
         print(f"  {'done' if outcome['ok'] else outcome['error'].strip()[-600:]}", flush=True)
         if part is not _CHILD and not (arguments.in_process and arguments.only):
             _write(out, results)
@@ -127,10 +132,15 @@ def _apart(part: Part, device: str, out: Path, work: Path, *, limit_s: float) ->
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-            return {"ok": False, "error": f"ended after {limit_s:.0f} s; {_tail(log)}"}
+            return {"ok": False, "error": f"ended after {limit_s:.0f} s; {_tail(log)}", **_written(result)}
     if status or not result.exists():
-        return {"ok": False, "error": f"exit status {status}: {_tail(log)}"}
-    return {"ok": True, "result": json.loads(result.read_text("utf-8"))}
+        return {"ok": False, "error": f"exit status {status}: {_tail(log)}", **_written(result)}
+    return {"ok": True, **_written(result)}
+
+
+def _written(result: Path) -> dict[str, Any]:
+    """What a part has measured, be it all or some."""
+    return {"result": json.loads(result.read_text("utf-8"))} if result.exists() else {}
 
 
 def _tail(log: Path) -> str:

@@ -18,18 +18,19 @@ from gpu_parts.setting import FR_EN, Setting, vocabulary_of
 def bundles(setting: Setting) -> dict[str, Any]:
     """The embedded model in fp32 and fp16, and the first random one in fp16."""
     return {
-        **_make(setting, FR_EN, "fp16"),
-        **_make(setting, FR_EN, "fp32"),
-        **_make(setting, setting.names[1], "fp16"),
+        **make(setting, FR_EN, "fp16"),
+        **make(setting, FR_EN, "fp32"),
+        **make(setting, setting.names[1], "fp16"),
     }
 
 
 def large_bundle(setting: Setting) -> dict[str, Any]:
     """The random model with the large vocabulary in fp16."""
-    return _make(setting, setting.names[2], "fp16")
+    return make(setting, setting.names[2], "fp16")
 
 
-def _make(setting: Setting, name: str, precision: str) -> dict[str, Any]:
+def make(setting: Setting, name: str, precision: str) -> dict[str, Any]:
+    """A model's bundle, unless it is there: how long that took, and what went wrong on the device."""
     began, problem = time.perf_counter(), None
     target, checkpoint = setting.work / f"{name}-{precision}", setting.checkpoint(name)
     if not target.exists():

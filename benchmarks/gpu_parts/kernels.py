@@ -10,19 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from beamline_server.bundle import DECODER_STEP, Bundle
+from beamline_server.engine.ort.device import providers
 from gpu_parts.batches import bare_step
 from gpu_parts.setting import Setting
 
 _DEBUG = "ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"
 _STEPS = 3
-
-
-def providers(setting: Setting) -> list[Any]:
-    """As the runner has them, without graphs."""
-    if setting.device == "cpu":
-        return ["CPUExecutionProvider"]
-    options = {"device_id": 0, "sdpa_kernel": 3, "arena_extend_strategy": "kSameAsRequested"}
-    return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
 def profile(setting: Setting) -> dict[str, Any]:
@@ -40,7 +33,8 @@ def profile(setting: Setting) -> dict[str, Any]:
     options.profile_file_prefix = str(setting.work / "profile")
     options.optimized_model_filepath = str(optimized)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.bin")
-    session = ort.InferenceSession(str(bundle.file(DECODER_STEP)), options, providers=providers(setting))
+    chosen = providers(setting.device, "fp16", graphs=False)
+    session = ort.InferenceSession(str(bundle.file(DECODER_STEP)), options, providers=chosen, enable_fallback=0)
     run, shape, _kept = bare_step(setting, bundle, session, setting.scale.profile_rows)
     for _ in range(_STEPS):
         run.run(ort.RunOptions())
@@ -108,7 +102,8 @@ def kernels_child(setting: Setting) -> dict[str, Any]:
     bundle: Bundle = setting.bundle(setting.names[1], "fp16")
     options = ort.SessionOptions()
     options.enable_mem_pattern = False
-    session = ort.InferenceSession(str(bundle.file(DECODER_STEP)), options, providers=providers(setting))
+    chosen = providers(setting.device, "fp16", graphs=False)
+    session = ort.InferenceSession(str(bundle.file(DECODER_STEP)), options, providers=chosen, enable_fallback=0)
     run, _, _kept = bare_step(setting, bundle, session, setting.scale.profile_rows)
     for _ in range(_STEPS):
         run.run(ort.RunOptions())

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from beamline_export.agreement import search_all
+from beamline_export.agreement import answers, search_all, searching_core
 from beamline_export.parity import all_logprobs
 from beamline_server.engine.build import model_rules
 from beamline_server.engine.core import ModelRules
@@ -32,9 +32,10 @@ def parity(setting: Setting) -> dict[str, Any]:
     expected = search_all(reference, rules, searches)
     plain = search_all(setting.runner(FR_EN, graphs=False), rules, searches)
     with_graphs = setting.runner(FR_EN)
-    replayed = search_all(with_graphs, rules, searches)
-    # Once more: now shapes that were captured late are replayed from the start.
-    again = search_all(with_graphs, rules, searches)
+    core = searching_core(with_graphs, rules)
+    replayed = answers(core, searches)
+    # Once more, with the same caches: now shapes that were captured late are replayed from the start.
+    again = answers(core, searches)
     return {
         "searches": len(searches),
         **_against_fp32(expected, plain, reference, rules, searches),

@@ -40,12 +40,21 @@ class Parting:
 def search_all(
     runner: StepRunner, rules: ModelRules, searches: Sequence[tuple[Tokens, SearchOptions]]
 ) -> list[Completed]:
-    """Run searches (source, options) through the engine, as many at once as fit; answers in order.
+    """Run searches (source, options) through an engine of their own, as many at once as fit; answers in order.
 
     Raises:
         ExportError: one of them failed.
     """
-    core = EngineCore(runner, rules, Capacity(256, 1 << 20), clock=lambda: 0.0, observer=NullObserver())
+    return answers(searching_core(runner, rules), searches)
+
+
+def searching_core(runner: StepRunner, rules: ModelRules) -> EngineCore:
+    """An engine for `answers`; what its caches are bound to stays from one use to the next."""
+    return EngineCore(runner, rules, Capacity(256, 1 << 20), clock=lambda: 0.0, observer=NullObserver())
+
+
+def answers(core: EngineCore, searches: Sequence[tuple[Tokens, SearchOptions]]) -> list[Completed]:
+    """As `search_all`, through an engine that may have been used before and is idle."""
     core.accept(GenerationRequest(RequestId(i), *search) for i, search in enumerate(searches))
     done: dict[int, Completed] = {}
     while not core.idle:

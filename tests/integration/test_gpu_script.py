@@ -20,7 +20,8 @@ def test_every_part_of_the_dry_run_is_done(tmp_path: Path) -> None:
 
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
-    assert len(results) == 14
+    assert len(results) == 15
+    assert [line[:6] for line in results["smoke"]["result"]["lines"]] == ["ok    "] * 8
     parity = results["parity"]["result"]
     assert parity["graphs"]["same_bits_again"] == parity["searches"]
     assert parity["graphs"]["captured"] > 0
