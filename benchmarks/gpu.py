@@ -2,12 +2,12 @@
 
     PYTHONPATH=server:export:client:protos python benchmarks/gpu.py --out results [--budget-s 450]
 
-First the smoke test (`--only smoke`: at most two minutes, a line per check): whether sessions open, all nodes are on the
-device, rows are moved, replays are the plain run's bits, and fp16 and fp32 agree with fp32 on the CPU. Then it makes the
-bundles it needs, checks fp16 on the GPU against fp32 on the CPU, tells which kernels run, and measures steps,
-throughput offline and online, and transformers' `generate` beside it. Writes results.json and results.md after every
-part. Each part is a process of its own, so that one that fails, hangs or breaks the GPU's context does not take the
-rest along; parts that no time is left for are skipped.
+First comes a smoke test (`--only smoke`: at most two minutes, a line per check): whether sessions open, all nodes are
+on the device, rows are moved, replays are the plain run's bits, and fp16 and fp32 agree with fp32 on the CPU. Then it
+makes the bundles it needs, searches with fp16 on the GPU and fp32 on the CPU, tells which kernels run, and measures
+steps, throughput offline and online, and transformers' `generate` beside it. Writes results.json and results.md after
+every part; the exit status is how many parts failed or were skipped. Each part is a process of its own, so that one
+that fails, hangs or breaks the GPU's context does not take the rest along.
 
 `--device cpu` is a dry run of the same code with tiny sizes: its figures mean nothing.
 """

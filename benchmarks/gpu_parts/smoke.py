@@ -127,7 +127,9 @@ def _rows(setting: Setting) -> tuple[bool, str]:
 
 def _placed(setting: Setting, precision: Precision) -> tuple[bool, str]:
     bundle = setting.bundle(FR_EN, precision)
-    return judged_placement(setting.device, {name: placement(setting, bundle, name) for name in (ENCODER, DECODER_STEP)})
+    return judged_placement(
+        setting.device, {name: placement(setting, bundle, name) for name in (ENCODER, DECODER_STEP)}
+    )
 
 
 def placement(setting: Setting, bundle: Bundle, name: str) -> Counter[tuple[str, str]]:

@@ -12,8 +12,9 @@ the buffers of the inputs and nothing is copied.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import gcd
 from typing import Literal
+
+from beamline_server.engine.ort.row_mover import row_parts
 
 Axis = str | int
 ElementType = Literal["float32", "float16", "int64", "bool"]
@@ -57,16 +58,6 @@ def encoder_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:
         },
         outputs={f"cross_{kind}_{i}": rectangle for i in range(layers) for kind in ("k", "v")},
     )
-
-
-def row_parts(width: int) -> tuple[int, int]:
-    """How fp16 graphs cut the row of a pool: number of parts, elements of one.
-
-    onnxruntime's CUDA kernel of ScatterND has one thread per index, which copies element by element what the index
-    stands for: an index per part keeps the GPU busy where an index per row would not.
-    """
-    part = gcd(width, 8)
-    return width // part, part
 
 
 def decoder_step_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:

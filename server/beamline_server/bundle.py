@@ -20,6 +20,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from beamline_server.engine.request import MAX_BEAMS, MAX_LENGTH_PENALTY
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 ENCODER = "encoder.onnx"
@@ -83,8 +85,8 @@ class GenerationDefaults(_Model):
     `not_supported` are settings of the checkpoint that would change answers and have no effect, with their values.
     """
 
-    beam_size: int = Field(default=1, ge=1, le=16)
-    length_penalty: float = Field(default=1.0, ge=-10, le=10)
+    beam_size: int = Field(default=1, ge=1, le=MAX_BEAMS)
+    length_penalty: float = Field(default=1.0, ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)
     length_penalty_kind: Literal["power", "gnmt"] = "power"
     early_stopping: Literal["when_full", "heuristic", "never"] = "heuristic"
     min_new_tokens: int = Field(default=0, ge=0)

@@ -14,6 +14,10 @@ from typing import Annotated, Any, Literal, Never
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from beamline_server.bundle import NAME_PATTERN
+from beamline_server.engine.admission import DEFAULT_QUEUE_ROWS, DEFAULT_ROWS
+from beamline_server.engine.request import MAX_BEAMS
+
 ENVIRONMENT_PREFIX = "BEAMLINE_"
 CONFIG_VARIABLE = "BEAMLINE_CONFIG"
 
@@ -55,15 +59,19 @@ class Settings(BaseModel):
     threads_per_worker: Count | Auto = Field(
         default="auto", description="Threads inside each worker; auto shares the cores."
     )
-    max_rows: Count = Field(default=128, description="Live hypotheses per worker.")
-    max_queue_rows: Count = Field(default=1024, description="Hypotheses of waiting requests, all workers together.")
+    max_rows: Count = Field(default=DEFAULT_ROWS, description="Live hypotheses per worker.")
+    max_queue_rows: Count = Field(
+        default=DEFAULT_QUEUE_ROWS, description="Hypotheses of waiting requests, all workers together."
+    )
     kv_slots: Count | Auto = Field(
         default="auto", description="Cache slots per worker, one per live hypothesis and token."
     )
     max_new_tokens: Count | Auto = Field(
         default="auto", description="Most tokens to generate; auto takes the model's limit."
     )
-    max_beam_size: int = Field(default=16, ge=1, le=16, description="Widest beam that a request may ask for.")
+    max_beam_size: int = Field(
+        default=MAX_BEAMS, ge=1, le=MAX_BEAMS, description="Widest beam that a request may ask for."
+    )
     max_inputs: int = Field(default=64, ge=1, le=1024, description="Most inputs in one request.")
     max_text_bytes: Count = Field(default=65536, description="Most bytes of UTF-8 in one text.")
     max_message_bytes: Bytes = Field(default=1024 * 1024, description="Most bytes in one request message.")
@@ -85,7 +93,7 @@ class Settings(BaseModel):
     )
     model_name: str | None = Field(
         default=None,
-        pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        pattern=NAME_PATTERN,
         description="Name to serve the model by; the bundle's if unset.",
     )
     request_batch: Count | None = Field(

@@ -13,12 +13,17 @@ from dataclasses import dataclass
 from beamline_server.engine.errors import RequestTooLarge
 from beamline_server.engine.request import GenerationRequest
 
+DEFAULT_ROWS = 128
+"""Live hypotheses of a worker, unless the operator says otherwise."""
+DEFAULT_QUEUE_ROWS = 1024
+"""Rows that may wait, all workers together, unless the operator says otherwise."""
+
 SHARED_WIDTH = 64
 """Slots and source positions of the widest lane that all sentences may be kept in, however few they need."""
 
 LANE_WIDTHS = (16, 32, *(SHARED_WIDTH * 4**i for i in range(16)))
 """Slots and source positions up to which a sentence stays in a lane; see scheduler.py. The last one holds whatever can
-be asked for, 16 beams of 2^32 tokens; lanes that nobody needs do not exist."""
+be asked for, the widest search of 2^32 tokens; lanes that nobody needs do not exist."""
 
 
 @dataclass(frozen=True, slots=True)

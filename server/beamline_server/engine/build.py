@@ -8,13 +8,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from beamline_server.bundle import Bundle, BundleError, Golden, Manifest
-from beamline_server.engine.admission import LANE_WIDTHS, SHARED_WIDTH, Capacity, lane_of
+from beamline_server.engine.admission import (
+    DEFAULT_QUEUE_ROWS,
+    DEFAULT_ROWS,
+    LANE_WIDTHS,
+    SHARED_WIDTH,
+    Capacity,
+    lane_of,
+)
 from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, layout, step_batch
 from beamline_server.engine.beam import SearchRules
-from beamline_server.engine.core import ENCODE_TOKENS, MAX_BEAMS, ModelRules
+from beamline_server.engine.core import ENCODE_TOKENS, ModelRules
 from beamline_server.engine.loop import Engine
 from beamline_server.engine.observer import StepObserver
-from beamline_server.engine.request import Deliver
+from beamline_server.engine.request import MAX_BEAMS, Deliver
 from beamline_server.engine.runner import FromEncoder, StepRunner
 from beamline_server.engine.scheduler import SEAT_GRANULE, Admission, Continuous
 
@@ -42,9 +49,9 @@ class EngineOptions:
     device: str = "auto"
     workers: int | None = None
     threads: int | None = None
-    rows: int = 128
+    rows: int = DEFAULT_ROWS
     slots: int | None = None
-    queue_rows: int = 1024
+    queue_rows: int = DEFAULT_QUEUE_ROWS
     admission: Admission = Continuous()  # noqa: RUF009 - a frozen value
 
 

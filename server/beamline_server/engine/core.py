@@ -19,14 +19,22 @@ from beamline_server.engine.beam import DEAD, IntArray, SearchRules, Selection, 
 from beamline_server.engine.errors import DeadlineExceeded, EngineError, RequestCancelled, StepFailed
 from beamline_server.engine.kv_pool import SlotTable
 from beamline_server.engine.observer import StepObserver
-from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId, Timing
+from beamline_server.engine.request import (
+    MAX_BEAMS,
+    Completed,
+    Event,
+    Failed,
+    GenerationRequest,
+    Piece,
+    RequestId,
+    Timing,
+)
 from beamline_server.engine.runner import FromEncoder, StepRunner
 from beamline_server.engine.scheduler import Admission, Continuous, Room, Waiting, round_up
 from beamline_server.engine.scoring import FloatArray
 from beamline_server.engine.searches import Searches
 from beamline_server.engine.seating import Seated, Seating
 
-MAX_BEAMS = 16
 ENCODE_TOKENS = 1024
 _STEPS_REMEMBERED = 16
 """Ends of steps that a core remembers, to tell how many of them a request that nobody waits for sat through."""
@@ -168,7 +176,7 @@ class EngineCore:
                 self._earliest_deadline = min(self._earliest_deadline, request.deadline)
 
     def cancel(self, ids: Iterable[RequestId], wished_at: float | None = None) -> None:
-        """Drop requests at the next step whose callers gave up at `wished_at` (default: now); unknown ids have ended."""
+        """Drop requests at the next step, whose callers gave up at `wished_at` (default: now); unknown ids are over."""
         self._cancelled |= dict.fromkeys(ids, self._clock() if wished_at is None else wished_at)
 
     def fail_all(self, make_error: Callable[[], EngineError]) -> list[Event]:

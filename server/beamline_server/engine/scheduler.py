@@ -181,7 +181,7 @@ def seats(old: Sequence[int], staying: Iterable[int], arriving: Sequence[int]) -
     return [who for who in result if who is not None]
 
 
-def narrowest_lane(sentences: int, device: str = "cpu") -> int:
+def narrowest_lane(sentences: int, device: str) -> int:
     """Number of the narrowest lane in use while so many sentences run.
 
     On a GPU a run costs its launches, and padding next to nothing.

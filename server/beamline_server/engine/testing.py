@@ -233,17 +233,23 @@ class TableRunner:
         rules: The model it stands for.
         faults: Calls that fail.
         gate: Where each step waits for leave.
+        device: The kind that it stands for: lanes are finer on a CPU.
 
     Attributes:
         encoded: The sources of each encoder call.
         trace: The decoder steps.
     """
 
-    device = "table"
-
     def __init__(
-        self, table: LogprobTable, rules: ModelRules, *, faults: Faults | None = None, gate: Gate | None = None
+        self,
+        table: LogprobTable,
+        rules: ModelRules,
+        *,
+        faults: Faults | None = None,
+        gate: Gate | None = None,
+        device: str = "cpu",
     ) -> None:
+        self.device = device
         self._table = table
         self._rules = rules
         self._faults = faults or Faults()

@@ -10,14 +10,11 @@ from typing import Any, TypeVar
 from beamline.v1 import generation_pb2 as pb
 from beamline_server.bundle import Dimensions, GenerationDefaults
 from beamline_server.engine.errors import Violation
-from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, SearchOptions
+from beamline_server.engine.request import MAX_LENGTH_PENALTY, EarlyStopping, LengthPenaltyKind, SearchOptions
 from beamline_server.rpc.desk import Source
 from beamline_server.rpc.errors import InvalidRequest, ModelNotFound
 from beamline_server.settings import Settings, SettingsError
 from beamline_server.tokenizer import Tokenizer
-
-MAX_LENGTH_PENALTY = 10.0
-"""Greatest magnitude of the exponent: beyond it, scores of long hypotheses leave fp32."""
 
 LENGTH_PENALTY_KINDS: Mapping[pb.LengthPenaltyKind, LengthPenaltyKind] = {
     pb.LENGTH_PENALTY_KIND_POWER: LengthPenaltyKind.POWER,

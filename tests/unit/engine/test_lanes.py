@@ -1,8 +1,11 @@
 """Sentences sit by length, and move as they grow; answers know nothing of it."""
 
+from functools import partial
+
 from beamline_server.engine.admission import SHARED_WIDTH
-from beamline_server.engine.request import Event
+from beamline_server.engine.request import Event, GenerationRequest
 from beamline_server.engine.scheduler import FINE_LANES_FROM, SEAT_GRANULE
+from beamline_server.engine.testing import TableRunner
 from beamline_server.engine.testing_core import assert_as_alone, bench, outcomes, request, source_of
 
 
@@ -47,10 +50,15 @@ def test_a_lane_shrinks_when_a_long_sentence_has_left_it() -> None:
     assert widths[-1] == SEAT_GRANULE
 
 
+def many() -> list[GenerationRequest]:
+    """More sentences than there have to be for fine lanes, none of them wider than the shared lane."""
+    return [request(number, beams=1 + number % 2, tokens=3 + number % 40) for number in range(1, 71)]
+
+
 def test_many_sentences_sit_in_lanes_by_length_and_few_together() -> None:
     """As they grow they move from lane to lane, and when most have ended the rest comes together again."""
     engine = bench(rows=128)
-    asked = [request(number, beams=1 + number % 2, tokens=3 + number % 40) for number in range(1, 71)]
+    asked = many()
     engine.core.accept(asked)
     ends = engine.finish()
     for each in asked:
@@ -58,6 +66,7 @@ def test_many_sentences_sit_in_lanes_by_length_and_few_together() -> None:
     runs = [(len(step.sources), step.slots) for step in engine.runner.trace]
     assert {16, 32} <= {slots for _, slots in runs}
     assert sum(count for count, _ in runs) == sum(3 + number % 40 for number in range(1, 71)), "a run per token"
+    assert len(runs) > engine.clock.now, "a lane is a run: some of the steps, of a second each, have had several"
     first, last = runs[0], runs[-1]
     assert first[0] >= FINE_LANES_FROM
     assert first[1] <= 16
@@ -66,6 +75,16 @@ def test_many_sentences_sit_in_lanes_by_length_and_few_together() -> None:
     # The rest of them, few as they are by then, runs in one lane.
     positions = [step.positions for step in engine.runner.trace if max(step.positions) >= 38]
     assert len(positions) == len({position for each in positions for position in each})
+
+
+def test_on_a_gpu_many_sit_together_as_well() -> None:
+    engine = bench(rows=128, make_runner=partial(TableRunner, device="cuda"))
+    asked = many()
+    engine.core.accept(asked)
+    ends = engine.finish()
+    for each in asked:
+        assert_as_alone(ends[each.id], each)
+    assert len(engine.runner.trace) == engine.clock.now, "one lane in every step"
 
 
 def test_a_sentence_moves_although_nobody_comes_or_goes() -> None:

@@ -168,16 +168,16 @@ def test_few_seats_have_slots_enough_for_most_sentences_at_once() -> None:
 @given(st.integers(1, 200), st.data())
 def test_no_seat_is_wider_than_its_lane(seats: int, data: st.DataObject) -> None:
     """Admission counts a lane's width per sentence."""
-    lane = data.draw(st.integers(narrowest_lane(seats), 8))
+    lane = data.draw(st.integers(narrowest_lane(seats, "cpu"), 8))
     needed = data.draw(st.integers(1, LANE_WIDTHS[lane]))
     assert seat_width(needed, 0, slot_granule(seats)) <= LANE_WIDTHS[lane]
 
 
 def test_few_sentences_share_a_lane_and_many_sit_by_length() -> None:
     """However few slots they need, a handful of sentences costs one run and not several."""
-    assert LANE_WIDTHS[narrowest_lane(1)] == SHARED_WIDTH
-    assert LANE_WIDTHS[narrowest_lane(FINE_LANES_FROM - 1)] == SHARED_WIDTH
-    assert narrowest_lane(FINE_LANES_FROM) == 0
+    assert LANE_WIDTHS[narrowest_lane(1, "cpu")] == SHARED_WIDTH
+    assert LANE_WIDTHS[narrowest_lane(FINE_LANES_FROM - 1, "cpu")] == SHARED_WIDTH
+    assert narrowest_lane(FINE_LANES_FROM, "cpu") == 0
     assert LANE_WIDTHS[narrowest_lane(FINE_LANES_FROM, "cuda")] == SHARED_WIDTH
 
 

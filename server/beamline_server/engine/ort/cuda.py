@@ -99,7 +99,9 @@ def driver_problem(driver: Driver, needed: int) -> str | None:
     """What is wrong with a driver for a program that was built for CUDA `needed`, and what to do."""
     major, minor = driver.version // 1000, driver.version % 1000 // 10
     if not driver.version:
-        return f"there is no NVIDIA driver here; install one for CUDA {needed}, and let the container use it if it is one"
+        return (
+            f"there is no NVIDIA driver here; install one for CUDA {needed}, and let the container use it if it is one"
+        )
     if major < needed:
         return f"the NVIDIA driver is for CUDA {major}.{minor}; install one for CUDA {needed} on this machine"
     if driver.problem or not driver.devices:

@@ -43,7 +43,9 @@ class DeviceRunner:
             preload()
         self._sessions, captured = _open(bundle, device, threads, graphs)
         if device == "cuda" and CUDA not in self._sessions.decoder.get_providers():
-            raise RuntimeError(what_is_missing() or "onnxruntime could not start its CUDA provider, and does not say why")
+            raise RuntimeError(
+                what_is_missing() or "onnxruntime could not start its CUDA provider, and does not say why"
+            )
         self._mover = RowMover(
             providers(device, bundle.manifest.precision, graphs=False),
             device=device,

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beamline_server.engine.beam import IntArray
-from beamline_server.engine.ort.fixed_run import DeviceBuffer, FixedRun
+from beamline_server.engine.ort.fixed_run import KEPT_RUNS, DeviceBuffer, FixedRun
 from beamline_server.engine.ort.row_mover import RowMover, flat_rows
 from beamline_server.engine.ort.sessions import Sessions
 from beamline_server.engine.ort.shape_buckets import (
@@ -31,9 +31,6 @@ from beamline_server.engine.ort.shape_buckets import (
     step_shape,
 )
 from beamline_server.engine.runner import Encoded, FromCache, FromEncoder, FromSeat, Origin, StepBatch
-
-_KEPT_RUNS = 16
-"""Runs without a captured graph that a cache keeps bound, the last used ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +213,7 @@ class DeviceCache:
 
     def _forget_a_run(self) -> None:
         uncaptured = [shape for shape, run in self._runs.items() if run.graph is None]
-        if len(uncaptured) >= _KEPT_RUNS:
+        if len(uncaptured) >= KEPT_RUNS:
             del self._runs[uncaptured[0]]
 
 

@@ -8,13 +8,10 @@ import onnxruntime as ort
 
 from beamline_server.engine.ort.captured_graphs import CapturedGraphs
 from beamline_server.engine.ort.device_cache import EncodedRows
-from beamline_server.engine.ort.fixed_run import FixedRun
+from beamline_server.engine.ort.fixed_run import KEPT_RUNS, FixedRun
 from beamline_server.engine.ort.padding import fill_encoder
 from beamline_server.engine.ort.shape_buckets import EncoderShape, encoder_shape
 from beamline_server.engine.runner import Encoded, EncoderBatch
-
-_KEPT_RUNS = 16
-"""Runs without a captured graph that stay bound, the last used ones."""
 
 
 class _Loan:
@@ -77,7 +74,7 @@ class EncoderRuns:
         found = next((entry for entry in self._entries if entry.shape == shape and entry.free), None)
         if found is None:
             uncaptured = [entry for entry in self._entries if entry.run.graph is None]
-            if len(uncaptured) >= _KEPT_RUNS:
+            if len(uncaptured) >= KEPT_RUNS:
                 self._entries.remove(uncaptured[0])
             found = _Entry(shape, FixedRun(self._session, self._device, shape.axes()))
         else:

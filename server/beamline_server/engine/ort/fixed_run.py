@@ -11,6 +11,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+KEPT_RUNS = 16
+"""Runs without a captured graph that stay bound, of a cache or of the encoder: the last used ones."""
 _ALIGNMENT = 64
 _TYPES: dict[str, type[np.generic]] = {
     "tensor(int64)": np.int64,

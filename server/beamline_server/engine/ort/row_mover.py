@@ -8,7 +8,7 @@ before the first is put. It is the same for every model, so it is made here and 
     moved = ScatterND(target, put_parts, Gather(source, take))
 
 onnxruntime's CUDA kernel of ScatterND has one thread per index, which copies what the index stands for element by
-element: therefore rows are put in small parts.
+element: therefore rows are put in small parts, and fp16 graphs of bundles do so as well.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,12 @@ LARGEST_PART = 8
 _ELEMENT: dict[type[np.generic], int] = {np.float32: 1, np.float16: 10}
 _INT64 = 7
 _IR_VERSION, _OPSET = 10, 18
+
+
+def row_parts(width: int) -> tuple[int, int]:
+    """How a row is cut: number of parts, elements of one."""
+    part = gcd(width, LARGEST_PART)
+    return width // part, part
 
 
 class RowMover:
@@ -53,10 +59,10 @@ class RowMover:
         self._session = ort.InferenceSession(graph, options, providers=list(providers), enable_fallback=0)
         self._device = device
         self._dtype = dtype
-        part = gcd(width, LARGEST_PART)
-        self._row = (width // part, part)
-        parts = np.zeros((1, width // part, 2), np.int64)
-        parts[0, :, 1] = np.arange(width // part)
+        self._row = row_parts(width)
+        count, _ = self._row
+        parts = np.zeros((1, count, 2), np.int64)
+        parts[0, :, 1] = np.arange(count)
         self._parts = parts
 
     def move(self, source: tuple[int, int], target: tuple[int, int], take: IntArray, put: IntArray) -> None:

@@ -1,5 +1,7 @@
 """What CUDA's provider is told, and what is said where it cannot start. No GPU is needed."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,7 +49,10 @@ def test_the_provider_knows_every_option() -> None:
 @pytest.mark.parametrize(
     ("driver", "problem"),
     [
-        (Driver(0, 0, "CUDA driver version is insufficient"), "there is no NVIDIA driver here; install one for CUDA 13"),
+        (
+            Driver(0, 0, "CUDA driver version is insufficient"),
+            "there is no NVIDIA driver here; install one for CUDA 13",
+        ),
         (Driver(12040, 0, "insufficient"), "the NVIDIA driver is for CUDA 12.4; install one for CUDA 13"),
         (Driver(13000, 0, "no device is detected"), "the NVIDIA driver finds no GPU (no device is detected); look at"),
         (Driver(13010, 0), "the NVIDIA driver finds no GPU (it counts 0 devices); look at"),
@@ -62,27 +67,26 @@ def test_a_driver_at_least_as_new_and_a_device_are_enough(version: int) -> None:
     assert driver_problem(Driver(version, 1), 13) is None
 
 
-class Runtime:
+def runtime(version: int, status: int, devices: int) -> Any:
     """CUDA's runtime library on some machine."""
 
-    def __init__(self, version: int, status: int, devices: int) -> None:
-        self._version, self._status, self._devices = version, status, devices
-        self.cudaGetErrorString: Any = lambda status: f"error {status}".encode()
+    def put(value: int, status: int = 0) -> Callable[[Any], int]:
+        def call(where: Any) -> int:
+            where._obj.value = value
+            return status
 
-    def cudaDriverGetVersion(self, version: Any) -> int:
-        version._obj.value = self._version
-        return 0
+        return call
 
-    def cudaGetDeviceCount(self, devices: Any) -> int:
-        devices._obj.value = self._devices
-        return self._status
+    def text(status: int) -> bytes:
+        return f"error {status}".encode()
+
+    functions = {"cudaDriverGetVersion": put(version), "cudaGetDeviceCount": put(devices, status)}
+    return SimpleNamespace(**functions, cudaGetErrorString=text)
 
 
 def test_the_runtime_is_asked_for_driver_and_devices() -> None:
-    good: Any = Runtime(13000, 0, 2)
-    assert ask_driver(good) == Driver(13000, 2)
-    empty: Any = Runtime(13000, 100, 0)
-    assert ask_driver(empty) == Driver(13000, 0, "error 100")
+    assert ask_driver(runtime(13000, 0, 2)) == Driver(13000, 2)
+    assert ask_driver(runtime(13000, 100, 0)) == Driver(13000, 0, "error 100")
 
 
 def test_nobody_is_asked_where_it_does_not_matter() -> None:
