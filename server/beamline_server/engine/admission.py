@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from beamline_server.engine.errors import RequestTooLarge
 from beamline_server.engine.request import GenerationRequest
 
+MAX_BEAMS = 16
+"""The widest search: what the engine's arrays have room for."""
 DEFAULT_ROWS = 128
 """Live hypotheses of a worker, unless the operator says otherwise."""
 DEFAULT_QUEUE_ROWS = 1024

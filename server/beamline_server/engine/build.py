@@ -12,6 +12,7 @@ from beamline_server.engine.admission import (
     DEFAULT_QUEUE_ROWS,
     DEFAULT_ROWS,
     LANE_WIDTHS,
+    MAX_BEAMS,
     SHARED_WIDTH,
     Capacity,
     lane_of,
@@ -21,7 +22,7 @@ from beamline_server.engine.beam import SearchRules
 from beamline_server.engine.core import ENCODE_TOKENS, ModelRules
 from beamline_server.engine.loop import Engine
 from beamline_server.engine.observer import StepObserver
-from beamline_server.engine.request import MAX_BEAMS, Deliver
+from beamline_server.engine.request import Deliver
 from beamline_server.engine.runner import FromEncoder, StepRunner
 from beamline_server.engine.scheduler import SEAT_GRANULE, Admission, Continuous
 

@@ -13,22 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from beamline_server.engine.admission import Capacity, Cost, cost
+from beamline_server.engine.admission import MAX_BEAMS, Capacity, Cost, cost
 from beamline_server.engine.batch import Candidates, encoder_batch, step_batch
 from beamline_server.engine.beam import DEAD, IntArray, SearchRules, Selection, advance, parent_of, token_of
 from beamline_server.engine.errors import DeadlineExceeded, EngineError, RequestCancelled, StepFailed
 from beamline_server.engine.kv_pool import SlotTable
 from beamline_server.engine.observer import StepObserver
-from beamline_server.engine.request import (
-    MAX_BEAMS,
-    Completed,
-    Event,
-    Failed,
-    GenerationRequest,
-    Piece,
-    RequestId,
-    Timing,
-)
+from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId, Timing
 from beamline_server.engine.runner import FromEncoder, StepRunner
 from beamline_server.engine.scheduler import Admission, Continuous, Room, Waiting, round_up
 from beamline_server.engine.scoring import FloatArray

@@ -15,7 +15,7 @@ class StepObserver(Protocol):
         ...
 
     def released(self, steps: int) -> None:
-        """A cancelled or late request has given its rows back: so many steps after it was cancelled or its time ended."""
+        """A cancelled or late request has given its rows back: so many steps after it was cancelled or late."""
         ...
 
 

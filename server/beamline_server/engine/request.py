@@ -9,8 +9,6 @@ from beamline_server.engine.errors import EngineError
 
 RequestId = NewType("RequestId", int)
 
-MAX_BEAMS = 16
-"""The widest search: what the engine's arrays have room for."""
 MAX_LENGTH_PENALTY = 10.0
 """Greatest magnitude of the exponent: beyond it, scores of long hypotheses leave fp32."""
 

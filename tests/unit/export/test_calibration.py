@@ -32,6 +32,7 @@ from beamline_export.spec import ExportError
 from beamline_export.testing import DECODER_START, EOS, write_hugging_face
 from beamline_server.bundle import DECODER_STEP, ENCODER, WEIGHTS, Bundle, GenerationDefaults, load_bundle
 from beamline_server.engine.build import build_runner, model_rules
+from beamline_server.engine.ort.sessions import session_options
 from beamline_server.engine.request import EarlyStopping, SearchOptions
 from beamline_server.testing import make_manifest, write_bundle
 
@@ -151,7 +152,7 @@ def test_a_range_is_the_largest_magnitude_of_a_products_input(tmp_path: Path) ->
     axes = ("N", 8)
     model = g.model("test", GraphSpec({"x": TensorSpec("float32", axes)}, {"y": TensorSpec("float32", axes)}))
     (tmp_path / "graph.onnx").write_bytes(model.SerializeToString())
-    session = onnxruntime.InferenceSession(str(tmp_path / "graph.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(tmp_path / "graph.onnx"), session_options(1))
     names = [value.name for value in session.get_outputs()]
     found = dict(zip(names, session.run(names, {"x": x}), strict=True))
     up = np.maximum(x @ weight.T, 0)

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from beamline_export.graph_writer import GraphWriter, WeightsFile
-from beamline_export.graphs import GraphSpec, TensorSpec, row_parts
+from beamline_export.graphs import GraphSpec, TensorSpec
 from beamline_export.precision import (
     STORES,
     CalibratedInt8Store,
@@ -23,6 +23,7 @@ from beamline_export.precision import (
     quantize_rows,
 )
 from beamline_export.spec import Array, ExportError
+from beamline_server.engine.ort.row_mover import row_parts
 from beamline_server.engine.ort.sessions import session_options
 
 Build = Callable[[GraphWriter], dict[str, str]]
@@ -40,8 +41,7 @@ def run(folder: Path, build: Build, inputs: dict[str, NDArray[Any]], *, fp16: bo
         {name: TensorSpec(kind, (f"{name}0", f"{name}1")) for name, kind in outputs.items()},  # type: ignore[arg-type]
     )
     (folder / "graph.onnx").write_bytes(g.model("test", spec).SerializeToString())
-    path, options = str(folder / "graph.onnx"), session_options(threads=1)
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / "graph.onnx"), session_options(1))
     return dict(zip(outputs, session.run(list(outputs), inputs), strict=True))
 
 
