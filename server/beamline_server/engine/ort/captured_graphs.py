@@ -1,7 +1,8 @@
 """Which runs are captured as CUDA graphs and replayed: those that come again and again, up to a limit.
 
-onnxruntime captures a graph per number (run option gpu_graph_id) and calling thread, and gives none back: hence the
-limit, and hence a run has to come often before it gets one. Everything else runs kernel by kernel.
+onnxruntime captures a graph per number (run option gpu_graph_id) and calling thread, and keeps it, since nobody here
+tells it that a run is gone: hence the limit, and hence a run has to come often before it gets one. Everything else runs
+kernel by kernel.
 """
 
 import itertools
