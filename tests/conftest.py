@@ -54,3 +54,9 @@ def fr_en_fp32(export_fr_en: Callable[[str], Bundle]) -> Bundle:
 def fr_en_int8(export_fr_en: Callable[[str], Bundle]) -> Bundle:
     """The embedded model as an int8 bundle."""
     return export_fr_en("int8")
+
+
+@pytest.fixture(scope="session")
+def fr_en_calibrated(export_fr_en: Callable[..., Bundle]) -> Bundle:
+    """The embedded model as a calibrated int8 bundle, as the demo serves it."""
+    return export_fr_en("int8", FR_EN / "calibration.txt")
