@@ -92,7 +92,7 @@ class GenerationDefaults(_Model):
     early_stopping: Literal["when_full", "heuristic", "never"] = "heuristic"
     min_new_tokens: int = Field(default=0, ge=0)
     max_new_tokens: int = Field(gt=0)
-    n_best: int = Field(default=1, ge=1, le=16)
+    n_best: int = Field(default=1, ge=1, le=MAX_BEAMS)
     not_supported: dict[str, str] = Field(default_factory=dict)
 
 
