@@ -30,6 +30,7 @@ from beamline_export.calibration import (
     measure_ranges,
     read_sentences,
 )
+from beamline_export.checkpoint import refuse_lfs_pointer
 from beamline_export.families.registry import Family, detect
 from beamline_export.graph_writer import WeightsFile
 from beamline_export.graphs import GraphSpec, decoder_step_graph, encoder_graph, kv_arrange_graph
@@ -109,6 +110,8 @@ def export_checkpoint(
     with progress.step("read the checkpoint"):
         checkpoint = family.read(source)
         check_weights(checkpoint)
+    for notice in checkpoint.notices:
+        progress.warn(notice)
     unsupported = checkpoint.generation["not_supported"]
     assert isinstance(unsupported, dict)
     for setting, value in sorted(unsupported.items()):
@@ -230,6 +233,7 @@ def _write_graphs(checkpoint: Checkpoint, store: WeightStore, folder: Path) -> N
 
 def _copy_tokenizer(checkpoint: Checkpoint, source: Path, folder: Path) -> None:
     for name, file in checkpoint.tokenizer_files.items():
+        refuse_lfs_pointer(source / file)
         shutil.copyfile(source / file, folder / name)
 
 

@@ -65,10 +65,13 @@ class Dimensions(_Model):
 
 
 class SpecialTokens(_Model):
-    """Ids with a meaning. `source_eos` is appended to tokenized text."""
+    """Ids with a meaning. `source_eos` is appended to tokenized text.
+
+    A model without `eos` ends no output by itself: each has as many tokens as were asked for.
+    """
 
     decoder_start: TokenId
-    eos: tuple[TokenId, ...] = Field(min_length=1)
+    eos: tuple[TokenId, ...]
     source_eos: TokenId | None = None
     source_bos: TokenId | None = None
     pad: TokenId | None = None

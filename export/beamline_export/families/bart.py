@@ -45,13 +45,15 @@ def read(folder: Path) -> Checkpoint:
     names = _rename(spec, Ties(head=tied, sides=tied), read_state_dict(folder))
     return Checkpoint(
         spec,
-        names.result(),
+        names.weights,
         dataclasses.replace(generation.tokens, source_bos=source_bos, source_eos=generation.tokens.eos[0]),
         generation.defaults,
         "tokenizers" if files else "none",
         files,
         generation.removed,
         names.names,
+        names.foreign(),
+        notices=tuple(names.notices),
     )
 
 
