@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
 
-_MOST_SHOWN = 8  # of a kind, in a message
+# Of a kind, in a message. Who translates names wants to see what there is.
+_MOST_FOREIGN, _MOST_SHOWN = 24, 6
 
 
 class ExportError(Exception):
@@ -175,8 +176,11 @@ def check_weights(checkpoint: Checkpoint) -> None:
     Raises:
         ExportError: names the weights that are foreign, missing, of another shape or not finite.
     """
-    names = [*_names("not part of the model", _foreign(checkpoint)), *_names("missing", _missing(checkpoint))]
-    problems = [*checkpoint.spec.problems(), *names, *_shortened(list(_wrong_values(checkpoint)))]
+    names = [
+        *_names("not part of the model", _foreign(checkpoint), _MOST_FOREIGN),
+        *_names("missing", _missing(checkpoint), _MOST_SHOWN),
+    ]
+    problems = [*checkpoint.spec.problems(), *names, *_shortened(list(_wrong_values(checkpoint)), _MOST_SHOWN)]
     if names and checkpoint.advice:
         problems.append(checkpoint.advice)
     if problems:
@@ -203,15 +207,16 @@ def _wrong_values(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"{shown} holds values that are not finite"
 
 
-def _names(problem: str, names: list[str]) -> Iterator[str]:
-    """One line with all names; those that differ in the number of a layer alone are one."""
+def _names(problem: str, names: list[str], most: int) -> Iterator[str]:
+    """One line with all names; those that differ in the number of a layer alone are one, and come last."""
     groups: dict[str, set[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "N", name), set()).add(name)
-    shown = [min(own) if len(own) == 1 else f"{form} ({len(own)} times)" for form, own in groups.items()]
+    ordered = sorted(groups.items(), key=lambda group: len(group[1]) > 1)
+    shown = [min(own) if len(own) == 1 else f"{form} ({len(own)} times)" for form, own in ordered]
     if shown:
-        yield f"{problem}: {', '.join(_shortened(shown))}"
+        yield f"{problem}: {', '.join(_shortened(shown, most))}"
 
 
-def _shortened(items: list[str]) -> list[str]:
-    return items if len(items) <= _MOST_SHOWN else [*items[:_MOST_SHOWN], f"and {len(items) - _MOST_SHOWN} more"]
+def _shortened(items: list[str], most: int) -> list[str]:
+    return items if len(items) <= most else [*items[:most], f"and {len(items) - most} more"]

@@ -1,4 +1,4 @@
-"""Checkpoints in other people's layouts: modules written here in plain PyTorch, against what the export makes of them."""
+"""Checkpoints in other layouts: modules written here in plain PyTorch, against what the export makes of them."""
 
 import copy
 import functools

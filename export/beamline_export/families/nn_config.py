@@ -7,7 +7,8 @@ from typing import Any
 
 from beamline_export.checkpoint import MOST_LAYERS, MOST_POSITIONS, Fields
 from beamline_export.families.nn_layouts import LAYOUTS, Layout, folded_epsilon
-from beamline_export.spec import Activation, NormPlacement, TransformerSpec
+from beamline_export.generation import Generation, read_generation
+from beamline_export.spec import Activation, ExportError, NormPlacement, TransformerSpec
 from beamline_export.state_names import Translation
 
 _ACTIVATIONS = {"relu": Activation.RELU, "gelu": Activation.GELU, "gelu_tanh": Activation.GELU_TANH}
@@ -36,7 +37,7 @@ class Config:
         source_bos: What stands before each source, if anything.
         source_eos: What stands after each source, if anything.
         names: Names in the file -> names of the layout.
-        generation: Search settings and special tokens by Hugging Face's names.
+        generation: Search settings and special tokens.
     """
 
     spec: TransformerSpec
@@ -47,7 +48,7 @@ class Config:
     source_bos: int | None
     source_eos: int | None
     names: Translation
-    generation: Mapping[str, Any]
+    generation: Generation
 
 
 def read_config(data: Mapping[str, Any]) -> Config:
@@ -59,19 +60,16 @@ def read_config(data: Mapping[str, Any]) -> Config:
     fields = Fields(data, "config.json")
     layout: Layout = fields.choice("layout", LAYOUTS, "beamline")
     epsilon = fields.number("layer_norm_eps", layout.norm_epsilon)
-    config = Config(
-        spec=_read_spec(fields, layout, epsilon),
-        layout=layout,
-        norm_epsilon=epsilon,
-        learned_positions=fields.choice("positions", _LEARNED, "sinusoidal"),
-        tied=fields.flag("tie_embeddings", False),
-        source_bos=fields.optional_id("source_bos_token_id"),
-        source_eos=fields.optional_id("source_eos_token_id"),
-        names=_read_names(fields),
-        generation=_read_generation(fields, data),
-    )
+    spec = _read_spec(fields, layout, epsilon)
+    learned, tied = fields.choice("positions", _LEARNED, "sinusoidal"), fields.flag("tie_embeddings", False)
+    bos, eos = fields.optional_id("source_bos_token_id"), fields.optional_id("source_eos_token_id")
+    names, settings = _read_names(fields), _read_settings(fields, data)
+    try:
+        generation = read_generation(settings, None, max_positions=spec.max_target_positions, needs_eos=False)
+    except ExportError as error:
+        raise ExportError("; ".join([str(error), *fields.problems])) from error
     fields.check()
-    return config
+    return Config(spec, layout, epsilon, learned, tied, bos, eos, names, generation)
 
 
 def _read_spec(fields: Fields, layout: Layout, epsilon: float) -> TransformerSpec:
@@ -113,8 +111,11 @@ def _read_names(fields: Fields) -> Translation:
     return {name: new for name, new in names.items() if new is None or isinstance(new, str)}
 
 
-def _read_generation(fields: Fields, data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What stands in `generation` and beside it, where no key but the config's own and those of `generate` may be."""
+def _read_settings(fields: Fields, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What stands in `generation` and beside it, where no key but the config's own and those of `generate` may be.
+
+    Asks for the last of the config's own keys.
+    """
     own = fields.mapping("generation")
     inner, settings = Fields(own, "generation"), _TOKEN_IDS
     # transformers takes a second to load, and most configs do without it.

@@ -10,7 +10,8 @@ from beamline_export.spec import Array, TransformerSpec
 
 SOURCE_POSITIONS, TARGET_POSITIONS = "src_positions.weight", "tgt_positions.weight"
 SHARED_POSITIONS = "positions.weight"
-"""Tables of learned positions, in any layout that may have them."""
+LEARNED_POSITIONS = {SOURCE_POSITIONS, TARGET_POSITIONS, SHARED_POSITIONS}
+"""Tables of learned positions, in any layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ LAYOUTS = {
         "tgt_embed.0.lut.weight",
         "generator.proj",
         _take_annotated_stacks,
-        {"norm_first": True, "final_norm": True, "positions": "sinusoidal"},
+        {"norm_first": True, "final_norm": True},
         norm_epsilon=1e-6,
         unbiased_norms=True,
     ),

@@ -11,9 +11,8 @@ import numpy as np
 from beamline_export.checkpoint import Renamer, read_json, read_state_dict
 from beamline_export.families.buffers import as_table, leave_out_masks, take_sinusoids
 from beamline_export.families.nn_config import Config, read_config
-from beamline_export.families.nn_layouts import SHARED_POSITIONS, SOURCE_POSITIONS, TARGET_POSITIONS
+from beamline_export.families.nn_layouts import LEARNED_POSITIONS, SHARED_POSITIONS, SOURCE_POSITIONS, TARGET_POSITIONS
 from beamline_export.families.nn_reference import NnReference
-from beamline_export.generation import read_generation
 from beamline_export.reference import Reference
 from beamline_export.spec import Checkpoint, ExportError
 from beamline_export.state_names import NamedState, name_state, unknown_targets
@@ -34,9 +33,7 @@ def read(folder: Path) -> Checkpoint:
         ExportError: config or weights are missing or contradict each other.
     """
     config = read_config(read_json(folder / "config.json"))
-    generation = read_generation(
-        config.generation, None, max_positions=config.spec.max_target_positions, needs_eos=False
-    )
+    generation = config.generation
     kind, files = _tokenizer(folder)
     state = name_state(read_state_dict(folder), config.names)
     names = _rename(config, state)
@@ -62,7 +59,7 @@ def _rename(config: Config, state: NamedState) -> Renamer:
     config.layout.take_stacks(names, config.spec)
     if config.learned_positions:
         _take_learned_positions(names, config.spec.d_model)
-    if problems := list(unknown_targets(config.names, names.known)):
+    if problems := list(unknown_targets(config.names, names.known | LEARNED_POSITIONS)):
         raise ExportError(f"config.json: names: {'; '.join(problems)}")
     if not config.learned_positions:
         take_sinusoids(names, config.spec)
