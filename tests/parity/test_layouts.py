@@ -300,6 +300,23 @@ def test_an_annotated_transformer_answers_as_it_does_itself(tmp_path: Path) -> N
     assert found == pytest.approx(logprobs(model, [5, 8, 1], forced.tolist())[0], abs=1e-4)
 
 
+def test_tables_of_another_formula_are_used_as_they_are(tmp_path: Path) -> None:
+    """As the error about them advises: as learned positions, by names of the file's own."""
+    model = AnnotatedTransformer()
+    for embed in (model.src_embed, model.tgt_embed):
+        sine, cosine = sines(48).view(48, -1, 2).unbind(-1)
+        embed[1].pe = torch.cat([sine, cosine], dim=-1)[None]
+    changes = {"layout": "annotated_transformer", "max_positions": 48}
+    folder = written(model, tmp_path / "annotated", 0, **changes)
+    with pytest.raises(ExportError, match=r"src_embed\.1\.pe \[1, 48, 16\] \(a sinusoidal table, but all sines first"):
+        exported(folder)
+    names = {"src_embed.1.pe": "src_positions.weight", "tgt_embed.1.pe": "tgt_positions.weight"}
+    (folder / "config.json").write_text(
+        json.dumps(nn_config(d_model=WIDTH, positions="learned", names=names, **changes))
+    )
+    assert same_outputs(exported(folder), model, sources_of(20)) == {4: 20, 1: 20}
+
+
 def test_a_biased_norm_would_not_do(tmp_path: Path) -> None:
     """The comparison above tells the two deviations apart."""
     model = AnnotatedTransformer()
