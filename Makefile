@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 BENCH := .venv-bench
 OPTIMUM := .venv-optimum
 
+# For tests and benchmarks that import onnxruntime without the server, which sets it by itself.
+export ORT_DISABLE_TELEMETRY := 1
+
 .PHONY: setup demo test protos fmt lint type check bench bench-quick bench-online bench-engine constraints clean
 
 setup: $(STAMP)

@@ -27,6 +27,7 @@ import grpc
 
 from beamline.v1 import generation_pb2 as pb
 from beamline.v1.generation_pb2_grpc import GenerationServiceStub
+from beamline_client.channel import channel_options
 from beamline_server.process import ProcessFailed, Samples, ServerProcess, is_idle
 
 MODEL = Path(__file__).parent.parent / "models" / "fr-en"
@@ -229,7 +230,8 @@ async def soak(server: ServerProcess, arguments: argparse.Namespace) -> list[str
     requests = plans(arguments.requests, len(sentences), arguments.seed)
     warming = min(arguments.warm_up, arguments.requests)
     print(f"      0 requests; server: {footprint(server.process.pid)}")
-    async with grpc.aio.insecure_channel(server.target, options=[("grpc.enable_retries", 0)]) as channel:
+    options = channel_options(server.target, retries=False)
+    async with grpc.aio.insecure_channel(server.target, options=options) as channel:
         callers = Callers(GenerationServiceStub(channel), sentences, server)  # type: ignore[no-untyped-call]  # generated
         began = time.perf_counter()
         await callers.send_all((next(requests) for _ in range(warming)), arguments.in_flight)

@@ -14,6 +14,11 @@ from beamline_server.bundle import Bundle
 # Before any test loads PyTorch: its threads must not spin while server processes want the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Servers under test are on this machine, and some tests call them with bare channels: no proxy is between.
+for _name in ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy"):
+    os.environ.pop(_name, None)
+    os.environ.pop(_name.upper(), None)
+
 # Started in the background, a shell leaves SIGINT ignored, and the processes that tests interrupt would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

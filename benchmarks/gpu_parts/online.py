@@ -119,7 +119,7 @@ def _ports(log: Path) -> tuple[str, str] | None:
 
 
 def _serves(target: str) -> bool:
-    with grpc.insecure_channel(target) as channel:
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
         except grpc.RpcError:

@@ -41,6 +41,7 @@ class Call(Generic[RequestT]):
     """One call, ready to be sent."""
 
     request: RequestT
+    target: str
     timeout_s: float
     request_id: str
 
@@ -55,7 +56,7 @@ class Call(Generic[RequestT]):
         try:
             yield
         except grpc.RpcError as error:
-            raise from_rpc_error(error, request_id=self.request_id) from error
+            raise from_rpc_error(error, target=self.target, request_id=self.request_id) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class CallBuilder:
     `max_send_bytes` bytes, and for an unprintable request id; `TypeError` for an unknown option.
     """
 
+    target: str
     timeout_s: float
     max_send_bytes: int
 
@@ -100,6 +102,7 @@ class CallBuilder:
         timeout_s = options.get("timeout_s")
         return Call(
             request=request,
+            target=self.target,
             timeout_s=self.timeout_s if timeout_s is None else timeout_s,
             request_id=_checked_request_id(options.get("request_id") or uuid.uuid4().hex),
         )

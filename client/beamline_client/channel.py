@@ -6,6 +6,8 @@ from typing import Any
 
 import grpc
 
+from beamline_client.address import is_on_this_machine
+
 SERVICE_CONFIG: Mapping[str, Any] = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
@@ -30,9 +32,22 @@ SERVICE_CONFIG: Mapping[str, Any] = {
 _MAX_RECONNECT_BACKOFF_MS = 5_000  # gRPC's own 120 s would notice a restarted server late
 
 
-def channel_options() -> list[tuple[str, str | int]]:
-    """The channel arguments of a client."""
+def channel_options(target: str, *, retries: bool = True) -> list[tuple[str, str | int]]:
+    """The channel arguments of a client.
+
+    Args:
+        target: Where it will connect. What is on this machine is reached directly, whatever proxies the environment
+            names: they would look for it on theirs.
+        retries: Whether gRPC sends refused calls again, as `SERVICE_CONFIG` says.
+    """
+    # An answer is as large as what was asked for; gRPC's own limit of 4 MiB would lose it once it is there.
+    options: list[tuple[str, str | int]] = [("grpc.max_receive_message_length", -1)]
+    if is_on_this_machine(target):
+        options.append(("grpc.enable_http_proxy", 0))
+    if not retries:
+        return [*options, ("grpc.enable_retries", 0)]
     return [
+        *options,
         ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
         ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
     ]

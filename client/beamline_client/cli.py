@@ -1,98 +1,77 @@
-"""`beamline translate`: texts to a server, what comes back to a file or the terminal."""
+"""`beamline translate`: its command line."""
 
 import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
-from typing import TextIO
+from collections.abc import Callable, Sequence
 
+from beamline_client.address import AddressUnusable, endpoints
 from beamline_client.advice import EXIT_BAD_USAGE, advice, exit_status
-from beamline_client.bulk import Generated, Line, generate_in_order
+from beamline_client.bulk import Generated
 from beamline_client.calls import DEFAULT_TIMEOUT_S, CallOptions
-from beamline_client.client import Client
 from beamline_client.errors import BeamlineError
-from beamline_client.progress import Progress
-from beamline_client.rendering import as_json, on_one_line, plain, scored
-from beamline_client.results import EarlyStopping, Result, SearchOptions
+from beamline_client.rendering import as_json, plain, scored, streamed
+from beamline_client.results import EarlyStopping, SearchOptions
+from beamline_client.translation import PROGRAM, Task, TextUnusable, translate
 
 DEFAULT_SERVER = "localhost:8001"
+EXIT_SKIPPED = 3
+
+_EPILOG = """\
+Text is UTF-8, in and out, whatever the locale. A line ends with LF or CRLF and with nothing else. One text is one line
+of output (with --scores and --n-best a block): line breaks in what comes back are written as spaces, and a text that is
+empty or white space is not sent and leaves an empty line. Search options that are left out take the served model's
+defaults.
+
+exit status: 0; 1 if the server or the way to it failed; 2 if the arguments, a file or a text cannot be used; 3 if texts
+were skipped (--on-error skip); 130 after Ctrl-C."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `beamline translate` with these arguments.
-
-    Returns:
-        0; 1 if the server or the way to it failed; 2 if the arguments, a file or a text are not usable.
-    """
+    """Runs `beamline translate` with these arguments; returns the exit status, see --help."""
     arguments = _parser().parse_args(argv)
     problem = _contradiction(arguments)
     if problem is not None:
         return _complain(problem, EXIT_BAD_USAGE)
     try:
-        _translate(arguments)
+        tally = translate(_task(arguments))
     except BeamlineError as error:
-        line = advice(error, target=arguments.server, timeout_s=arguments.timeout)
-        return _complain(line, exit_status(error))
-    except UnicodeDecodeError as error:
-        return _complain(f"the input is not UTF-8 text ({error.reason}): convert it first", EXIT_BAD_USAGE)
+        return _complain(_advice(error, arguments), exit_status(error))
+    except TextUnusable as error:
+        return _complain(str(error), EXIT_BAD_USAGE)
     except BrokenPipeError:
         raise
     except OSError as error:
-        return _complain(f"{error.filename or 'input or output'}: {error.strerror}", EXIT_BAD_USAGE)
-    return 0
+        place = error.filename or arguments.output or "stdin or stdout"
+        return _complain(f"{place}: {error.strerror}", EXIT_BAD_USAGE)
+    return EXIT_SKIPPED if tally.skipped else 0
 
 
-def _translate(arguments: argparse.Namespace) -> None:
-    with ExitStack() as stack:
-        source = stack.enter_context(open(arguments.file, encoding="utf-8")) if arguments.file else sys.stdin
-        output = stack.enter_context(open(arguments.output, "w", encoding="utf-8")) if arguments.output else sys.stdout
-        client = stack.enter_context(Client(arguments.server, timeout_s=arguments.timeout))
-        lines = _texts(arguments.text) if arguments.text else _lines(source)
-        if arguments.stream:
-            _write_pieces(client, lines, output, _call_options(arguments))
-            return
-        generated = _generate(client, lines, arguments, interactive=not arguments.text and source.isatty())
-        if arguments.file and os.path.isfile(arguments.file):  # a pipe cannot be read twice
-            live = sys.stderr.isatty() and not output.isatty()
-            generated = Progress(_count_lines(arguments.file), sys.stderr, live=live).watch(generated)
-        stack.enter_context(closing(generated))
-        _write(generated, _rendering(arguments), output)
-
-
-def _generate(
-    client: Client, lines: Iterable[Line], arguments: argparse.Namespace, *, interactive: bool
-) -> Generator[Generated, None, None]:
-    options = _call_options(arguments)
-    return generate_in_order(
-        lines,
-        lambda texts: client.generate(texts, **options),
-        # Somebody who types waits for the answer to each line.
-        batch_size=1 if interactive else arguments.batch_size,
-        concurrency=1 if interactive else arguments.concurrency,
+def _advice(error: BeamlineError, arguments: argparse.Namespace) -> str:
+    return advice(
+        error,
+        target=arguments.server,
+        timeout_s=arguments.timeout,
+        more_time="raise --timeout",
+        less_work="lower --concurrency and --batch-size",
     )
 
 
-def _write(generated: Iterable[Generated], render: Callable[[Line, Result | None], str], output: TextIO) -> None:
-    for line, result in generated:
-        output.write(render(line, result))
-        if output.isatty():
-            output.flush()
-
-
-def _write_pieces(client: Client, lines: Iterable[Line], output: TextIO, options: CallOptions) -> None:
-    for line in lines:
-        try:
-            written = 0
-            for event in client.stream(line.text, **options) if not line.is_blank else ():
-                # The text of the result, which comes last, is all pieces or continues them.
-                text = event.text[written:] if isinstance(event, Result) else event.text
-                output.write(on_one_line(text))
-                output.flush()
-                written += len(text)
-        finally:
-            output.write("\n")
+def _task(arguments: argparse.Namespace) -> Task:
+    return Task(
+        server=arguments.server,
+        timeout_s=arguments.timeout,
+        options=_call_options(arguments),
+        texts=tuple(arguments.text),
+        file=arguments.file,
+        output=arguments.output,
+        batch_size=arguments.batch_size,
+        concurrency=arguments.concurrency,
+        skip=arguments.on_error == "skip",
+        stream=arguments.stream,
+        render=_rendering(arguments),
+    )
 
 
 def _call_options(arguments: argparse.Namespace) -> CallOptions:
@@ -109,33 +88,31 @@ def _call_options(arguments: argparse.Namespace) -> CallOptions:
     )
 
 
-def _rendering(arguments: argparse.Namespace) -> Callable[[Line, Result | None], str]:
+def _rendering(arguments: argparse.Namespace) -> Callable[[Generated], str]:
+    if arguments.stream:
+        return streamed
     if arguments.json:
         return as_json
     return scored if arguments.scores or (arguments.n_best or 1) > 1 else plain
 
 
-def _texts(texts: Iterable[str]) -> Iterator[Line]:
-    return (Line(f"text {number}", text) for number, text in enumerate(texts, start=1))
-
-
-def _lines(source: Iterable[str]) -> Iterator[Line]:
-    return (Line(f"line {number}", text.rstrip("\r\n")) for number, text in enumerate(source, start=1))
-
-
-def _count_lines(path: str) -> int:
-    with open(path, encoding="utf-8") as file:
-        return sum(1 for _ in file)
-
-
 def _contradiction(arguments: argparse.Namespace) -> str | None:
     """What is wrong with the arguments as a whole, if anything."""
+    try:
+        endpoints(arguments.server)
+    except AddressUnusable as error:
+        return f"--server: {error}"
     if arguments.text and arguments.file:
         return "give texts or --file, not both"
     if arguments.stream and (arguments.json or arguments.scores or (arguments.n_best or 1) > 1):
         return "--stream prints the best text only: leave out --json, --scores and --n-best"
     if arguments.file and arguments.output and _is_same_file(arguments.file, arguments.output):
         return f"{arguments.output} is the input: write to another file"
+    if arguments.output and os.path.isdir(arguments.output):
+        return f"{arguments.output} is a folder: name a file"
+    folder = os.path.dirname(arguments.output or "")
+    if folder and not os.path.isdir(folder):
+        return f"{arguments.output}: there is no folder {folder}: create it, or write elsewhere"
     return None
 
 
@@ -145,34 +122,62 @@ def _is_same_file(one: str, other: str) -> bool:
 
 def _complain(line: str, status: int) -> int:
     sys.stdout.flush()
-    sys.stderr.write(f"beamline translate: {line}\n")
+    sys.stderr.write(f"{PROGRAM}: {line}\n")
     return status
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="beamline translate",
+        prog=PROGRAM,
         description="Sends texts to a Beamline server and prints what comes back, in the order of the texts.",
-        epilog="Search options that are left out take the served model's defaults.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("text", nargs="*", metavar="TEXT", help="texts; without any, the lines of --file or of stdin")
     parser.add_argument("--file", metavar="FILE", help="read UTF-8 text from FILE, one text per line")
     parser.add_argument("-o", "--output", metavar="OUT", help="write to OUT instead of stdout")
     parser.add_argument("--server", default=DEFAULT_SERVER, metavar="HOST:PORT", help="default: %(default)s")
     parser.add_argument(
-        "--timeout", type=_positive(float), default=DEFAULT_TIMEOUT_S, metavar="S", help="seconds per request"
+        "--timeout",
+        type=_positive(float),
+        default=DEFAULT_TIMEOUT_S,
+        metavar="S",
+        help="seconds per request (default: %(default)g)",
     )
-    parser.add_argument("--batch-size", type=_positive(int), default=32, metavar="N", help="texts per request")
-    parser.add_argument("--concurrency", type=_positive(int), default=4, metavar="N", help="requests at once")
-    parser.add_argument("--truncate", action="store_true", help="cut a text that is too long instead of refusing it")
+    parser.add_argument(
+        "--batch-size",
+        type=_positive(int),
+        default=32,
+        metavar="N",
+        help="most texts per request (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--concurrency", type=_positive(int), default=4, metavar="N", help="requests at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--truncate",
+        action="store_true",
+        help="cut a text that is longer than the server or its model takes, in bytes or in tokens",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what a text that cannot be translated (too long, no UTF-8) does: end everything once the texts before it "
+        "are written, or leave an empty line (default: %(default)s)",
+    )
 
     search = parser.add_argument_group("search")
     search.add_argument("--beam", type=_positive(int), metavar="N", help="number of beams; 1 is greedy search")
     search.add_argument("--n-best", type=_positive(int), metavar="N", help="hypotheses per text, with their scores")
     search.add_argument("--length-penalty", type=float, metavar="X", help="above 0 favours longer hypotheses")
-    search.add_argument("--early-stopping", choices=[stopping.value for stopping in EarlyStopping])
-    search.add_argument("--min-new-tokens", type=int, metavar="N")
-    search.add_argument("--max-new-tokens", type=_positive(int), metavar="N")
+    search.add_argument(
+        "--early-stopping",
+        choices=[stopping.value for stopping in EarlyStopping],
+        help="when a search with several beams ends: with enough hypotheses, when no better one is likely, or possible",
+    )
+    search.add_argument("--min-new-tokens", type=_count, metavar="N", help="least length of a hypothesis")
+    search.add_argument("--max-new-tokens", type=_positive(int), metavar="N", help="greatest length of a hypothesis")
 
     shape = parser.add_argument_group("output")
     shape.add_argument("--scores", action="store_true", help="print the source, then score<TAB>text")
@@ -190,3 +195,9 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 
     number.__name__ = f"positive {kind.__name__}"  # argparse prints it for a text that is no number
     return number
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, not {text}")
+    return int(text)

@@ -15,6 +15,7 @@ import grpc
 from beamline.v1 import generation_pb2 as pb
 from beamline.v1.generation_pb2_grpc import GenerationServiceStub
 from beamline_client import converters
+from beamline_client.address import endpoints
 from beamline_client.calls import (
     DEFAULT_MAX_SEND_BYTES,
     DEFAULT_TIMEOUT_S,
@@ -52,22 +53,25 @@ class AsyncClient:
         """Prepares a client; nothing is sent yet.
 
         Args:
-            target: `host:port`, or a gRPC name such as `dns:///host:port`; all addresses behind it take turns.
+            target: `host:port`, or a gRPC name such as `dns:///host:port`; all addresses behind it take turns. What is
+                on this machine is never reached through a proxy.
             timeout_s: Time for a call that does not say otherwise, retries included, in seconds.
             max_send_bytes: Largest request message that is sent; a larger one raises `InvalidRequest`.
             root_certificates: PEM certificates to verify the server with; None connects in plain text.
 
         Raises:
+            AddressUnusable: The target is no address; a ValueError.
             RuntimeError: No event loop is running.
         """
         asyncio.get_running_loop()  # a channel made outside would bind to a loop that never runs
+        endpoints(target)
         self.target = target
-        self._calls = CallBuilder(timeout_s=timeout_s, max_send_bytes=max_send_bytes)
+        self._calls = CallBuilder(target=target, timeout_s=timeout_s, max_send_bytes=max_send_bytes)
         credentials = channel_credentials(root_certificates)
         if credentials is None:
-            self._channel = grpc.aio.insecure_channel(target, options=channel_options())
+            self._channel = grpc.aio.insecure_channel(target, options=channel_options(target))
         else:
-            self._channel = grpc.aio.secure_channel(target, credentials, options=channel_options())
+            self._channel = grpc.aio.secure_channel(target, credentials, options=channel_options(target))
         self._stub = GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
 
     async def __aenter__(self) -> Self:
@@ -162,14 +166,19 @@ class Client:
         max_send_bytes: int = DEFAULT_MAX_SEND_BYTES,
         root_certificates: bytes | None = None,
     ) -> None:
-        """Prepares a client; nothing is sent yet. Arguments as in `AsyncClient`."""
+        """Prepares a client; nothing is sent yet. Arguments as in `AsyncClient`.
+
+        Raises:
+            AddressUnusable: The target is no address; a ValueError.
+        """
+        endpoints(target)
         self.target = target
-        self._calls = CallBuilder(timeout_s=timeout_s, max_send_bytes=max_send_bytes)
+        self._calls = CallBuilder(target=target, timeout_s=timeout_s, max_send_bytes=max_send_bytes)
         credentials = channel_credentials(root_certificates)
         if credentials is None:
-            self._channel = grpc.insecure_channel(target, options=channel_options())
+            self._channel = grpc.insecure_channel(target, options=channel_options(target))
         else:
-            self._channel = grpc.secure_channel(target, credentials, options=channel_options())
+            self._channel = grpc.secure_channel(target, credentials, options=channel_options(target))
         self._stub = GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
 
     def __enter__(self) -> Self:

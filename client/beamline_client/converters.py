@@ -184,6 +184,7 @@ def info_from_pb(message: pb.GetInfoResponse) -> ServerInfo:
             target_vocabulary_size=model.target_vocabulary_size,
             has_tokenizer=model.has_tokenizer,
             fingerprint=model.fingerprint,
+            ignored_settings=dict(model.ignored_settings),
         ),
         limits=Limits(
             max_inputs=limits.max_inputs,

@@ -21,6 +21,8 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from beamline_client.reachability import hint_for
+
 REQUEST_ID_KEY = "x-request-id"
 """Metadata key of the request id, both ways."""
 
@@ -46,19 +48,38 @@ class FieldViolation:
 class BeamlineError(Exception):
     """Base of every error that a call raises.
 
+    Its text is what happened and what to do next.
+
     Attributes:
         code: The gRPC status, `grpc.StatusCode`.
         message: What happened, in words.
         request_id: The `x-request-id` under which the server knows the call; None when it was never sent.
+        hint: Why no server was reached, where that is known; None otherwise.
     """
 
     default_code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
 
-    def __init__(self, message: str, *, code: grpc.StatusCode | None = None, request_id: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode | None = None,
+        request_id: str | None = None,
+        hint: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.code = self.default_code if code is None else code
         self.request_id = request_id
+        self.hint = hint
+
+    @property
+    def next_step(self) -> str:
+        """What to do about it; empty where the message says it."""
+        return ""
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.message, self.next_step)))
 
 
 class InvalidRequest(BeamlineError):
@@ -112,11 +133,21 @@ class Overloaded(BeamlineError):
         super().__init__(message, code=code, request_id=request_id)
         self.retry_after_s = retry_after_s
 
+    @property
+    def next_step(self) -> str:
+        """When to come back."""
+        return "try again later" if self.retry_after_s is None else f"try again in {self.retry_after_s:.1f} s"
+
 
 class Unavailable(BeamlineError):
     """No server can be reached, or it is loading or draining; the client's own retries met the same."""
 
     default_code = grpc.StatusCode.UNAVAILABLE
+
+    @property
+    def next_step(self) -> str:
+        """What most likely helps."""
+        return "; ".join(filter(None, (self.hint, "try again in a moment, or ask another replica")))
 
 
 class DeadlineExceeded(BeamlineError):
@@ -124,11 +155,21 @@ class DeadlineExceeded(BeamlineError):
 
     default_code = grpc.StatusCode.DEADLINE_EXCEEDED
 
+    @property
+    def next_step(self) -> str:
+        """What most likely helps."""
+        return "; ".join(filter(None, ("allow more time, or ask for less at once", self.hint)))
+
 
 class Cancelled(BeamlineError):
     """The call was cancelled, by the server or by closing the `Client` in another thread."""
 
     default_code = grpc.StatusCode.CANCELLED
+
+    @property
+    def next_step(self) -> str:
+        """Whether to send it again."""
+        return "send it again if the answer is still wanted"
 
 
 class ServerError(BeamlineError):
@@ -151,9 +192,21 @@ class ServerError(BeamlineError):
         super().__init__(message, code=code, request_id=request_id)
         self.error_id = error_id
 
+    @property
+    def next_step(self) -> str:
+        """What the operator needs to know."""
+        ids = (("error id", self.error_id), ("request id", self.request_id))
+        told = ", ".join(f"{name} {value}" for name, value in ids if value)
+        return f"tell its operator ({told or 'no id known'})"
+
 
 class ProtocolError(BeamlineError):
     """The answer is none that Beamline's API has: most likely something else listens at that address."""
+
+    @property
+    def next_step(self) -> str:
+        """Where to look."""
+        return "check the address: what answers there does not keep to the API of Beamline"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +215,7 @@ class _Report:
 
     code: grpc.StatusCode
     message: str
+    target: str
     request_id: str | None
     trailers: Mapping[str, str]
     details: status_pb2.Status
@@ -175,32 +229,42 @@ class _Report:
         return None
 
 
-def from_rpc_error(error: grpc.RpcError, *, request_id: str | None = None) -> BeamlineError:
+def from_rpc_error(error: grpc.RpcError, *, target: str, request_id: str | None = None) -> BeamlineError:
     """Turns an error of grpc or grpc.aio into the class that says what to do.
 
     Args:
         error: What the call raised.
+        target: Where it was sent.
         request_id: The id that was sent; the server's own, if it tells one, takes precedence.
     """
-    report = _read(error, request_id)
+    report = _read(error, target, request_id)
     return _BY_CODE.get(report.code, _protocol_error)(report)
 
 
-def _read(error: grpc.RpcError, request_id: str | None) -> _Report:
+def _read(error: grpc.RpcError, target: str, request_id: str | None) -> _Report:
     failed: Any = error  # grpc and grpc.aio have the same methods, but no base class that says so
     if not hasattr(failed, "code"):  # grpc.RpcError itself promises nothing
-        return _Report(grpc.StatusCode.UNKNOWN, str(error), request_id, {}, status_pb2.Status())
+        return _Report(grpc.StatusCode.UNKNOWN, str(error), target, request_id, {}, status_pb2.Status())
     trailers = {key: value for key, value in failed.trailing_metadata() or () if isinstance(value, str)}
     try:
         details = rpc_status.from_call(failed) or status_pb2.Status()
     except (ValueError, DecodeError):  # contradicts the status, or is no google.rpc.Status: the status alone counts
         details = status_pb2.Status()
     message = failed.details() or failed.code().name
-    return _Report(failed.code(), message, trailers.get(REQUEST_ID_KEY, request_id), trailers, details)
+    return _Report(failed.code(), message, target, trailers.get(REQUEST_ID_KEY, request_id), trailers, details)
 
 
 def _plain(kind: type[BeamlineError]) -> Callable[[_Report], BeamlineError]:
     return lambda report: kind(report.message, code=report.code, request_id=report.request_id)
+
+
+def _unreached(kind: type[BeamlineError]) -> Callable[[_Report], BeamlineError]:
+    def convert(report: _Report) -> BeamlineError:
+        # A server that tells its reason was reached.
+        hint = None if report.details.details else hint_for(report.message, report.target)
+        return kind(report.message, code=report.code, request_id=report.request_id, hint=hint)
+
+    return convert
 
 
 def _invalid_request(report: _Report) -> BeamlineError:
@@ -215,7 +279,8 @@ def _invalid_request(report: _Report) -> BeamlineError:
 
 def _resource_exhausted(report: _Report) -> BeamlineError:
     if _MESSAGE_TOO_LARGE in report.message:
-        return _invalid_request(report)
+        message = f"{report.message}: send fewer or shorter inputs at once"
+        return InvalidRequest(message, code=report.code, request_id=report.request_id)
     retry_info = report.detail(error_details_pb2.RetryInfo)
     return Overloaded(
         report.message,
@@ -242,8 +307,8 @@ _BY_CODE: Mapping[grpc.StatusCode, Callable[[_Report], BeamlineError]] = {
     grpc.StatusCode.OUT_OF_RANGE: _invalid_request,
     grpc.StatusCode.NOT_FOUND: _plain(NotFound),
     grpc.StatusCode.RESOURCE_EXHAUSTED: _resource_exhausted,
-    grpc.StatusCode.UNAVAILABLE: _plain(Unavailable),
-    grpc.StatusCode.DEADLINE_EXCEEDED: _plain(DeadlineExceeded),
+    grpc.StatusCode.UNAVAILABLE: _unreached(Unavailable),
+    grpc.StatusCode.DEADLINE_EXCEEDED: _unreached(DeadlineExceeded),
     grpc.StatusCode.CANCELLED: _plain(Cancelled),
     grpc.StatusCode.INTERNAL: _server_error,
     grpc.StatusCode.UNKNOWN: _server_error,

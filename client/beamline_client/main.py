@@ -9,6 +9,9 @@ from importlib import metadata
 
 ENTRY_POINT_GROUP = "beamline.commands"
 
+_DISTRIBUTION = "beamline-serving"
+"""What pip calls this project; `beamline` on PyPI is somebody else's."""
+
 BUILT_IN: Mapping[str, str] = {
     "export": "beamline_export.cli:main",
     "inspect": "beamline_server.inspect_cli:main",
@@ -24,21 +27,25 @@ class _About:
     """What is known of a sub-command without loading it."""
 
     summary: str
-    install: str
-    """What to pip-install for it."""
+    extras: str
+    """Extras of the distribution that it needs, in brackets; empty for none."""
 
 
 _ABOUT: Mapping[str, _About] = {
-    "export": _About("write a PyTorch checkpoint as a bundle that the server reads", "beamline[export,server]"),
-    "inspect": _About("check a bundle and tell what is in it", "beamline[server]"),
-    "load": _About("put a server under load and measure it", "beamline[load]"),
-    "serve": _About("serve a bundle over gRPC", "beamline[server]"),
-    "translate": _About("send texts to a server and print what comes back", "beamline"),
+    "export": _About("write a PyTorch checkpoint as a bundle that the server reads", "[export,server]"),
+    "inspect": _About("check a bundle and tell what is in it", "[server]"),
+    "load": _About("put a server under load and measure it", "[load]"),
+    "serve": _About("serve a bundle over gRPC", "[server]"),
+    "translate": _About("send texts to a server and print what comes back", ""),
 }
 
 _EXIT_BAD_USAGE = 2
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 _EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+class _OutputLost(Exception):
+    """What a command has printed cannot be written; the text says why."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,24 +66,35 @@ def run(argv: Sequence[str], commands: Mapping[str, metadata.EntryPoint]) -> int
     Returns:
         What the sub-command returns; 2 if it is unknown or something that it needs is not installed; 130 after Ctrl-C.
     """
-    if not argv or argv[0].startswith("-"):
-        parser = _parser(commands)
-        parser.parse_args(argv)  # --help, --version and unknown options end here
-        parser.print_usage(sys.stderr)
-        return _EXIT_BAD_USAGE
-    name, *arguments = argv
-    if name not in commands:
-        return _refuse(f"unknown command {name!r}; there are: {', '.join(commands)}")
+    if sys.stdout is None:  # closed by who started us, who so wants no output
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     try:
-        status: int = commands[name].load()(arguments)
-        sys.stdout.flush()
-    except ModuleNotFoundError as error:
-        return _refuse(_missing_module(name, error))
+        try:
+            return _dispatch(argv, commands)
+        finally:
+            _flush_stdout()  # also after --help, which raises SystemExit
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output has seen enough
         _silence_stdout()
         return _EXIT_BROKEN_PIPE
+    except _OutputLost as error:
+        _silence_stdout()
+        return _refuse(f"stdout cannot be written: {error}")
+
+
+def _dispatch(argv: Sequence[str], commands: Mapping[str, metadata.EntryPoint]) -> int:
+    if not argv or argv[0].startswith("-"):
+        parser = _parser(commands)
+        parser.parse_args(argv)  # --help, --version and unknown options end here
+        return _refuse(f"name a command: {', '.join(commands)}; `beamline --help` tells what they do")
+    name, *arguments = argv
+    if name not in commands:
+        return _refuse(f"unknown command {name!r}; there are: {', '.join(commands)}")
+    try:
+        status: int = commands[name].load()(arguments)
+    except ModuleNotFoundError as error:
+        return _refuse(_missing_module(name, error))
     return status
 
 
@@ -99,19 +117,34 @@ def _parser(commands: Mapping[str, metadata.EntryPoint]) -> argparse.ArgumentPar
 
 def _version() -> str:
     try:
-        return metadata.version("beamline")
+        return metadata.version(_DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return "(not installed)"
 
 
 def _missing_module(command: str, error: ModuleNotFoundError) -> str:
-    install = _ABOUT[command].install if command in _ABOUT else error.name
-    return f"{command} needs the module {error.name!r}, which is not installed: pip install '{install}'"
+    missing = f"{command} needs the module {error.name!r}, which is not installed"
+    if command not in _ABOUT:
+        return f"{missing}; install what brings {command} again"
+    extras = _ABOUT[command].extras
+    return (
+        f"{missing}; install {_DISTRIBUTION}{extras}: pip install '.{extras}' in a checkout of Beamline, "
+        f"or pip install 'FILE{extras}' with its wheel file"
+    )
 
 
 def _refuse(message: str) -> int:
     sys.stderr.write(f"beamline: {message}\n")
     return _EXIT_BAD_USAGE
+
+
+def _flush_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _OutputLost(error.strerror) from error
 
 
 def _silence_stdout() -> None:

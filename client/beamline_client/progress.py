@@ -6,7 +6,8 @@ from typing import TextIO, TypeVar
 
 _BAR_WIDTH = 30
 _REDRAW_EVERY_S = 0.1
-_CLEAR_LINE = "\r\x1b[K"
+CLEAR_LINE = "\r\x1b[K"
+"""What takes a bar away that is drawn on a terminal."""
 
 ItemT = TypeVar("ItemT")
 
@@ -47,12 +48,12 @@ class Progress:
         self._drawn_s = now_s
         filled = _BAR_WIDTH * self._done // max(self._total, 1)
         bar = "#" * filled + "." * (_BAR_WIDTH - filled)
-        self._stream.write(f"{_CLEAR_LINE}[{bar}] {self._done}/{self._total}  {self._rate(now_s):.1f} lines/s")
+        self._stream.write(f"{CLEAR_LINE}[{bar}] {self._done}/{self._total}  {self._rate(now_s):.1f} lines/s")
         self._stream.flush()
 
     def _summarize(self) -> None:
         now_s = self._clock()
-        start = _CLEAR_LINE if self._live else ""
+        start = CLEAR_LINE if self._live else ""
         elapsed_s = now_s - self._started_s
         self._stream.write(
             f"{start}{self._done} of {self._total} lines in {elapsed_s:.1f} s ({self._rate(now_s):.1f} lines/s)\n"

@@ -42,5 +42,5 @@ class ReadinessWait:
         if pause_s >= self.remaining_s(now_s):
             reason = "nothing answers there" if isinstance(error, DeadlineExceeded) else error.message
             message = f"{self.target} did not become ready within {self.timeout_s:g} s: {reason}"
-            raise Unavailable(message, request_id=error.request_id) from error
+            raise Unavailable(message, request_id=error.request_id, hint=error.hint) from error
         return pause_s

@@ -2,30 +2,36 @@
 
 import json
 
-from beamline_client.bulk import Line
-from beamline_client.results import Hypothesis, Result
+from beamline_client.bulk import Generated
+from beamline_client.results import Hypothesis
 
 
-def plain(_line: Line, result: Result | None) -> str:
-    """The best text, on one line; an empty line for a blank input."""
-    return f"{on_one_line(result.text) if result else ''}\n"
+def plain(done: Generated) -> str:
+    """The best text, on one line; an empty line where there is no result."""
+    return f"{on_one_line(done.result.text) if done.result else ''}\n"
 
 
-def scored(line: Line, result: Result | None) -> str:
+def streamed(_done: Generated) -> str:
+    """The end of the line; the text is written by then."""
+    return "\n"
+
+
+def scored(done: Generated) -> str:
     """The source, then `score<TAB>text` for each hypothesis, best first, then an empty line."""
-    hypotheses = result.hypotheses if result else ()
+    hypotheses = done.result.hypotheses if done.result else ()
     ranked = "".join(f"{hypothesis.score:.4f}\t{on_one_line(hypothesis.text)}\n" for hypothesis in hypotheses)
-    return f"{on_one_line(line.text)}\n{ranked}\n"
+    return f"{on_one_line(done.line.text)}\n{ranked}\n"
 
 
-def as_json(line: Line, result: Result | None) -> str:
-    """One JSON object on one line; a blank input has no hypotheses and nothing else."""
-    if result is None:
-        return _json_line({"source": line.text, "hypotheses": []})
-    timing = result.timing
+def as_json(done: Generated) -> str:
+    """One JSON object on one line; without a result it has no hypotheses, and the problem if there is one."""
+    if done.result is None:
+        problem = {} if done.problem is None else {"problem": done.problem}
+        return _json_line({"source": done.line.text, "hypotheses": [], **problem})
+    result, timing = done.result, done.result.timing
     return _json_line(
         {
-            "source": line.text,
+            "source": done.line.text,
             "hypotheses": [_hypothesis(hypothesis) for hypothesis in result.hypotheses],
             "source_tokens": result.source_tokens,
             "source_truncated": result.source_truncated,

@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 Source: TypeAlias = str | Sequence[int]
@@ -139,6 +139,8 @@ class ModelInfo:
     """Without one, inputs and outputs are token ids."""
     fingerprint: str
     """SHA-256 of its manifest, in hexadecimal: the same value means the same model."""
+    ignored_settings: Mapping[str, str] = field(default_factory=dict)
+    """Settings of its checkpoint that would change answers and have no effect, by name."""
 
 
 @dataclass(frozen=True, slots=True)

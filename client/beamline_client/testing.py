@@ -1,11 +1,16 @@
-"""A double for tests of programs that call Beamline: a real gRPC server that does not need a model.
+"""Doubles for tests of programs that call Beamline: a real gRPC server that does not need a model, and a proxy.
 
     with FakeServer() as server, Client(server.target) as client:
         assert client.generate_one("hello").text == "HELLO"
 
 It "translates" to upper case, word by word, and scores hypothesis k (0, 1, …) with -0.5·(k + 1).
+
+    with RecordingProxy() as proxy:  # and the variables of `proxy.environment` set
+        ...
+    assert proxy.requests == []
 """
 
+import socketserver
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -87,6 +92,24 @@ def shouted(source: pb.Input, search: pb.SearchOptions, output: pb.OutputOptions
     return result
 
 
+def described() -> pb.GetInfoResponse:
+    """What the fake server tells about itself: the limits are a server's defaults."""
+    info = pb.GetInfoResponse(
+        model=pb.ModelInfo(name="shouting", has_tokenizer=True),
+        limits=pb.Limits(
+            max_inputs=64,
+            max_text_bytes=65_536,
+            max_source_tokens=512,
+            max_new_tokens=512,
+            max_beam_size=16,
+            max_message_bytes=1024 * 1024,
+        ),
+        default_search=pb.SearchOptions(beam_size=4, n_best=1),
+    )
+    info.limits.max_duration.FromSeconds(60)
+    return info
+
+
 def _generate(request: pb.GenerateRequest, _context: grpc.ServicerContext) -> pb.GenerateResponse:
     return pb.GenerateResponse(results=[shouted(source, request.search, request.output) for source in request.inputs])
 
@@ -109,7 +132,7 @@ class FakeServer:
     """Answers Generate."""
     stream: Stream = _stream
     """Answers GenerateStream."""
-    info: pb.GetInfoResponse = field(default_factory=pb.GetInfoResponse)
+    info: pb.GetInfoResponse = field(default_factory=described)
     """The answer of GetInfo."""
     credentials: grpc.ServerCredentials | None = None
     """TLS; None is plain text."""
@@ -145,6 +168,10 @@ class FakeServer:
             port = self._server.add_secure_port(address, self.credentials)
         return port
 
+    def requests(self) -> list[Any]:
+        """The messages that asked for generation, in the order of arrival."""
+        return [call.request for call in self.calls if call.method != "GetInfo"]
+
     def fail(self, *failures: Failure) -> None:
         """Ends the next attempts with these failures, one each, whichever method they call."""
         self._failures.extend(failures)
@@ -161,6 +188,53 @@ class FakeServer:
         self.calls.append(ReceivedCall(method, request, metadata, remaining_s))
         if self._failures:
             self._failures.popleft().end(context)
+
+
+class _ProxyServer(socketserver.ThreadingTCPServer):
+    def __init__(self, requests: list[str]) -> None:
+        super().__init__(("127.0.0.1", 0), _RefuseAndNote)
+        self.requests = requests
+
+
+class _RefuseAndNote(socketserver.StreamRequestHandler):
+    server: _ProxyServer
+
+    def handle(self) -> None:
+        self.server.requests.append(self.rfile.readline().decode("latin-1").strip())
+        self.wfile.write(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
+
+
+class RecordingProxy:
+    """An HTTP proxy on a free port of 127.0.0.1 that notes who comes and sends everybody away; for a `with` statement.
+
+    Attributes:
+        requests: The first line of each connection, such as `CONNECT host:8001 HTTP/1.1`.
+        address: Its host and port.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+        self._server = _ProxyServer(self.requests)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self.address = f"127.0.0.1:{self._server.server_address[1]}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that name it, with a name and a password, to everything that knows any of them."""
+        names = ("grpc_proxy", "https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
+        none = dict.fromkeys(("no_proxy", "NO_PROXY", "no_grpc_proxy"), "")
+        return dict.fromkeys(names, f"http://somebody:secret@{self.address}") | none
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
 
 
 class _Servicer(GenerationServiceServicer):

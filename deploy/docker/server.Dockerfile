@@ -43,7 +43,7 @@ COPY --from=wheels /wheels /wheels
 RUN if [ "${VARIANT}" = gpu ]; then extra=server-gpu; else extra=server; fi \
     && python3 -m venv --without-pip /opt/beamline \
     && python3 -m pip --python /opt/beamline/bin/python3 install --no-cache-dir --no-index --find-links /wheels \
-       "beamline[${extra}]"
+       "beamline-serving[${extra}]"
 # onnxruntime's CUDA provider looks for its libraries where the linker looks, and wheels put them elsewhere. One folder
 # of links, for LD_LIBRARY_PATH; it stays empty in the CPU variant.
 RUN mkdir /opt/beamline/cuda \
@@ -69,12 +69,14 @@ COPY --from=installed /opt/beamline /opt/beamline
 # HOME: the user has no entry in /etc/passwd, and /tmp is the one place that a read-only container can write to.
 # NVIDIA_DRIVER_CAPABILITIES: what the container toolkit mounts of the driver; without a GPU it means nothing. Which
 # GPUs are visible is for the device plugin to say, so NVIDIA_VISIBLE_DEVICES must not be set in an image.
+# ORT_DISABLE_TELEMETRY: for whatever else is run in this image; the server sets it by itself.
 # GLIBC_TUNABLES: weights in huge pages where the node allows them, 2 % faster on a CPU (docs/performance.md).
 ENV PATH=/opt/beamline/bin:${PATH} \
     LD_LIBRARY_PATH=/opt/beamline/cuda \
     HOME=/tmp \
     PYTHONUNBUFFERED=1 \
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
+    ORT_DISABLE_TELEMETRY=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 USER 65532:65532

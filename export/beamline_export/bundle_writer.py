@@ -38,6 +38,7 @@ from beamline_export.parity import Probe, check_contract, check_parity, random_s
 from beamline_export.precision import STORES, CalibratedInt8Store, WeightStore
 from beamline_export.progress import Progress
 from beamline_export.spec import Checkpoint, ExportError, check_weights
+from beamline_export.vocabularies import check_vocabularies
 from beamline_server.bundle import (
     DECODER_STEP,
     ENCODER,
@@ -61,6 +62,9 @@ _GOLDEN_STEPS = 8
 _GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "int8": 2e-2}
 """Between machines that compute alike: rounding of sums, and what it does to a quantized activation."""
 _LONGEST_PROBE = 40
+_TOKENIZER_FILES = (
+    "source.spm", "target.spm", "vocab.json", "target_vocab.json", "tokenizer.json", "target_tokenizer.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +112,17 @@ def export_checkpoint(
     """As `export`, of a family that was chosen already; `store`, if given, instead of what the options ask for."""
     sentences = None if options.calibrate is None else read_sentences(options.calibrate)
     with progress.step("read the checkpoint"):
+        for file in _TOKENIZER_FILES:  # whose readers would say no more than that they are broken
+            refuse_lfs_pointer(source / file)
         checkpoint = family.read(source)
         check_weights(checkpoint)
-    for notice in checkpoint.notices:
+        notices = [*checkpoint.notices, *check_vocabularies(checkpoint, source)]
+    for notice in notices:
         progress.warn(notice)
     unsupported = checkpoint.generation["not_supported"]
     assert isinstance(unsupported, dict)
     for setting, value in sorted(unsupported.items()):
-        progress.warn(f"generation setting {setting} = {value} is not supported")
+        progress.warn(f"setting not supported: {setting} = {value}")
     activations = Activations(scaled="per_row") if options.precision == "int8" else None
     if sentences is not None:
         activations = _calibrated(checkpoint, source, target, sentences, progress)
@@ -233,7 +240,6 @@ def _write_graphs(checkpoint: Checkpoint, store: WeightStore, folder: Path) -> N
 
 def _copy_tokenizer(checkpoint: Checkpoint, source: Path, folder: Path) -> None:
     for name, file in checkpoint.tokenizer_files.items():
-        refuse_lfs_pointer(source / file)
         shutil.copyfile(source / file, folder / name)
 
 
@@ -295,7 +301,11 @@ class _Writing:
             },
             "special_tokens": dataclasses.asdict(self.checkpoint.special_tokens),
             "generation_defaults": dict(self.checkpoint.generation),
-            "tokenizer": {"kind": self.checkpoint.tokenizer_kind, "files": list(self.checkpoint.tokenizer_files)},
+            "tokenizer": {
+                "kind": self.checkpoint.tokenizer_kind,
+                "files": list(self.checkpoint.tokenizer_files),
+                **self.checkpoint.tokenizer_settings,
+            },
             "files": self.sums,
             "golden": golden or [],
             "golden_tolerance": _GOLDEN_TOLERANCE[self.options.precision],

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from beamline.text_lines import NotText, read_lines
 from beamline_export.agreement import Tokens, search_all
 from beamline_export.checkpoint import refuse_lfs_pointer
 from beamline_export.graph_writer import GraphWriter
@@ -82,7 +83,7 @@ class Sentences:
 
 
 def read_sentences(file: Path) -> Sentences:
-    """Read the first `MOST_SENTENCES` lines that are not empty.
+    """Read the first `MOST_SENTENCES` lines that are not empty; what a line is, `text_lines` says.
 
     Raises:
         ExportError: the file cannot be read, is no UTF-8 text or holds no sentences.
@@ -92,25 +93,20 @@ def read_sentences(file: Path) -> Sentences:
     refuse_lfs_pointer(file)
     try:
         with file.open("rb") as stream:
-            for number, raw in enumerate(stream, 1):
-                text = _decoded(raw, file, number).strip()
+            for line in read_lines(stream):
+                text = line.text().strip()
                 if text and len(lines) == MOST_SENTENCES:
                     more = True
                     break
                 if text:
-                    lines.append((number, text))
+                    lines.append((line.number, text))
+    except NotText as error:
+        raise ExportError(f"{file}: {error}") from error
     except OSError as error:
         raise ExportError(f"{file} cannot be read ({error.strerror}); give a text file, a sentence per line") from error
     if not lines:
         raise ExportError(f"{file} holds no sentences; give a few hundred like those that will be translated")
     return Sentences(file, tuple(lines), more)
-
-
-def _decoded(raw: bytes, file: Path, number: int) -> str:
-    try:
-        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ExportError(f"{file}: line {number} is not UTF-8 text; give a text file, a sentence per line") from error
 
 
 def encode_sentences(sentences: Sentences, bundle: Bundle) -> list[Tokens]:

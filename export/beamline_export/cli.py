@@ -37,8 +37,6 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.ERROR)
     try:
         return _export(arguments)
-    except ModuleNotFoundError as error:
-        return _failed(f"{error.name} is missing: pip install 'beamline[export,server]'")
     except KeyboardInterrupt:
         _failed("interrupted; nothing was written")
         return _INTERRUPTED

@@ -1,11 +1,11 @@
 """Reads Hugging Face generation settings: search defaults and special tokens, and what of them is not supported."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from beamline_export.checkpoint import Fields
+from beamline_export.known_settings import GENERATION, without_effect
 from beamline_export.spec import SpecialTokenIds
 
 _EARLY_STOPPING = {"true": "when_full", "false": "heuristic", '"never"': "never"}
@@ -13,28 +13,6 @@ _MOST_BEAMS = 16
 _MOST_LENGTH_PENALTY = 10.0
 _DEFAULT_NEW_TOKENS = 20
 """What `generate` does when nothing is set."""
-
-# Settings that would change results, with the value that changes nothing.
-_NEUTRAL: Mapping[str, Any] = {
-    "do_sample": False,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "diversity_penalty": 0.0,
-    "num_beam_groups": 1,
-    "guidance_scale": 1.0,
-    "exponential_decay_length_penalty": None,
-    "sequence_bias": None,
-    "constraints": None,
-    "force_words_ids": None,
-    "forced_decoder_ids": None,
-    "stop_strings": None,
-    "max_time": None,
-    "penalty_alpha": 0.0,
-    "dola_layers": None,
-    "watermarking_config": None,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +28,12 @@ class Generation:
     defaults: dict[str, object]
     tokens: SpecialTokenIds
     removed: tuple[int, ...]
+
+    def with_ignored(self, *more: Mapping[str, str]) -> dict[str, object]:
+        """The defaults, with further settings that would change answers and have no effect."""
+        ignored = self.defaults["not_supported"]
+        assert isinstance(ignored, dict)
+        return {**self.defaults, "not_supported": {**ignored, **{k: v for part in more for k, v in part.items()}}}
 
 
 def read_generation(
@@ -70,6 +54,11 @@ def read_generation(
     """
     source = "config.json" if generation_config is None else "generation_config.json"
     settings = Fields(config if generation_config is None else generation_config, source)
+    unsupported = without_effect(
+        config if generation_config is None else generation_config,
+        GENERATION,
+        name_unknown=generation_config is not None,
+    )
     given = {k: v for k, v in (generation_config or {}).items() if v is not None}
     ids = Fields({**config, **given}, source)
     start = ids.optional_id("decoder_start_token_id")
@@ -80,8 +69,9 @@ def read_generation(
         ids.problems.append("names no decoder_start_token_id or no eos_token_id; add them")
     ids.check()
 
-    unsupported = _not_neutral(settings)
     forced_bos, forced_eos = settings.optional_id("forced_bos_token_id"), settings.ids("forced_eos_token_id")
+    if generation_config is None and settings.flag("force_bos_token_to_be_generated", False):
+        forced_bos = settings.optional_id("bos_token_id")
     if len(forced_eos) > 1:
         unsupported["forced_eos_token_id"] = f"{list(forced_eos)}; {forced_eos[0]} is used"
     words = settings.id_sequences("bad_words_ids")
@@ -114,19 +104,48 @@ def _search_defaults(settings: Fields, unsupported: dict[str, str], max_position
     beams = settings.integer("num_beams", 1)
     if beams > _MOST_BEAMS:
         unsupported["num_beams"] = f"{beams}; {_MOST_BEAMS} is used"
-    # Lengths count the decoder's start token.
-    least = settings.integer("min_new_tokens", max(0, settings.integer("min_length", 0, least=0) - 1), least=0)
-    length = settings.integer("max_length", _DEFAULT_NEW_TOKENS + 1)
-    most = settings.integer("max_new_tokens", max(1, length - 1))
-    return {
+    answers = settings.integer("num_return_sequences", 1)
+    if answers > beams and settings.raw("do_sample"):
+        unsupported["num_return_sequences"] = f"{answers}; {beams} is used, as many as there are beams"
+    elif answers > beams:
+        settings.problems.append(
+            f"num_return_sequences {answers} is more than num_beams {beams}; lower it or raise num_beams"
+        )
+    elif answers > _MOST_BEAMS:
+        unsupported["num_return_sequences"] = f"{answers}; {_MOST_BEAMS} is used"
+    least, most = _lengths(settings, max_positions)
+    defaults: dict[str, object] = {
         "beam_size": min(beams, _MOST_BEAMS),
         "length_penalty": settings.number("length_penalty", 1.0, most=_MOST_LENGTH_PENALTY),
         "early_stopping": settings.json_choice("early_stopping", _EARLY_STOPPING, "false"),
         "min_new_tokens": least,
-        "max_new_tokens": min(most, max_positions),
+        "max_new_tokens": most,
     }
+    # Left out where there is nothing to tell: servers of before know no such field.
+    n_best = min(answers, beams, _MOST_BEAMS)
+    return defaults if n_best == 1 else {**defaults, "n_best": n_best}
 
 
-def _not_neutral(settings: Fields) -> dict[str, str]:
-    found = {name: settings.raw(name) for name in _NEUTRAL}
-    return {name: json.dumps(value) for name, value in found.items() if value not in (None, [], {}, _NEUTRAL[name])}
+def _lengths(settings: Fields, max_positions: int) -> tuple[int, int]:
+    """The least and the greatest number of new tokens. Lengths count the decoder's start token, too."""
+    least_name = "min_length" if settings.raw("min_new_tokens") is None else "min_new_tokens"
+    most_name = "max_length" if settings.raw("max_new_tokens") is None else "max_new_tokens"
+    given = {
+        "min_length": settings.integer("min_length", 0, least=0),
+        "min_new_tokens": settings.integer("min_new_tokens", 0, least=0),
+        "max_length": settings.integer("max_length", _DEFAULT_NEW_TOKENS + 1),
+        "max_new_tokens": settings.integer("max_new_tokens", 1),
+    }
+    least = given[least_name] - (1 if least_name == "min_length" and given[least_name] else 0)
+    most = given[most_name] if most_name == "max_new_tokens" else max(1, given[most_name] - 1)
+    most = min(most, max_positions)
+    if least > most:
+        wanted = f"{least_name} {given[least_name]} is more than"
+        if least > max_positions:
+            problem = f"{wanted} the model's {max_positions} positions; lower it"
+        elif settings.raw(most_name) is None:
+            problem = f"{wanted} what is generated where max_length is not set ({most} tokens); set max_length"
+        else:
+            problem = f"{wanted} {most_name} {given[most_name]}; lower {least_name} or raise {most_name}"
+        settings.problems.append(problem)
+    return least, most

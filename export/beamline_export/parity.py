@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from beamline_export.agreement import NEAR_TIE, Tokens, find_parting, search_all
@@ -21,6 +20,7 @@ from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle
 from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, layout, step_batch
 from beamline_server.engine.build import model_rules
+from beamline_server.engine.ort.sessions import read_values
 from beamline_server.engine.request import EarlyStopping, SearchOptions
 from beamline_server.engine.runner import FromEncoder, StepRunner
 from beamline_server.engine.scheduler import SEAT_GRANULE
@@ -80,21 +80,11 @@ def check_contract(bundle: Bundle, contracts: dict[str, GraphSpec]) -> None:
         ExportError: a name, type or axis differs.
     """
     for name, contract in contracts.items():
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(str(bundle.file(name)), options, providers=["CPUExecutionProvider"])
-        sides = ((session.get_inputs(), contract.inputs), (session.get_outputs(), contract.outputs))
-        for values, declared in sides:
-            found = {v.name: (_element_type(v.type), list(v.shape)) for v in values}
+        for found, declared in zip(read_values(bundle, name), (contract.inputs, contract.outputs), strict=True):
             wanted = {n: (t.element_type, list(t.axes)) for n, t in declared.items()}
             if found != wanted:
                 different = {n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)}
                 raise ExportError(f"{name} does not meet its contract in {', '.join(sorted(different))}")
-
-
-def _element_type(onnx_type: str) -> str:
-    names = {"float": "float32", "float16": "float16", "int64": "int64", "bool": "bool"}
-    return names[onnx_type.removeprefix("tensor(").removesuffix(")")]
 
 
 def check_parity(

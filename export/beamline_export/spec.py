@@ -111,6 +111,7 @@ class Checkpoint:
         weight_names: Canonical name -> name in the checkpoint, for messages.
         foreign: Name of a tensor in the checkpoint that is no part of the model -> its shape, and what it seems to be.
         advice: What to do about names that do not fit.
+        tokenizer_settings: Further fields of the bundle's `TokenizerEntry`.
         notices: What the user should know about the checkpoint, a line each.
     """
 
@@ -124,6 +125,7 @@ class Checkpoint:
     weight_names: Mapping[str, str] = field(default_factory=dict)
     foreign: Mapping[str, str] = field(default_factory=dict)
     advice: str = ""
+    tokenizer_settings: Mapping[str, object] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
 
 

@@ -1,1 +1,1 @@
-"""Beamline's public API: the generated protobuf and gRPC stubs."""
+"""What client, server and export have in common: the generated protobuf and gRPC stubs (`v1`), and what a line is."""

@@ -3,6 +3,6 @@
 from importlib.metadata import PackageNotFoundError, version
 
 try:
-    __version__ = version("beamline")
+    __version__ = version("beamline-serving")
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0.0.0+uninstalled"

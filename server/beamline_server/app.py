@@ -22,11 +22,13 @@ from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
 from beamline_server.engine.runner import StepRunner
 from beamline_server.engine.scheduler import Admission, Continuous, RequestLevel
-from beamline_server.metrics import Metrics, MetricsServer
+from beamline_server.listening import PortError, allow_most_descriptors
+from beamline_server.metrics import Metrics
+from beamline_server.metrics_server import MetricsServer
 from beamline_server.rpc.desk import Desk, EngineLike
 from beamline_server.rpc.health import EngineWatch, Health, watch_engine
 from beamline_server.rpc.info import ServedModel, versions
-from beamline_server.rpc.server import PortError, Service, bind, build_server
+from beamline_server.rpc.server import Service, bind, build_server
 from beamline_server.rpc.servicer import TextWork
 from beamline_server.settings import Command, Settings, SettingsError, read_command
 from beamline_server.tokenizer import load_tokenizer
@@ -89,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = read_command(sys.argv[1:] if argv is None else argv, os.environ)
         logs.configure(command.settings.log_level)
+        allow_most_descriptors()
         disable_created_metrics()  # type: ignore[no-untyped-call]  # has no type information
         return asyncio.run(_run_until_signalled(command))
     except SettingsError as error:
@@ -124,6 +127,7 @@ async def run(
         metrics_port = resources.enter_context(_metrics_server(metrics, settings)).port
         bundle = await asyncio.to_thread(load_bundle, command.bundle)
         tokenizer = load_tokenizer(bundle)
+        _tell_ignored_settings(bundle)
         built = await asyncio.to_thread(build, bundle, settings, deliver=desk.deliver, observer=metrics)
         model = ServedModel(settings.model_name or bundle.manifest.name, bundle, built.device)
         metrics.watch_load(built.engine.load, clock=time.monotonic)
@@ -151,6 +155,12 @@ async def run(
             await server.stop(None)
         _log.info("stopped", extra={"event": "stopped", "engine_failed": died})
     return EXIT_ENGINE_FAILED if died else EXIT_STOPPED
+
+
+def _tell_ignored_settings(bundle: Bundle) -> None:
+    if ignored := bundle.manifest.generation_defaults.not_supported:
+        message = "settings of the checkpoint would change answers and have no effect"
+        _log.warning(message, extra={"event": "ignored_settings", "settings": ignored})
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,8 +257,8 @@ def _metrics_server(metrics: Metrics, settings: Settings) -> MetricsServer:
     host, port = settings.host, settings.metrics_port
     try:
         return MetricsServer(metrics.registry, host, port)
-    except OSError as error:
-        raise PortError(f"{host}:{port} cannot be listened on for metrics ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        raise PortError(host, port, error, use=" for metrics") from error
 
 
 def _fields(ports: Ports) -> dict[str, int]:

@@ -65,7 +65,7 @@ class Dimensions(_Model):
 
 
 class SpecialTokens(_Model):
-    """Ids with a meaning. `source_eos` is appended to tokenized text.
+    """Ids with a meaning. Tokenized text stands between `source_bos` and `source_eos`.
 
     A model without `eos` ends no output by itself: each has as many tokens as were asked for.
     """
@@ -82,7 +82,10 @@ class SpecialTokens(_Model):
 
 
 class GenerationDefaults(_Model):
-    """What an unset search option means; from the checkpoint's generation_config."""
+    """What an unset search option means; from the checkpoint's generation_config.
+
+    `not_supported` are settings of the checkpoint that would change answers and have no effect, with their values.
+    """
 
     beam_size: int = Field(default=1, ge=1, le=16)
     length_penalty: float = Field(default=1.0, ge=-10, le=10)
@@ -90,6 +93,7 @@ class GenerationDefaults(_Model):
     early_stopping: Literal["when_full", "heuristic", "never"] = "heuristic"
     min_new_tokens: int = Field(default=0, ge=0)
     max_new_tokens: int = Field(gt=0)
+    n_best: int = Field(default=1, ge=1, le=16)
     not_supported: dict[str, str] = Field(default_factory=dict)
 
 
@@ -99,10 +103,18 @@ class TokenizerEntry(_Model):
     `marian`: source.spm, target.spm, vocab.json, and target_vocab.json if the target has its own; `tokenizers`:
     tokenizer.json, and target_tokenizer.json if the target has its own; `sentencepiece`: source.spm, target.spm (ids
     are the pieces' own); `none`: inputs and outputs are token ids.
+
+    Attributes:
+        kind: One of these.
+        files: Names of its files.
+        clean_up_spaces: Whether texts lose the spaces before punctuation, as transformers clean them up.
+        special: Target ids that leave no trace in text; if None, `special_tokens` but for those of the source.
     """
 
     kind: Literal["marian", "tokenizers", "sentencepiece", "none"]
     files: tuple[str, ...] = ()
+    clean_up_spaces: bool = False
+    special: tuple[TokenId, ...] | None = None
 
 
 class Golden(_Model):
@@ -166,6 +178,8 @@ class Manifest(_Model):
         if not defaults.min_new_tokens <= defaults.max_new_tokens <= longest:
             limits = f"min_new_tokens {defaults.min_new_tokens}, max_new_tokens {defaults.max_new_tokens}"
             yield f"generation_defaults: {limits} and the model's {longest} positions are not in this order"
+        if defaults.n_best > defaults.beam_size:
+            yield f"generation_defaults: n_best {defaults.n_best} is more than beam_size {defaults.beam_size}"
 
     def _file_problems(self) -> Iterator[str]:
         for required in (ENCODER, DECODER_STEP, KV_ARRANGE, WEIGHTS, *self.tokenizer.files):

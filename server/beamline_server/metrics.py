@@ -3,16 +3,12 @@
 Labels come from closed sets and children are made once: counting a request costs some ten microseconds, a step less.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from types import TracebackType
-from typing import Self
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
@@ -64,10 +60,10 @@ UNKNOWN_METHOD = MethodName("unknown", "unknown", "unary")
 class MethodMetrics:
     """The series of one gRPC method."""
 
-    def __init__(self, started: Counter, handled: Callable[[str], Counter], seconds: Histogram) -> None:
+    def __init__(self, started: Counter, handled: Callable[[str], Counter], seconds: Histogram, usual: str) -> None:
         self._started = started
         self._make_handled = handled
-        self._handled: dict[str, Counter] = {"OK": handled("OK")}
+        self._handled: dict[str, Counter] = {usual: handled(usual)}  # there from the start, as 0
         self._seconds = seconds
 
     def started(self) -> None:
@@ -155,8 +151,6 @@ class Metrics:
         self._grpc_seconds = self._histogram(
             "grpc_server_handling_seconds", "Time from a call's arrival to its end.", LATENCY_BUCKETS_S, *labels
         )
-        self._unknown_started = self._grpc_started.labels(*_labels(UNKNOWN_METHOD))
-        self._unknown_handled = self._grpc_handled.labels(*_labels(UNKNOWN_METHOD), "UNIMPLEMENTED")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
@@ -189,19 +183,14 @@ class Metrics:
 
     # The RPC layer.
 
-    def method(self, name: MethodName) -> MethodMetrics:
-        """The series of a served method; to be kept, not looked up per call."""
+    def method(self, name: MethodName, *, usual: str = "OK") -> MethodMetrics:
+        """The series of a method whose calls usually have this status; to be kept, not looked up per call."""
         labels = _labels(name)
 
         def handled(code: str) -> Counter:
             return self._grpc_handled.labels(*labels, code)
 
-        return MethodMetrics(self._grpc_started.labels(*labels), handled, self._grpc_seconds.labels(*labels))
-
-    def unknown_method(self) -> None:
-        """Somebody has called a method that is not served."""
-        self._unknown_started.inc()
-        self._unknown_handled.inc()
+        return MethodMetrics(self._grpc_started.labels(*labels), handled, self._grpc_seconds.labels(*labels), usual)
 
     def request_ended(self, outcome: Outcome, seconds: float) -> None:
         """A request for generation, of one or several inputs, has ended so."""
@@ -247,34 +236,6 @@ class Metrics:
         """Publish what does not change: the model's properties, and the versions of the server's parts."""
         Gauge("beamline_model_info", "The served model.", tuple(model), registry=self.registry).labels(**model).set(1)
         Gauge("beamline_build_info", "Versions.", tuple(build), registry=self.registry).labels(**build).set(1)
-
-
-class MetricsServer:
-    """Serves a registry over HTTP from a thread of its own, until it is closed.
-
-    Raises:
-        OSError: the address cannot be listened on.
-    """
-
-    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
-        server, thread = start_http_server(port, host, registry)
-        self._server: WSGIServer = server
-        self._thread: threading.Thread = thread
-        self.port: int = server.server_port
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop serving and free the port."""
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
 
 class _LoadCollector(Collector):

@@ -1,9 +1,11 @@
 """A server as a process of its own, for tests, benchmarks and demos: start it, watch it, stop it.
 
-with ServerProcess(bundle, "--max-rows", "64") as server:
-server.wait_until_serving()
-...                                  # call server.target
-status = server.stop()
+A test, or a program that compares servers, does this:
+
+    with ServerProcess(bundle, "--max-rows", "64") as server:
+        server.wait_until_serving()
+        ...  # call server.target
+        status = server.stop()
 """
 
 import json
@@ -21,8 +23,14 @@ from typing import IO, Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from beamline_server.listening import address_of
+
 BEAMLINE = Path(sys.executable).with_name("beamline")
 """The installed command."""
+
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Where somebody answers who listens on all addresses."""
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would look for it on its own machine
 
 LogRecord = Mapping[str, Any]
 Samples = Mapping[str, float]
@@ -127,7 +135,12 @@ class ServerProcess:
         Raises:
             ProcessFailed: it does not.
         """
-        return f"127.0.0.1:{self.log.wait_for('listening')['grpc_port']}"
+        return self._reachable("grpc_port")
+
+    def _reachable(self, port: str) -> str:
+        listening = self.log.wait_for("listening")
+        host = str(listening["host"])
+        return address_of(_LOOPBACK.get(host, host), listening[port])
 
     def wait_until_serving(self, *, within_s: float = 60) -> None:
         """Watch its health service until it says SERVING.
@@ -136,7 +149,7 @@ class ServerProcess:
             ProcessFailed: it does not.
         """
         request = health_pb2.HealthCheckRequest()
-        with grpc.insecure_channel(self.target) as channel:
+        with grpc.insecure_channel(self.target, options=[("grpc.enable_http_proxy", 0)]) as channel:
             watch = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=within_s, wait_for_ready=True)
             try:
                 next(status for status in watch if status.status == health_pb2.HealthCheckResponse.SERVING)
@@ -156,9 +169,9 @@ class ServerProcess:
 
     def scrape(self, *, accept: str = "text/plain") -> str:
         """Its metrics page."""
-        port = self.log.wait_for("listening")["metrics_port"]
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Accept": accept})
-        with urllib.request.urlopen(request, timeout=10) as response:
+        url = f"http://{self._reachable('metrics_port')}/metrics"
+        request = urllib.request.Request(url, headers={"Accept": accept})
+        with _DIRECTLY.open(request, timeout=10) as response:
             return str(response.read().decode())
 
     def samples(self) -> Samples:

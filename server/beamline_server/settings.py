@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Never
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from beamline_server.likeness import closest
@@ -22,6 +22,11 @@ Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Bytes = Annotated[int, Field(ge=1024, le=2**31 - 1)]
+
+
+def _without_brackets(host: str) -> str:
+    """An IPv6 address that is written as in URLs, [::1], without its brackets; anything else as it is."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") and ":" in host else host
 
 
 class SettingsError(Exception):
@@ -37,7 +42,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    host: str = Field(default="0.0.0.0", min_length=1, description="Address to listen on; 0.0.0.0 or :: for all.")
+    host: Annotated[str, AfterValidator(_without_brackets)] = Field(
+        default="0.0.0.0", min_length=1, description="Address to listen on; 0.0.0.0 or :: for all."
+    )
     grpc_port: Port = Field(default=8001, description="Port of the gRPC service; 0 takes a free one.")
     metrics_port: Port = Field(default=8002, description="Port of the metrics; 0 takes a free one.")
     device: Literal["auto", "cpu", "cuda"] = Field(

@@ -42,7 +42,7 @@ from beamline_server.rpc.info import ServedModel
 from beamline_server.rpc.server import Service, bind, build_server
 from beamline_server.rpc.servicer import TextWork
 from beamline_server.settings import Settings
-from beamline_server.tokenizer import Tokenizer
+from beamline_server.tokenizer import Tokenizer, whole_characters
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -72,6 +72,10 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of bytes; incomplete characters become U+FFFD."""
         return bytes(token for token in ids if token < EOS).decode("utf-8", "replace")
+
+    def settled(self, ids: Sequence[int]) -> str:
+        """The text but for an incomplete character at its end."""
+        return whole_characters(self.decode(ids))
 
 
 def make_manifest(**changes: object) -> Manifest:

@@ -1,11 +1,30 @@
-"""Text to token ids and back, with the tokenizer files of a bundle."""
+"""Text to token ids and back, with the tokenizer files of a bundle.
+
+Text is text: special tokens that are written in it are read as the characters they are made of, or as unknown where a
+vocabulary has them as words. Marian's language code at the beginning of a text is the one exception.
+"""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from beamline_server.bundle import Bundle, BundleError, Manifest
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_CLEAN_UP = {
+    " .": ".",
+    " ?": "?",
+    " !": "!",
+    " ,": ",",
+    " ' ": "'",
+    " n't": "n't",
+    " 'm": "'m",
+    " 's": "'s",
+    " 've": "'ve",
+    " 're": "'re",
+}
+"""What transformers' `clean_up_tokenization` replaces, in its order."""
 
 
 class Tokenizer(Protocol):
@@ -18,6 +37,15 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of target ids; special tokens leave no trace."""
         ...
+
+    def settled(self, ids: Sequence[int]) -> str:
+        """As much of the text of target ids as stays what it is, whatever ids follow."""
+        ...
+
+
+def whole_characters(text: str) -> str:
+    """A text without what it ends with of a character whose other bytes are still to come."""
+    return text.rstrip(_REPLACEMENT)
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
@@ -35,20 +63,29 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
         "tokenizers": _JsonTokenizer,
     }
     try:
-        return readers[kind](bundle.path, bundle.manifest)
+        tokenizer = readers[kind](bundle.path, bundle.manifest)
     except Exception as error:  # the libraries raise many kinds; all mean that the files are no such tokenizer
-        raise BundleError(bundle.path, f"its {kind} tokenizer cannot be read ({_reason(error)})") from error
+        raise BundleError(bundle.path, f"its {kind} tokenizer cannot be read ({unreadable(error)})") from error
+    return CleanedUp(tokenizer) if bundle.manifest.tokenizer.clean_up_spaces else tokenizer
 
 
-def _reason(error: Exception) -> str:
+def unreadable(error: Exception) -> str:
+    """Why a tokenizer cannot be read, in one line."""
     text = f"{error.args[0]} is not in the vocabulary" if isinstance(error, KeyError) else str(error)
     return " ".join(text.split())[:300] or type(error).__name__
 
 
 def _special_ids(manifest: Manifest) -> frozenset[int]:
-    tokens = manifest.special_tokens
-    optional = (tokens.pad, tokens.forced_bos, tokens.decoder_start)
-    return frozenset([*tokens.eos, *(t for t in optional if t is not None)])
+    """Target ids that leave no trace in text."""
+    if manifest.tokenizer.special is not None:
+        return frozenset(manifest.tokenizer.special)
+    return default_special_ids(manifest.special_tokens.model_dump())
+
+
+def default_special_ids(tokens: Mapping[str, Any]) -> frozenset[int]:
+    """Target ids that leave no trace in text where a bundle names none; `tokens` are as in `SpecialTokens`."""
+    optional = (tokens["pad"], tokens["forced_bos"], tokens["decoder_start"])
+    return frozenset([*tokens["eos"], *(token for token in optional if token is not None)])
 
 
 def _check_size(ids: int, vocabulary: int) -> None:
@@ -56,7 +93,47 @@ def _check_size(ids: int, vocabulary: int) -> None:
         raise ValueError(f"it has ids up to {ids - 1}, the model has {vocabulary}")
 
 
-def _sentencepiece(file: Path) -> Any:
+def _plain(ids: Iterable[int], control: Collection[int | None], unknown: int | None) -> list[int]:
+    """The ids of a text, in which special tokens are unknown words; left out if the vocabulary has no such word."""
+    plain = (unknown if i in control else i for i in ids)
+    return [i for i in plain if i is not None]
+
+
+class CleanedUp:
+    """A tokenizer whose texts lose the spaces before punctuation, as transformers clean them up."""
+
+    def __init__(self, inner: Tokenizer) -> None:
+        self._inner = inner
+
+    def encode(self, text: str) -> list[int]:
+        """As `Tokenizer.encode`."""
+        return self._inner.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """As `Tokenizer.decode`."""
+        return _cleaned_up(self._inner.decode(ids))
+
+    def settled(self, ids: Sequence[int]) -> str:
+        """As `Tokenizer.settled`: without an end that might become something to replace."""
+        text = self._inner.settled(ids)
+        while " " in text and any(spaced.startswith(text[text.rindex(" ") :]) for spaced in _CLEAN_UP):
+            text = text[: text.rindex(" ")]
+        return _cleaned_up(text)
+
+
+def _cleaned_up(text: str) -> str:
+    for spaced, clean in _CLEAN_UP.items():
+        text = text.replace(spaced, clean)
+    return text
+
+
+def read_sentencepiece(file: Path) -> Any:
+    """A SentencePiece model.
+
+    Raises:
+        OSError: it is missing.
+        ValueError: it is none.
+    """
     import sentencepiece
 
     model = file.read_bytes()
@@ -70,53 +147,71 @@ class _MarianTokenizer:
     """Two SentencePiece models and a vocabulary that maps their pieces to ids (MarianMT)."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._source = _sentencepiece(folder / "source.spm")
-        self._target = _sentencepiece(folder / "target.spm")
-        self._ids = _read_vocabulary(folder / "vocab.json")
-        _check_size(max(self._ids.values()) + 1, manifest.dimensions.source_vocabulary)
         own = "target_vocab.json" in manifest.tokenizer.files
-        target_ids = _read_vocabulary(folder / "target_vocab.json") if own else self._ids
+        self._source = read_sentencepiece(folder / "source.spm")
+        target = read_sentencepiece(folder / "target.spm")
+        # As transformers.
+        self._target = target if own else self._source
+        self._ids = read_vocabulary(folder / "vocab.json")
+        _check_size(max(self._ids.values()) + 1, manifest.dimensions.source_vocabulary)
+        target_ids = read_vocabulary(folder / "target_vocab.json") if own else self._ids
         self._unknown = self._ids["<unk>"]
-        # As transformers, which count the unknown token among the special ones.
         special = _special_ids(manifest) | {target_ids.get("<unk>")}
         self._pieces = {number: piece for piece, number in target_ids.items() if number not in special}
         self._eos = manifest.special_tokens.source_eos
+        self._control = {self._eos, self._ids.get("</s>"), self._ids.get("<pad>")}
 
     def encode(self, text: str) -> list[int]:
         code = text.find("<<") + 2 if text.startswith(">>") and "<<" in text else 0
         pieces = [text[:code]] if code else []
         pieces += self._source.encode(text[code:], out_type=str)
-        ids = [self._ids.get(piece, self._unknown) for piece in pieces]
+        ids = _plain((self._ids.get(piece, self._unknown) for piece in pieces), self._control, self._unknown)
         return ids if self._eos is None else [*ids, self._eos]
 
     def decode(self, ids: Sequence[int]) -> str:
         text = self._target.decode_pieces([self._pieces[i] for i in ids if i in self._pieces])
         return str(text).replace("\u2581", " ").strip()
 
+    def settled(self, ids: Sequence[int]) -> str:
+        return whole_characters(self.decode(ids))
 
-def _read_vocabulary(file: Path) -> dict[str, int]:
+
+def read_vocabulary(file: Path) -> dict[str, int]:
+    """A JSON object of pieces and their ids.
+
+    Raises:
+        OSError: it is missing.
+        ValueError: it is none.
+    """
     vocabulary = json.loads(file.read_text("utf-8"))
-    if not isinstance(vocabulary, dict) or not all(isinstance(number, int) for number in vocabulary.values()):
+    numbers = vocabulary.values() if isinstance(vocabulary, dict) else [None]
+    if not vocabulary or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in numbers):
         raise ValueError(f"{file.name} is no object of pieces and their ids")
-    return vocabulary
+    return dict(vocabulary)
 
 
 class _SentencePieceTokenizer:
     """Two SentencePiece models whose piece numbers are the ids."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._source = _sentencepiece(folder / "source.spm")
-        self._target = _sentencepiece(folder / "target.spm")
+        self._source = read_sentencepiece(folder / "source.spm")
+        self._target = read_sentencepiece(folder / "target.spm")
         _check_size(self._source.get_piece_size(), manifest.dimensions.source_vocabulary)
         self._bos, self._eos = manifest.special_tokens.source_bos, manifest.special_tokens.source_eos
+        self._control = {self._bos, self._eos, *map(self._source.piece_to_id, ("<s>", "</s>", "<pad>"))}
+        self._unknown = self._source.unk_id()
         self._special = _special_ids(manifest)
         self._size = self._target.get_piece_size()
 
     def encode(self, text: str) -> list[int]:
-        return _enclosed(self._source.encode(text), self._bos, self._eos)
+        ids = _plain(self._source.encode(text), self._control, self._unknown)
+        return _enclosed(ids, self._bos, self._eos)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._target.decode([int(i) for i in ids if i not in self._special and i < self._size]))
+
+    def settled(self, ids: Sequence[int]) -> str:
+        return whole_characters(self.decode(ids))
 
 
 class _JsonTokenizer:
@@ -127,30 +222,53 @@ class _JsonTokenizer:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         own = "target_tokenizer.json" in manifest.tokenizer.files
-        self._source = _json_tokenizer(folder / "tokenizer.json")
-        self._target = _json_tokenizer(folder / "target_tokenizer.json") if own else self._source
-        self._bos, self._eos = manifest.special_tokens.source_bos, manifest.special_tokens.source_eos
+        self._source = read_json_tokenizer(folder / "tokenizer.json")
+        self._target = read_json_tokenizer(folder / "target_tokenizer.json") if own else self._source
+        tokens, vocabulary = manifest.special_tokens, manifest.dimensions.source_vocabulary
+        self._bos, self._eos = tokens.source_bos, tokens.source_eos
         self._special = _special_ids(manifest)
-        self._vocabulary = manifest.dimensions.source_vocabulary
+        self._unknown = unknown_id(self._source, vocabulary)
+        special = {i for i, token in self._source.get_added_tokens_decoder().items() if token.special}
+        # Pretrained tokenizers may know more tokens than the model, <mask> for one.
+        beyond = {i for i in self._source.get_vocab(with_added_tokens=True).values() if i >= vocabulary}
+        self._control = ({self._bos, self._eos} | special | beyond) - {self._unknown}
 
     def encode(self, text: str) -> list[int]:
-        # Pretrained tokenizers may know more tokens than the model, <mask> for one: those are left out.
-        ids = (i for i in self._source.encode(text).ids if i < self._vocabulary)
-        return _enclosed(ids, self._bos, self._eos)
+        encoding = self._source.encode(text)
+        # Those that the post-processor has added are meant.
+        pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        ids = (self._unknown if not added and i in self._control else i for i, added in pairs)
+        return _enclosed((i for i in ids if i is not None), self._bos, self._eos)
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(i) for i in ids if i not in self._special]
         return str(self._target.decode(kept, skip_special_tokens=True))
 
+    def settled(self, ids: Sequence[int]) -> str:
+        return whole_characters(self.decode(ids))
 
-def _json_tokenizer(file: Path) -> Any:
+
+def read_json_tokenizer(file: Path) -> Any:
+    """A tokenizer.json, for text of any length in which special tokens are nothing special.
+
+    Raises:
+        Exception: the library cannot read it.
+    """
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
     # Length limits are the server's to apply and to tell.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def unknown_id(tokenizer: Any, vocabulary: int) -> int | None:
+    """The id of words that a tokenizer does not know, if it has one that the model has, too."""
+    token = getattr(tokenizer.model, "unk_token", None) or "<unk>"
+    number: int | None = tokenizer.token_to_id(token)
+    return number if number is not None and number < vocabulary else None
 
 
 def _enclosed(ids: Iterable[int], bos: int | None, eos: int | None) -> list[int]:

@@ -83,6 +83,7 @@ def test_reflection_lists_the_services_and_describes_ours(ask_reflection: Any) -
     assert {service.name for service in listed} == {
         SERVICE,
         "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
         "grpc.reflection.v1alpha.ServerReflection",
     }
     methods = [method.name for method in files["beamline/v1/generation.proto"].service[0].method]

@@ -1,16 +1,22 @@
 """Connections that speak no gRPC, say nothing, or never end: they cost others nothing and hold up no stop."""
 
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 
 from beamline_client import Client
-from beamline_server.process import ServerProcess
+from beamline_server.bundle import Bundle
+from beamline_server.metrics_server import MOST_CONNECTIONS
+from beamline_server.process import BEAMLINE, ServerProcess
 
-IDLE_CONNECTIONS = 200
+IDLE_CONNECTIONS = {"grpc_port": 200, "metrics_port": 600}
+A_FEW_FILES = 8
+LONGEST_SCRAPE_S = 1
 LONGEST_STOP_S = 5
 GARBAGE = {
     "zeros": bytes(1000),
@@ -52,19 +58,60 @@ def test_garbage_harms_nobody(
     assert server.samples()["beamline_ready"] == 1
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET /metrics HTTP/1.1\r\n"], ids=["nothing", "half a request"])
 def test_idle_connections_hold_up_neither_calls_nor_the_stop(
-    serve: Callable[..., ServerProcess], connect: Callable[[ServerProcess, str], socket.socket]
+    serve: Callable[..., ServerProcess], connect: Callable[[ServerProcess, str], socket.socket], sent: bytes
 ) -> None:
     server = serve()
-    for _ in range(IDLE_CONNECTIONS):
-        connect(server, "grpc_port")
-    for _ in range(3):
-        connect(server, "metrics_port").sendall(b"GET /metrics HTTP/1.1\r\n")  # and nothing more
-
+    server.samples()
+    process = Path("/proc", str(server.process.pid))
+    threads, files = (len(list((process / kind).iterdir())) for kind in ("task", "fd"))
     with Client(server.target) as client:
+        for port, connections in IDLE_CONNECTIONS.items():
+            for _ in range(connections):
+                connect(server, port).sendall(sent if port == "metrics_port" else b"")
+                assert len(list((process / "task").iterdir())) <= threads + 1
+
+        began = time.monotonic()
+        assert server.samples()["beamline_ready"] == 1
+        assert time.monotonic() - began < LONGEST_SCRAPE_S
         assert client.generate_one("Bonjour.", timeout_s=5).hypotheses
-    assert server.samples()["beamline_ready"] == 1
+        server.wait_until_serving(within_s=5)
+        held = len(list((process / "fd").iterdir())) - files - IDLE_CONNECTIONS["grpc_port"]
+        assert held <= MOST_CONNECTIONS + A_FEW_FILES
+
     began = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() - began < LONGEST_STOP_S
     assert [line for line in server.log.text().splitlines() if not line.startswith("{")] == []
+
+
+def with_limit(flags: str) -> tuple[str, ...]:
+    """A program for `ServerProcess`: the server, with this limit of descriptors."""
+    return "sh", "-c", f'ulimit {flags}; exec "$0" "$@"', str(BEAMLINE), "serve"
+
+
+def test_more_silent_callers_than_descriptors_leave_the_metrics_readable(
+    fr_en_int8: Bundle, connect: Callable[[ServerProcess, str], socket.socket]
+) -> None:
+    with ServerProcess(fr_en_int8.path, program=with_limit("-n 256")) as server:
+        server.wait_until_serving()
+        crowd = [connect(server, "grpc_port") for _ in range(400)]
+
+        began = time.monotonic()
+        assert server.samples()["beamline_ready"] == 1
+        assert time.monotonic() - began < LONGEST_SCRAPE_S
+        for connection in crowd:
+            connection.close()
+        with Client(server.target) as client:
+            assert client.generate_one("Bonjour.", timeout_s=20).hypotheses
+        assert server.stop() == 0
+        assert [line for line in server.log.text().splitlines() if not line.startswith("{")] == []
+
+
+def test_the_server_takes_all_descriptors_that_it_may_have(fr_en_int8: Bundle) -> None:
+    with ServerProcess(fr_en_int8.path, program=with_limit("-S -n 300")) as server:
+        server.wait_until_serving()
+        soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+
+    assert soft == hard > 300

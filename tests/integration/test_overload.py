@@ -22,6 +22,8 @@ Serve = Callable[..., ServerProcess]
 
 LONGEST_REFUSAL_S = 0.05
 PROBES = 600
+FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
+OWN_CONNECTION = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
 # Rows for four default searches at a time and as many that wait.
 SMALL = ("--workers", "1", "--max-rows", "16", "--max-queue-rows", "16")
 
@@ -77,6 +79,40 @@ async def test_a_burst_is_answered_or_refused_and_leaves_nothing_behind(
     assert seen == [health_pb2.HealthCheckResponse.SERVING]
     watch.cancel()
     assert await call("Bonjour.") == (grpc.StatusCode.OK, None)
+
+
+@pytest.mark.parametrize(
+    ("calls_at_once", "connections"), [(1_500, 1), (3_000, 1), (4_000, 50)], ids=lambda number: f"{number}"
+)
+async def test_every_one_of_thousands_of_calls_at_once_has_an_answer_of_ours(
+    small: ServerProcess, calls_at_once: int, connections: int
+) -> None:
+    """More calls than a connection may have open, and more than gRPC holds by itself: none is dropped on the way."""
+    raw = request_for("Bonjour.", beam_size=1).SerializeToString()
+    channels = [grpc.aio.insecure_channel(small.target, options=OWN_CONNECTION) for _ in range(connections)]
+    methods = [channel.unary_unary("/beamline.v1.GenerationService/Generate") for channel in channels]
+
+    async def call(number: int) -> Any:
+        try:
+            await methods[number % connections](raw, timeout=120)
+        except grpc.aio.AioRpcError as error:
+            return error
+        return None
+
+    began = time.perf_counter()
+    errors = [error for error in await asyncio.gather(*map(call, range(calls_at_once))) if error is not None]
+    seconds = time.perf_counter() - began
+    samples = await asyncio.to_thread(small.samples_when_idle)
+    await asyncio.gather(*(channel.close() for channel in channels))
+
+    print(f"{calls_at_once} calls on {connections} connections: {len(errors)} refused, all ended in {seconds:.1f} s")
+    assert {(error.code(), error.details()) for error in errors if error.code() != FULL} == set()
+    for error in errors:
+        check_advice(error)
+    assert samples['beamline_requests_total{outcome="queue_full"}'] == len(errors) > 0
+    assert samples['beamline_requests_total{outcome="ok"}'] == calls_at_once - len(errors) > 0
+    ended = [value for series, value in samples.items() if series.startswith("beamline_requests_total")]
+    assert sum(ended) == calls_at_once
 
 
 def check_advice(error: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from beamline_client import Client
 from beamline_server.bundle import MANIFEST, Bundle
 from beamline_server.engine.ort.sessions import CUDA, available_providers
 from beamline_server.process import BEAMLINE, ServerProcess
@@ -163,6 +164,16 @@ def test_a_taken_port_is_told_in_one_line(fr_en_int8: Bundle, taken_port: int, f
     assert all(line.startswith("{") for line in ended.logged), "a line that is no JSON"
 
 
+@pytest.mark.parametrize(("host", "target"), [("[::1]", "[::1]:"), ("::", "[::1]:"), ("localhost", "localhost:")])
+def test_both_ports_answer_where_they_are_told_to(fr_en_int8: Bundle, host: str, target: str) -> None:
+    with ServerProcess(fr_en_int8.path, "--host", host) as server, Client(server.target) as client:
+        server.wait_until_serving()
+
+        assert server.target.startswith(target)
+        assert client.generate_one("Bonjour.").hypotheses
+        assert server.samples()["beamline_ready"] == 1
+
+
 def test_a_second_server_on_the_same_port_is_refused(server: ServerProcess, fr_en_int8: Bundle) -> None:
     port = server.target.rpartition(":")[2]
 
@@ -180,7 +191,7 @@ def test_a_device_that_is_not_there_is_told_in_one_line(fr_en_int8: Bundle) -> N
     assert ended.status == EXIT_SETTINGS
     assert ended.problems == [
         "device cuda cannot be used: this onnxruntime has no CUDA provider; "
-        "install 'beamline[server-gpu]' on a machine with an NVIDIA GPU"
+        "install the extra server-gpu instead of server, on a machine with an NVIDIA GPU"
     ]
     assert ended.logged == []
 

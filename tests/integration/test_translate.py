@@ -57,6 +57,29 @@ def test_a_file_is_translated_into_a_file(translate: Translate, sentences: Seque
     assert len(target.read_text().splitlines()) == 100
 
 
+def test_lines_that_cannot_be_translated_are_named_and_the_others_are_not_lost(
+    translate: Translate, client: Client, tmp_path: Path
+) -> None:
+    source = tmp_path / "odd.txt"
+    lines = [TEXTS[0].encode(), b"gare " * 300, b"", b"caf\xe9", b"gare " * 20_000, TEXTS[1].encode()]
+    source.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    first, last = (client.generate_one(text).text for text in TEXTS[:2])
+
+    stopped = translate("--file", source)
+    skipped = translate("--file", source, "--on-error", "skip")
+    cut = translate("--file", source, "--on-error", "skip", "--truncate", "--max-new-tokens", "20", "--beam", "1")
+
+    assert (stopped.returncode, stopped.stdout) == (2, f"{first}\n")
+    assert "line 2: has 301 tokens; expected at most 256, or --truncate" in stopped.stderr
+    assert (skipped.returncode, skipped.stdout) == (3, f"{first}\n\n\n\n\n{last}\n")
+    named = [line.split(" is ")[0] for line in skipped.stderr.splitlines() if " is skipped: " in line]
+    assert named == [f"beamline translate: line {number}" for number in (2, 4, 5)]
+    assert (cut.returncode, [bool(line) for line in cut.stdout.split("\n")]) == (
+        *(3, [True, True, False, False, True, True, False]),
+    )
+    assert "2 cut to what the model reads; 1 skipped" in cut.stderr
+
+
 def test_json_has_everything_about_each_hypothesis(translate: Translate, client: Client) -> None:
     done = translate("--json", "--beam", 3, "--n-best", 2, TEXTS[0], "")
 
@@ -92,7 +115,7 @@ def test_scores_come_with_the_source(translate: Translate) -> None:
     ("arguments", "status", "told"),
     [
         pytest.param(("--beam", 17, "gare"), 2, "search.beam_size: is 17; expected 1 to 16", id="invalid option"),
-        pytest.param(("gare " * 1000,), 2, "expected at most 256, or truncate_source", id="long text"),
+        pytest.param(("gare " * 1000,), 2, "expected at most 256, or --truncate", id="long text"),
         pytest.param(("--server", "127.0.0.1:1", "gare"), 1, "cannot reach a server at 127.0.0.1:1", id="no server"),
         pytest.param(("--timeout", "0.001", "gare"), 1, "raise --timeout", id="no time"),
         pytest.param(("--file", "no-such-file"), 2, "no-such-file: No such file or directory", id="no file"),

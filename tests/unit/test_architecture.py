@@ -74,7 +74,8 @@ BANS = [
             for name in ("sessions", "host", "device", "fixed_run", "captured_graphs", "encoder_runs", "row_mover")
         ),
     ),
-    Ban("export", ("beamline_client", "beamline", "grpc"), "an export needs no service"),
+    Ban("export", ("beamline_client", "beamline.v1", "grpc"), "an export needs no service"),
+    Ban("export", ("onnxruntime",), "the server's engine/ort prepares for it before the first import"),
     Ban("protos", ("beamline_server", "beamline_export", "beamline_client"), "everybody imports the protos"),
 ]
 

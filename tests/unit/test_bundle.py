@@ -179,6 +179,8 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
         (lambda d: d.update(activations={**CALIBRATED, "ranges": {"x": -1.0}}), "activations.ranges.x"),
         (lambda d: d.update(activations={**CALIBRATED, "ranges": {"x": float("inf")}}), "activations.ranges.x"),
         (lambda d: d["tokenizer"].update(kind="words"), "tokenizer.kind"),
+        (lambda d: d["tokenizer"].update(special=[-1]), "tokenizer.special.0"),
+        (lambda d: d["generation_defaults"].update(n_best=0), "generation_defaults.n_best"),
         (lambda d: d.pop("parity"), "parity"),
     ],
 )
@@ -202,6 +204,7 @@ def test_all_invalid_fields_are_named_at_once(edit: Callable[..., Path]) -> None
         (lambda d: d["special_tokens"].update(source_eos=500), "special_tokens: 500 is outside the source vocabulary"),
         (lambda d: d["generation_defaults"].update(min_new_tokens=200), "generation_defaults: min_new_tokens 200"),
         (lambda d: d["generation_defaults"].update(max_new_tokens=300), "generation_defaults: min_new_tokens 0, max"),
+        (lambda d: d["generation_defaults"].update(n_best=5), "generation_defaults: n_best 5 is more than beam_size 4"),
         (lambda d: d.update(activations={"scaled": "per_row"}), "activations: fp32 does not scale any"),
         (scale({"scaled": "calibrated"}), "activations: ranges, and how many sentences"),
         (scale({**CALIBRATED, "ranges": {}}), "activations: ranges, and how many sentences"),

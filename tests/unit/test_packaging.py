@@ -131,7 +131,7 @@ def test_without_extras_it_asks_for_grpc_and_protobuf_alone(metadata: Message) -
 
 
 def test_its_metadata_names_license_versions_and_extras(metadata: Message, info: Path) -> None:
-    assert metadata["Name"] == "beamline"
+    assert metadata["Name"] == "beamline-serving"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert (info / "licenses" / "LICENSE").read_text() == (REPOSITORY / "LICENSE").read_text()
     assert metadata["Requires-Python"] == "<3.14,>=3.11"

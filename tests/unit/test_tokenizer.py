@@ -1,5 +1,6 @@
 """Text to ids and back: as transformers do it, and without a trace of special tokens."""
 
+import gzip
 import io
 import json
 import shutil
@@ -175,14 +176,17 @@ def test_a_tokenizer_json_equals_transformers(byte_pairs: Path) -> None:
         assert ours.decode([2, *ids, 1, 1]) == theirs.decode(ids, skip_special_tokens=True) == text
 
 
-def test_ids_that_the_model_does_not_have_are_left_out(byte_pairs: Path) -> None:
-    """BART's tokenizer knows <mask>, which some BARTs have no embedding for."""
-    tokens = {**JSON_TOKENS, "source_eos": 2}
-    whole = loaded(bundle_of(byte_pairs, "tokenizers", ["tokenizer.json"], **tokens))
-    small = loaded(bundle_of(byte_pairs, "tokenizers", ["tokenizer.json"], vocabulary=260, **tokens))
-    ids = whole.encode("the cat")
-    assert max(ids) >= 260
-    assert small.encode("the cat") == [i for i in ids if i < 260]
+def test_words_that_the_model_does_not_have_are_unknown(tmp_path: Path) -> None:
+    """A pretrained tokenizer may have words added to it that its model has no embedding for."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_tokens(["new"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokens = {"source_eos": 2, "eos": [2], "decoder_start": 2, "pad": None}
+    whole = loaded(bundle_of(tmp_path, "tokenizers", ["tokenizer.json"], **tokens))
+    small = loaded(bundle_of(tmp_path, "tokenizers", ["tokenizer.json"], vocabulary=3, **tokens))
+    assert whole.encode("a new a") == [1, 3, 1, 2]
+    assert small.encode("a new a") == [1, 0, 1, 2]
 
 
 def test_special_ids_are_added_where_the_tokenizer_does_not(tmp_path: Path) -> None:
@@ -223,6 +227,141 @@ def test_sentencepiece_round_trips_between_its_special_ids(pieces: Path) -> None
     assert (ids[0], ids[-1]) == (1, 2)
     assert tokenizer.decode([*ids, 5999]) == "the dog sat"
     assert tokenizer.encode("") == [1, 2]
+
+
+WRITTEN = ["a </s> b", "</s>", "<s> a", "a<pad>b", "</s></s>", " </s>", "the <mask> sat", "<unk> <s></s> x"]
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_special_tokens_in_a_text_are_text_to_byte_pairs(text: str, byte_pairs: Path) -> None:
+    tokenizer = loaded(bundle_of(byte_pairs, "tokenizers", ["tokenizer.json"], **JSON_TOKENS))
+    ids = tokenizer.encode(text)
+    assert (ids[0], ids[-1]) == (0, 2)
+    assert not set(ids[1:-1]) & {0, 1, 2, 3}
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_special_tokens_in_a_text_are_text_to_marian(text: str, marian: Tokenizer, their_marian: Any) -> None:
+    """Read by SentencePiece as any other characters."""
+    ids = marian.encode(text)
+    assert ids.count(EOS) == 1
+    assert ids[-1] == EOS
+    assert PAD not in ids
+    pieces = their_marian.spm_source.encode(text, out_type=str)
+    assert ids[:-1] == [their_marian.encoder.get(piece, 1) for piece in pieces]
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_special_tokens_in_a_text_are_text_to_sentencepiece(text: str, pieces: Path) -> None:
+    tokens = {"source_bos": 1, "source_eos": 2, "eos": [2], "decoder_start": 1, "pad": None}
+    ids = loaded(bundle_of(pieces, "sentencepiece", ["source.spm", "target.spm"], **tokens)).encode(text)
+    assert (ids[0], ids[-1]) == (1, 2)
+    assert not set(ids[1:-1]) & {1, 2}
+
+
+def test_special_tokens_that_are_words_of_a_vocabulary_are_unknown(tmp_path: Path) -> None:
+    """There are no characters to read them as, and no way for a caller to end a source where it does not end."""
+    words = {"[UNK]": 0, "a": 1, "b": 2, "</s>": 3, "<s>": 4}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokens = {"source_bos": 4, "source_eos": 3, "eos": [3], "decoder_start": 4, "pad": None}
+    ours = loaded(bundle_of(tmp_path, "tokenizers", ["tokenizer.json"], **tokens))
+    assert ours.encode("a </s> b") == [4, 1, 0, 2, 3]
+    assert ours.encode("<s> a </s>") == [4, 0, 1, 0, 3]
+
+
+def test_special_tokens_that_are_pieces_of_a_model_are_unknown(tmp_path: Path) -> None:
+    """A SentencePiece model whose trainer was told to keep them whole."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat"] * 5),
+        model_writer=model,
+        vocab_size=30,
+        hard_vocab_limit=False,
+        user_defined_symbols=["<pad>", "<end>"],
+        minloglevel=9,
+    )
+    for name in ("source.spm", "target.spm"):
+        (tmp_path / name).write_bytes(model.getvalue())
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    end = processor.piece_to_id("<end>")
+    tokens = {"source_eos": end, "eos": [end], "decoder_start": 1, "pad": None}
+    ids = loaded(bundle_of(tmp_path, "sentencepiece", ["source.spm", "target.spm"], **tokens)).encode(
+        "the<end> cat<pad>"
+    )
+    assert (ids.count(end), ids[-1]) == (1, end)
+    assert processor.piece_to_id("<pad>") not in ids
+    vocabulary = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    marian = loaded(bundle_of(tmp_path, "marian", MARIAN_FILES, **tokens))
+    assert marian.encode("the<end> cat<pad>") == ids
+
+
+def test_a_language_code_stays_the_first_token_alone(marian: Tokenizer) -> None:
+    """The one exception: and what looks like one further on is text."""
+    assert marian.encode(">></s><<a") == [1, *marian.encode("a")]
+    assert marian.encode("a >></s><<").count(EOS) == 1
+
+
+CLEANED = [
+    "Hello , world !",
+    "do n't ca n't",
+    "I 'm , he 's , we 've , they 're",
+    "so ' quoted ' text",
+    " . . ? ! ,",
+    "a ' .b ' s",
+    "n 't  n't",
+    "It is 's 'm .",
+    "1 , 234 . 56",
+    "no change",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", CLEANED)
+def test_texts_are_cleaned_up_as_by_transformers(text: str, byte_pairs: Path, tmp_path: Path) -> None:
+    forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(byte_pairs / "tokenizer.json"), clean_up_tokenization_spaces=True, **{forced: True}
+    )
+    bundle = bundle_of(byte_pairs, "tokenizers", ["tokenizer.json"], **JSON_TOKENS)
+    ours = loaded(cleaning(bundle))
+    ids = ours.encode(text)
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert loaded(bundle).decode(ids) == text
+
+
+def cleaning(bundle: Bundle) -> Bundle:
+    """The bundle, whose texts are cleaned up."""
+    entry = bundle.manifest.tokenizer.model_copy(update={"clean_up_spaces": True})
+    return Bundle(bundle.path, bundle.manifest.model_copy(update={"tokenizer": entry}), "")
+
+
+def test_marian_texts_are_cleaned_up_as_by_transformers(marian: Tokenizer, their_marian: Any) -> None:
+    """Every test sentence of the embedded model, both languages."""
+    with gzip.open(MODEL / "test.tsv.gz", "rt", encoding="utf-8") as stream:
+        texts = [text for line in stream for text in line.rstrip("\n").split("\t")[:2]]
+    cleaned = loaded(cleaning(bundle_of(MODEL, "marian", MARIAN_FILES)))
+    changed = 0
+    for text in [*texts, *CLEANED]:
+        ids = marian.encode(text)
+        found = cleaned.decode(ids)
+        assert found == their_marian.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        changed += found != marian.decode(ids)
+    assert changed > 100
+
+
+def test_ids_that_leave_no_trace_may_be_named(marian: Tokenizer) -> None:
+    """Then they are all: an end of sequence that is a word stays one."""
+    bundle = bundle_of(MODEL, "marian", MARIAN_FILES, eos=[EOS, 2])
+    entry = bundle.manifest.tokenizer.model_copy(update={"special": (EOS, 1, PAD)})
+    named = loaded(Bundle(MODEL, bundle.manifest.model_copy(update={"tokenizer": entry}), ""))
+    ids = marian.encode("Je ne sais pas.")
+    assert 2 in ids
+    assert named.decode(ids) == "Je ne sais pas."
+    assert loaded(bundle).decode(ids) == "Je ne sais pas"
 
 
 def test_a_model_without_tokenizer_has_none() -> None:

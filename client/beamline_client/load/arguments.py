@@ -168,7 +168,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     workload.add_argument("--beam", metavar="MIX", help="beam widths: 4, or 1:20%%,4:80%% (default: the server's)")
     workload.add_argument("--n-best", metavar="MIX", help="hypotheses per answer")
-    workload.add_argument("--max-new-tokens", type=_positive(int), metavar="N")
+    workload.add_argument("--max-new-tokens", type=_positive(int), metavar="N", help="greatest length of an answer")
     workload.add_argument(
         "--deadline", default="30s", metavar="MIX", help="30s, or 500ms:10%%,30s:90%% (default: %(default)s)"
     )

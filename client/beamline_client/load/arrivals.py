@@ -7,9 +7,10 @@ import array
 import csv
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ MAX_RATE_PER_S = 1e6
 
 _HOW_TO_WRITE = "write a rate per second such as 100, ramp:10-200, step:50,100,150 or spike:50,400,10s,2s"
 _TRACE_COLUMN = "intended_s"
+_HOW_TO_WRITE_TIMES = f"write one in seconds per line, or a column {_TRACE_COLUMN}"
 _FIRST_EPOCH_S = 1e6
 _STREAM = 0  # of the seed; the workload draws from another, so that one can change without the other
 _CHUNK = 1 << 20
@@ -233,12 +235,14 @@ def read_trace(path: Path) -> Times:
         ArrivalsUnusable: The file cannot be read, has no times, or one that is none, negative or, in a list, too early.
     """
     try:
-        with open_text(path) as file:
-            times = _trace_times(path, file)
-    except (TextUnreadable, csv.Error) as error:
-        raise ArrivalsUnusable(f"no trace: {error}" if isinstance(error, csv.Error) else str(error)) from error
+        with open_text(path) as lines:
+            times = _trace_times(path, lines)
+    except TextUnreadable as error:
+        raise ArrivalsUnusable(str(error)) from error
+    except csv.Error as error:
+        raise ArrivalsUnusable(f"{path} is no trace ({error}): {_HOW_TO_WRITE_TIMES}") from error
     if not len(times):
-        raise ArrivalsUnusable(f"{path} has no times: write one in seconds per line, or a column {_TRACE_COLUMN}")
+        raise ArrivalsUnusable(f"{path} has no times: {_HOW_TO_WRITE_TIMES}")
     return times - times[0] if times[0] >= _FIRST_EPOCH_S else times
 
 
@@ -273,11 +277,11 @@ def _poisson_points(total: float, seed: int) -> npt.NDArray[np.float64]:
     return points[: np.searchsorted(points, total)]
 
 
-def _trace_times(path: Path, file: TextIO) -> Times:
+def _trace_times(path: Path, lines: Iterable[str]) -> Times:
     times = array.array("d")
     column, columns = None, 1
     is_log = False
-    reader = csv.reader(file)
+    reader = csv.reader(lines)
     last = 0.0
     for row in reader:
         if not row or (not row[0].strip() and len(row) == 1) or row[0].lstrip().startswith("#"):
@@ -307,9 +311,7 @@ def _trace_time(text: str | None, row: str, where: str) -> float:
             raise NotationUnusable("too many fields or too few")
         time_s = parse_number(text)
     except NotationUnusable as error:
-        raise ArrivalsUnusable(
-            f"{where}: {row[:40]!r} has no time: write one in seconds per line, or a column {_TRACE_COLUMN}"
-        ) from error
+        raise ArrivalsUnusable(f"{where}: {row[:40]!r} has no time: {_HOW_TO_WRITE_TIMES}") from error
     if time_s < 0:
         raise ArrivalsUnusable(f"{where}: {time_s:g} s is negative: times count from the start of the run")
     return time_s

@@ -38,6 +38,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         if argv and argv[0] in commands:
             return commands[argv[0]](argv[1:])
+        if argv and not argv[0].startswith("-"):
+            told = f"unknown command {argv[0]!r}; there are: {', '.join(commands)}; a run has options alone, see --help"
+            return _complain([told], EXIT_BAD_USAGE)
         return _run(argv)
     except SetupUnusable as error:
         return _complain(error.problems, EXIT_BAD_USAGE)

@@ -34,7 +34,7 @@ def ask(*command: str, within_s: float = _WITHIN_S) -> str | None:
 def describe(ask: Ask = ask) -> Environment:
     """Versions and machine. Raises nothing: what cannot be found out is None, or says so."""
     return Environment(
-        beamline=version("beamline"),
+        beamline=version("beamline-serving"),
         python=platform.python_version(),
         platform=platform.platform(),
         cpu=_cpu(),

@@ -56,8 +56,8 @@ def read_golden(path: Path) -> GoldenFile:
     """
     answers: dict[GoldenKey, Texts] = {}
     try:
-        with open_text(path) as file:
-            for line, text in enumerate(file, start=1):
+        with open_text(path) as lines:
+            for line, text in enumerate(lines, start=1):
                 if not text.strip():
                     continue
                 key, texts = _entry(text, f"{path}, line {line}")

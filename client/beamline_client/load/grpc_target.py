@@ -13,6 +13,7 @@ from beamline.v1 import generation_pb2 as pb
 from beamline_client import converters
 from beamline_client.channel import channel_options
 from beamline_client.load.target import Answer, Outcome, Question, Request, TargetUnusable
+from beamline_client.proxies import proxy_for
 
 _SERVICE = "/beamline.v1.GenerationService/"
 
@@ -58,7 +59,7 @@ class BeamlineTarget:
 
     async def prepare(self) -> None:
         """See `Target`."""
-        options = channel_options() if self._factory.retries else [("grpc.enable_retries", 0)]
+        options = channel_options(self._factory.address, retries=self._factory.retries)
         # One connection carries a limited number of calls at a time; a pool of its own keeps channels from sharing one.
         options = [*options, ("grpc.use_local_subchannel_pool", 1)]
         self._channels = [
@@ -68,9 +69,10 @@ class BeamlineTarget:
             ready = asyncio.gather(*(channel.channel_ready() for channel in self._channels))
             await asyncio.wait_for(ready, self._factory.connect_within_s)
         except TimeoutError:
+            proxy = proxy_for(self._factory.address)
             raise TargetUnusable(
                 f"cannot open {len(self._channels)} connections to {self._factory.address} within "
-                f"{self._factory.connect_within_s:g} s: is the server running and ready?"
+                f"{self._factory.connect_within_s:g} s: {proxy or 'is the server running and ready?'}"
             ) from None
         self._unary = itertools.cycle(
             [

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from beamline_client.address import split_target
 from beamline_client.load.report import Pinning
-from beamline_client.load.scrape import split_target
 
 PROC = Path("/proc")
 _LISTENING = "0A"

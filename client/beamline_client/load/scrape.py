@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from beamline_client.address import split_target
 from beamline_client.load.report import ServerSample
 
 GRPC_PORT, METRICS_PORT = 8001, 8002
@@ -18,7 +19,6 @@ GRPC_PORT, METRICS_PORT = 8001, 8002
 LARGEST_PAGE_BYTES = 16 * 1024 * 1024
 _SCRAPE_WITHIN_S = 1.0  # the end of a run waits no longer for a scrape that is under way
 _ADVICE = "name the server's page with --metrics URL, or do without with --metrics off"
-_SCHEMES_OF_GRPC = ("dns", "ipv4", "ipv6")
 
 
 class MetricsUnreachable(Exception):
@@ -92,6 +92,8 @@ def fetch(url: str, timeout_s: float = 5.0) -> Samples:
     except urllib.error.HTTPError as error:
         with error:  # it holds the connection
             raise MetricsUnreachable(f"{url} answers with HTTP status {error.code}: {_ADVICE}") from error
+    except http.client.BadStatusLine as error:  # its text is what was sent, whatever that is
+        raise MetricsUnreachable(f"what answers at {url} does not speak HTTP, perhaps gRPC: {_ADVICE}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         words = " ".join(str(reason).split()) or type(reason).__name__
@@ -113,31 +115,12 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def split_target(target: str) -> tuple[str, int] | None:
-    """Host, without brackets, and port of a gRPC target; None if it names no single host and port.
-
-    Understands HOST:PORT and the schemes dns, ipv4 and ipv6 of gRPC's naming document.
-    """
-    scheme, colon, rest = target.partition(":")
-    if colon and scheme in _SCHEMES_OF_GRPC and not rest.isdecimal():
-        # Behind two slashes stands who is asked for the name.
-        target = rest[2:].partition("/")[2] if rest.startswith("//") else rest
-    try:
-        parts = urlsplit(f"//{target}")
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        return None
-    if not host or port is None or parts.netloc != target or "@" in target or "," in target:
-        return None
-    return host, port
-
-
 def default_url(target: str) -> str | None:
     """Where the server at a gRPC target shows its metrics if its ports are the defaults; None if they are not."""
     split = split_target(target)
-    if split is None or split[1] != GRPC_PORT:
+    if split is None or split.port != GRPC_PORT:
         return None
-    host = f"[{split[0]}]" if ":" in split[0] else split[0]
+    host = f"[{split.host}]" if ":" in split.host else split.host
     return f"http://{host}:{METRICS_PORT}/metrics"
 
 

@@ -58,8 +58,8 @@ def read_sentences(path: Path) -> list[Sentence]:
     """
     sentences = []
     try:
-        with open_text(path) as file:
-            for line, text in enumerate(file, start=1):
+        with open_text(path) as lines:
+            for line, text in enumerate(lines, start=1):
                 source, *references = (field.strip() for field in text.split("\t"))
                 if source:
                     sentences.append(Sentence(source, tuple(filter(None, references))))

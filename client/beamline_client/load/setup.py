@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from beamline_client.address import AddressUnusable, endpoints
 from beamline_client.advice import advice
 from beamline_client.client import Client
 from beamline_client.errors import BeamlineError
@@ -234,12 +235,10 @@ def _golden(options: LoadOptions, problems: list[str]) -> GoldenFile | None:
 
 
 def _unreachable(server: str) -> Iterator[str]:
-    """What gRPC would take for another address than the one that was written."""
-    _, colon, port = server.rpartition(":")
-    if not server.strip():
-        yield "--server is empty: write HOST:PORT"
-    elif colon and port.isdecimal() and not 0 < int(port) < 65_536:
-        yield f"{server} has no such port: ports are 1 to 65535"
+    try:
+        endpoints(server)
+    except AddressUnusable as error:
+        yield f"--server: {error}"
 
 
 def _unwritable(options: LoadOptions) -> Iterator[str]:

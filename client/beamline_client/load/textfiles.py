@@ -5,7 +5,9 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, cast
+
+from beamline.text_lines import NotText, read_lines
 
 
 class TextUnreadable(Exception):
@@ -13,26 +15,22 @@ class TextUnreadable(Exception):
 
 
 @contextlib.contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """Opens a UTF-8 file for reading, with or without a byte order mark; one whose name ends in .gz is unpacked.
-
-    Line ends are as in Python's text files: those characters of Unicode that only look like line ends are text.
+def open_text(path: Path) -> Iterator[Iterator[str]]:
+    """Opens a file to read its lines, without their ends; see `text_lines`. One whose name ends in .gz is unpacked.
 
     Raises:
         TextUnreadable: The file, or what is left of it, cannot be read; also raised within the context.
     """
     try:
         with _opened(path) as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise TextUnreadable(f"{path} is not UTF-8 text") from error
+            yield (line.text() for line in read_lines(file))
+    except NotText as error:
+        raise TextUnreadable(f"{path}, {error}") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise TextUnreadable(f"{path} is no whole gzip file") from error
     except OSError as error:
         raise TextUnreadable(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _opened(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline=None)
-    return path.open(encoding="utf-8-sig", newline=None)
+def _opened(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")

@@ -184,6 +184,10 @@ def check_limits(workload: Workload, info: ServerInfo) -> list[str]:
     limits, default = info.limits, info.default_search
     searches = {question.search for question in workload.questions}
     problems = []
+    if not info.model.has_tokenizer:
+        problems.append(
+            "the model has no tokenizer and takes token ids, but a load is of texts: serve one with a tokenizer"
+        )
 
     def refuse_above(what: str, values: Iterable[float | None], limit: float, unit: str) -> None:
         highest = max((value for value in values if value is not None), default=0)

@@ -9,8 +9,11 @@ import numpy as np
 from beamline_export.checkpoint import Fields, Renamer, read_json, read_optional_json, read_state_dict
 from beamline_export.families.bart_like import Ties, read_spec, take_embeddings, take_layers
 from beamline_export.generation import read_generation
+from beamline_export.known_settings import CONFIG, contradictions, without_effect
 from beamline_export.reference import HuggingFaceReference, Reference
-from beamline_export.spec import Array, Checkpoint, ExportError, TransformerSpec
+from beamline_export.spec import Array, Checkpoint, ExportError, SpecialTokenIds, TransformerSpec
+from beamline_export.tokenizer_config import read_tokenizer_config
+from beamline_export.tokenizer_files import TokenizerFiles, read_bart_tokenizer, without_tokenizer
 
 _POSITION_OFFSET = 2
 """Rows 0 and 1 of BART's position tables are never read: positions begin at row 2."""
@@ -32,29 +35,39 @@ def read(folder: Path) -> Checkpoint:
     tied = fields.flag("tie_word_embeddings", True)
     spec = read_spec(fields, "bart", None, embedding_norm=True)
     source_bos = fields.optional_id("bos_token_id")
+    fields.problems += contradictions(config)
     fields.check()
     generation = read_generation(
         config, read_optional_json(folder / "generation_config.json"), max_positions=spec.max_target_positions
     )
-    files = {"tokenizer.json": "tokenizer.json"} if (folder / "tokenizer.json").exists() else {}
-    if not files and (folder / "merges.txt").exists():
-        raise ExportError(
-            f"{folder} has merges.txt but no tokenizer.json; write it with "
-            "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
+    tokenizer = _tokenizer(folder, generation.tokens, config.get("tokenizer_class"), source_bos)
     names = _rename(spec, Ties(head=tied, sides=tied), read_state_dict(folder))
     return Checkpoint(
         spec,
         names.weights,
-        dataclasses.replace(generation.tokens, source_bos=source_bos, source_eos=generation.tokens.eos[0]),
-        generation.defaults,
-        "tokenizers" if files else "none",
-        files,
+        tokenizer.tokens,
+        generation.with_ignored(without_effect(config, CONFIG["bart"], name_unknown=False), tokenizer.without_effect),
+        tokenizer.kind,
+        tokenizer.files,
         generation.removed,
         names.names,
         names.foreign(),
-        notices=tuple(names.notices),
+        tokenizer_settings=tokenizer.settings,
+        notices=(*names.notices, *tokenizer.notices),
     )
+
+
+def _tokenizer(folder: Path, tokens: SpecialTokenIds, class_: str | None, source_bos: int | None) -> TokenizerFiles:
+    if (folder / "tokenizer.json").exists():
+        config = read_tokenizer_config(folder, "bart")
+        config = dataclasses.replace(config, tokenizer_class=config.tokenizer_class or class_)
+        return read_bart_tokenizer(folder, {"tokenizer.json": "tokenizer.json"}, config, tokens)
+    if (folder / "merges.txt").exists():
+        raise ExportError(
+            f"{folder} has merges.txt but no tokenizer.json; write it with "
+            "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    return without_tokenizer(tokens, source_bos=source_bos)
 
 
 def _rename(spec: TransformerSpec, ties: Ties, state: Mapping[str, Array]) -> Renamer:

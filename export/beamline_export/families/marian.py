@@ -1,6 +1,5 @@
 """MarianMT / OPUS-MT checkpoints (Hugging Face `MarianMTModel`): post-norm, sinusoidal positions, tied embeddings."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,8 +9,11 @@ from beamline_export.checkpoint import Fields, Renamer, read_json, read_optional
 from beamline_export.families.bart_like import Ties, read_spec, take_embeddings, take_layers
 from beamline_export.families.positions import sinusoidal_positions
 from beamline_export.generation import read_generation
+from beamline_export.known_settings import CONFIG, contradictions, without_effect
 from beamline_export.reference import HuggingFaceReference, Reference
-from beamline_export.spec import Array, Checkpoint, ExportError, TransformerSpec
+from beamline_export.spec import Array, Checkpoint, ExportError, SpecialTokenIds, TransformerSpec
+from beamline_export.tokenizer_config import read_tokenizer_config
+from beamline_export.tokenizer_files import TokenizerFiles, read_marian_tokenizer, without_tokenizer
 
 
 def read(folder: Path) -> Checkpoint:
@@ -28,23 +30,25 @@ def read(folder: Path) -> Checkpoint:
     )
     target = None if ties.sides else fields.integer("decoder_vocab_size", fields.integer("vocab_size"), least=2)
     spec = read_spec(fields, "marian", target)
+    fields.problems += contradictions(config)
     fields.check()
     generation = read_generation(
         config, read_optional_json(folder / "generation_config.json"), max_positions=spec.max_target_positions
     )
-    files = _tokenizer_files(folder, separate=not ties.sides)
+    tokenizer = _tokenizer(folder, spec, generation.tokens, separate=not ties.sides)
     names = _rename(spec, ties, read_state_dict(folder))
     return Checkpoint(
         spec,
         names.weights,
-        dataclasses.replace(generation.tokens, source_eos=generation.tokens.eos[0]),
-        generation.defaults,
-        "marian" if files else "none",
-        files,
+        tokenizer.tokens,
+        generation.with_ignored(without_effect(config, CONFIG["marian"], name_unknown=False), tokenizer.without_effect),
+        tokenizer.kind,
+        tokenizer.files,
         generation.removed,
         names.names,
         names.foreign(),
-        notices=tuple(names.notices),
+        tokenizer_settings=tokenizer.settings,
+        notices=(*names.notices, *tokenizer.notices),
     )
 
 
@@ -64,19 +68,29 @@ def _rename(spec: TransformerSpec, ties: Ties, state: Mapping[str, Array]) -> Re
     return names
 
 
-def _tokenizer_files(folder: Path, *, separate: bool) -> dict[str, str]:
+def _tokenizer(folder: Path, spec: TransformerSpec, tokens: SpecialTokenIds, *, separate: bool) -> TokenizerFiles:
     wanted = ["source.spm", "target.spm", "vocab.json"]
-    files = {name: name for name in wanted if (folder / name).exists()}
-    if not files:
-        return {}
-    if separate and (folder / "target_vocab.json").exists():
+    if not any((folder / name).exists() for name in wanted):
+        return without_tokenizer(tokens)
+    config = read_tokenizer_config(folder, "marian")
+    # The tokenizer's own word counts; a model may have two tables for one vocabulary.
+    if config.flags.get("separate_vocabs", separate):
         wanted.append("target_vocab.json")
-        files["target_vocab.json"] = "target_vocab.json"
-    if missing := [name for name in wanted if name not in files]:
+    if missing := [name for name in wanted if not (folder / name).exists()]:
+        why = _why_separate(spec, told="separate_vocabs" in config.flags) if missing == wanted[3:] else ""
         raise ExportError(
-            f"{folder} lacks {', '.join(missing)} of its tokenizer; copy all of {', '.join(wanted)} or none"
+            f"{folder} lacks {', '.join(missing)} of its tokenizer{why}; copy all of {', '.join(wanted)} or none"
         )
-    return files
+    return read_marian_tokenizer(folder, {name: name for name in wanted}, config, tokens)
+
+
+def _why_separate(spec: TransformerSpec, *, told: bool) -> str:
+    if told:
+        return ", whose separate_vocabs is true"
+    return (
+        f" (share_encoder_decoder_embeddings is false: {spec.source_vocabulary} source and {spec.target_vocabulary} "
+        "target tokens; if vocab.json is for both sides, say separate_vocabs: false in tokenizer_config.json)"
+    )
 
 
 def reference(folder: Path, checkpoint: Checkpoint) -> Reference:

@@ -8,6 +8,7 @@ from typing import Any
 from beamline_export.checkpoint import MOST_LAYERS, MOST_POSITIONS, Fields
 from beamline_export.families.nn_layouts import LAYOUTS, Layout, folded_epsilon
 from beamline_export.generation import Generation, read_generation
+from beamline_export.known_settings import GENERATION
 from beamline_export.spec import Activation, ExportError, NormPlacement, TransformerSpec
 from beamline_export.state_names import Translation
 
@@ -21,7 +22,6 @@ _NEUTRAL = {
     "dropout",  # acts in training only
     "batch_first", "bias",  # arguments of nn.Transformer that change no weights, or that the weights show themselves
 }  # fmt: skip
-_TOKEN_IDS = {"decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +117,9 @@ def _read_settings(fields: Fields, data: Mapping[str, Any]) -> Mapping[str, Any]
     Asks for the last of the config's own keys.
     """
     own = fields.mapping("generation")
-    inner, settings = Fields(own, "generation"), _TOKEN_IDS
-    # transformers takes a second to load, and most configs do without it.
-    if own.keys() - settings or fields.unasked() - settings - _NEUTRAL:
-        settings = _generation_settings()
-    fields.refuse_unasked(settings | _NEUTRAL)
-    inner.refuse_unasked(settings, "generation: ")
+    inner = Fields(own, "generation")
+    fields.refuse_unasked(GENERATION.keys() | _NEUTRAL)
+    inner.refuse_unasked(GENERATION.keys(), "generation: ")
     fields.problems.extend([*inner.problems, *_told_twice(own, data)])
     return {**data, **own}
 
@@ -131,10 +128,3 @@ def _told_twice(generation: Mapping[str, Any], data: Mapping[str, Any]) -> Itera
     for name in generation.keys() & data.keys():
         if generation[name] != data[name]:
             yield f"{name} is {data[name]!r} at the top level and {generation[name]!r} in generation; keep one"
-
-
-def _generation_settings() -> set[str]:
-    """The names that Hugging Face's `generate` knows."""
-    from transformers import GenerationConfig
-
-    return set(vars(GenerationConfig()))

@@ -48,8 +48,8 @@ def read(folder: Path) -> Checkpoint:
         generation.removed,
         names.names,
         names.foreign(),
-        _ADVICE,
-        tuple(notices),
+        advice=_ADVICE,
+        notices=tuple(notices),
     )
 
 

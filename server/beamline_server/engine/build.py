@@ -81,7 +81,10 @@ def choose_device(wanted: str, precision: str) -> str:
 
     reason = None
     if CUDA not in available_providers():
-        reason = "this onnxruntime has no CUDA provider; install 'beamline[server-gpu]' on a machine with an NVIDIA GPU"
+        reason = (
+            "this onnxruntime has no CUDA provider; install the extra server-gpu instead of server, on a machine with "
+            "an NVIDIA GPU"
+        )
     elif precision == "int8":
         reason = "the bundle is int8, which runs on the CPU; export it with --precision fp16"
     if wanted == "cuda" and reason is not None:
@@ -211,7 +214,7 @@ def _largest_batch(bundle: Bundle, runner: StepRunner, rows: int) -> None:
 
 
 def check_golden(bundle: Bundle, runner: StepRunner) -> None:
-    """Run the manifest's golden inputs: some CPUs saturate int8 products silently.
+    """Run the manifest's golden inputs: whatever makes this machine compute something else shows here.
 
     Raises:
         BundleError: an answer differs from the exporting machine's by more than the manifest's tolerance.

@@ -1,12 +1,18 @@
-"""The call that the current task handles: who asks, and until when."""
+"""The call that the current task handles: when it came, until when it may take, and whether it asks for generation."""
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+_MARK = "_beamline_generates"
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What applies to one request for generation, whatever it asks for.
+    """What applies to one call, whatever it asks for.
 
     Attributes:
         arrived_s: When it arrived, in seconds of the server's monotonic clock.
@@ -18,4 +24,15 @@ class Call:
 
 
 current_call: ContextVar[Call] = ContextVar("current_call")
-"""Set for every request for generation before its handler runs."""
+"""Set for every call, of whatever method, before its handler runs."""
+
+
+def generates(method: FunctionT) -> FunctionT:
+    """Mark a servicer's method: its calls count as requests for generation, and take `max_duration_s` at most."""
+    setattr(method, _MARK, True)
+    return method
+
+
+def does_generate(behaviour: object) -> bool:
+    """Whether a method is so marked."""
+    return getattr(behaviour, _MARK, False) is True

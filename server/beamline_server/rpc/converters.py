@@ -85,7 +85,7 @@ def default_search(defaults: GenerationDefaults, limits: Limits) -> SearchOption
     max_new_tokens = min(defaults.max_new_tokens, limits.max_new_tokens)
     return SearchOptions(
         beam_size=min(defaults.beam_size, limits.max_beam_size),
-        n_best=1,
+        n_best=min(defaults.n_best, limits.max_beam_size),
         length_penalty=defaults.length_penalty,
         length_penalty_kind=LengthPenaltyKind(defaults.length_penalty_kind),
         early_stopping=EarlyStopping(defaults.early_stopping),
@@ -220,10 +220,10 @@ class _SearchReader:
         beam_size = self._number("beam_size", defaults.beam_size, 1, limits.max_beam_size)
         max_new_tokens = self._number("max_new_tokens", defaults.max_new_tokens, 1, limits.max_new_tokens)
         # A default never contradicts what the request sets: it gives way.
-        least = min(defaults.min_new_tokens, max_new_tokens)
+        least, n_best = min(defaults.min_new_tokens, max_new_tokens), min(defaults.n_best, beam_size)
         return SearchOptions(
             beam_size=beam_size,
-            n_best=self._number("n_best", defaults.n_best, 1, beam_size, bound="beam_size"),
+            n_best=self._number("n_best", n_best, 1, beam_size, bound="beam_size"),
             length_penalty=self._length_penalty(),
             length_penalty_kind=self._choice("length_penalty_kind", LENGTH_PENALTY_KINDS, defaults.length_penalty_kind),
             early_stopping=self._choice("early_stopping", EARLY_STOPPINGS, defaults.early_stopping),

@@ -6,6 +6,7 @@ report an error id. Besides the engine's errors there are the door's own:
 RequestError
 ├── InvalidRequest        fields are not valid; names every violation
 ├── MalformedMessage      the bytes are no message of the method
+├── MethodNotFound        there is no such method
 ├── ModelNotFound         another model is asked for
 ├── NotAccepting          the server is loading or draining
 └── UnexpectedFailure     a fault of ours; the log has the cause under its id
@@ -68,6 +69,13 @@ class MalformedMessage(RequestError):
 
     def __str__(self) -> str:
         return "malformed protobuf message"
+
+
+class MethodNotFound(RequestError):
+    """There is no such method."""
+
+    def __str__(self) -> str:
+        return "there is no such method here; beamline.v1.GenerationService has Generate, GenerateStream and GetInfo"
 
 
 @dataclass
@@ -199,6 +207,7 @@ STATUSES: Mapping[type[Exception], _Rule] = {
     RequestTooLarge: _Rule(_Code.INVALID_ARGUMENT, Outcome.INVALID, _violates("search")),
     MalformedMessage: _Rule(_Code.INVALID_ARGUMENT, Outcome.INVALID),
     DecodeError: _Rule(_Code.INVALID_ARGUMENT, Outcome.INVALID, text=lambda _: str(MalformedMessage())),
+    MethodNotFound: _Rule(_Code.UNIMPLEMENTED, Outcome.NOT_FOUND, _because("METHOD_NOT_FOUND")),
     ModelNotFound: _Rule(_Code.NOT_FOUND, Outcome.NOT_FOUND, _because("MODEL_NOT_FOUND")),
     # Come back later.
     QueueFull: _Rule(

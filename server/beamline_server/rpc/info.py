@@ -60,6 +60,7 @@ def info_message(model: ServedModel, settings: Settings, limits: Limits, default
             target_vocabulary_size=manifest.dimensions.target_vocabulary,
             has_tokenizer=manifest.tokenizer.kind != "none",
             fingerprint=model.bundle.fingerprint,
+            ignored_settings=manifest.generation_defaults.not_supported,
         ),
         limits=pb.Limits(
             max_inputs=limits.max_inputs,

@@ -19,11 +19,12 @@ from google.protobuf.message import DecodeError
 
 from beamline_server import logs
 from beamline_server.engine.errors import DeadlineExceeded
-from beamline_server.metrics import Clock, MethodMetrics, MethodName, Metrics, Outcome
-from beamline_server.rpc.call import Call, current_call
+from beamline_server.metrics import UNKNOWN_METHOD, Clock, MethodMetrics, MethodName, Metrics, Outcome
+from beamline_server.rpc.call import Call, current_call, does_generate
 from beamline_server.rpc.errors import (
     STATUSES,
     MalformedMessage,
+    MethodNotFound,
     RpcStatus,
     UnexpectedFailure,
     rpc_status_of,
@@ -32,18 +33,14 @@ from beamline_server.rpc.errors import (
 REQUEST_ID_KEY = "x-request-id"
 """Metadata key of the request id, both ways."""
 _ATTEMPTS_KEY = "grpc-previous-rpc-attempts"
-_LONGEST_REQUEST_ID = 128
+_LONGEST_NAME = 128
+_UNKNOWN_NAMES = 100
 _JITTER = 0.2
 
 # What goes well is for debugging. So are refusals: a line for each would cost an overloaded server more than refusing.
 _LEVELS = dict.fromkeys(Outcome, logging.INFO) | dict.fromkeys(
     (Outcome.OK, Outcome.QUEUE_FULL, Outcome.UNAVAILABLE), logging.DEBUG
 )
-
-GENERATING_METHODS = frozenset(
-    {"/beamline.v1.GenerationService/Generate", "/beamline.v1.GenerationService/GenerateStream"}
-)
-"""The methods whose calls count as requests for generation, and have a deadline in any case."""
 
 Behaviour = Callable[[Any, Any], Awaitable[Any]]
 
@@ -80,25 +77,31 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         self._clock = clock
         self._jitter = jitter or random.Random()
         self._guarded: dict[str, Any] = {}
+        self._unknown = _UnknownMethods()
+        unknown = _GuardedMethod("unknown", metrics.method(UNKNOWN_METHOD, usual="UNIMPLEMENTED"), metrics)
+        # A stream of requests, none of which is read, fits whatever the caller wants to send.
+        self._unknown_handler = grpc.stream_stream_rpc_method_handler(self._around(unknown, _no_such_method))
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        """The guarded handler of the called method; None if there is no such method."""
+        """The guarded handler of the called method; if there is no such method, one that says so."""
         guarded = self._guarded.get(details.method)
         if guarded is None:
             handler = await continuation(details)
             if handler is None:
-                self._metrics.unknown_method()
-                return None
+                self._unknown.note(details.method)
+                return self._unknown_handler
             guarded = self._guarded[details.method] = self._guard(details.method, handler)
         return guarded
 
     def _guard(self, path: str, handler: Any) -> Any:
-        method = _GuardedMethod(path, handler, self._metrics)
+        function = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        series = self._metrics.method(_method_name(path, handler))
+        method = _GuardedMethod(path, series, self._metrics, generates=does_generate(function))
         deserialize, serialize = handler.request_deserializer, handler.response_serializer
-        if not handler.request_streaming:
+        if deserialize is not None and not handler.request_streaming:
             deserialize = _tolerant(deserialize)
         make = _MAKE_HANDLER[handler.request_streaming, handler.response_streaming]
-        behaviour = self._around(method, _behaviour(handler))
+        behaviour = self._around(method, _written(function))
         return make(behaviour, request_deserializer=deserialize, response_serializer=serialize)
 
     def _around(self, method: "_GuardedMethod", behaviour: Behaviour) -> Behaviour:
@@ -112,10 +115,7 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
                 identity = self._identify(context)
                 if request is _Malformed:
                     raise MalformedMessage
-                if method.generates:
-                    response = await self._limited(behaviour, request, context, began)
-                else:
-                    response = await behaviour(request, context)
+                response = await self._handled(method, behaviour, request, context, began)
             except (asyncio.CancelledError, _CallIsDead):
                 method.count(*_why_cancelled(context), clock() - began)
                 raise
@@ -148,25 +148,20 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         context.set_trailing_metadata(identity)
         return identity
 
-    async def _limited(self, behaviour: Behaviour, request: Any, context: Any, began: float) -> Any:
-        """Handle a request for generation within the caller's deadline, which gRPC enforces, and the server's own."""
+    async def _handled(
+        self, method: "_GuardedMethod", behaviour: Behaviour, request: Any, context: Any, began: float
+    ) -> Any:
+        """Handle a call; one for generation within the caller's deadline, which gRPC enforces, and the server's own."""
         remaining_s, longest_s = context.time_remaining(), self._max_duration_s
+        in_time = remaining_s is not None and remaining_s <= longest_s
+        current_call.set(Call(began, began + (remaining_s if in_time else longest_s)))
+        if not method.generates:
+            return await behaviour(request, context)
         if remaining_s is None:
             self._metrics.deadline_missing()
         elif remaining_s <= 0:
             raise DeadlineExceeded("transport")
-        elif remaining_s <= longest_s:
-            current_call.set(Call(began, began + remaining_s))
-            return await behaviour(request, context)
-        current_call.set(Call(began, began + longest_s))
-        limit = asyncio.timeout(longest_s)
-        try:
-            async with limit:
-                return await behaviour(request, context)
-        except TimeoutError as error:
-            if limit.expired():
-                raise DeadlineExceeded("execution") from error
-            raise
+        return await (behaviour(request, context) if in_time else _within(longest_s, behaviour(request, context)))
 
     def _status_of(self, error: Exception, method: "_GuardedMethod") -> RpcStatus:
         if type(error) in STATUSES:
@@ -180,10 +175,10 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
 class _GuardedMethod:
     """One method as the guard counts and logs it."""
 
-    def __init__(self, path: str, handler: Any, metrics: Metrics) -> None:
+    def __init__(self, path: str, series: MethodMetrics, metrics: Metrics, *, generates: bool = False) -> None:
         self.path = path
-        self.generates = path in GENERATING_METHODS
-        self.metrics: MethodMetrics = metrics.method(_method_name(path, handler))
+        self.generates = generates
+        self.metrics = series
         self._all = metrics
 
     def count(self, code: grpc.StatusCode, outcome: Outcome, seconds: float) -> None:
@@ -197,9 +192,27 @@ class _GuardedMethod:
                 _log.log(level, "request_ended", extra={**fields, "outcome": outcome.value})
 
 
+class _UnknownMethods:
+    """Tells the log of calls to methods that there are not: of each name once, and of so many names at most."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def note(self, path: str) -> None:
+        """Somebody has called a method of this name."""
+        name = printable(path)
+        if name in self._told or len(self._told) >= _UNKNOWN_NAMES:
+            return
+        self._told.add(name)
+        last = len(self._told) == _UNKNOWN_NAMES
+        _log.warning(
+            "unknown_method", extra={"event": "unknown_method", "method": name, "further_ones_are_told": not last}
+        )
+
+
 def printable(value: str | bytes) -> str:
-    """At most 128 printable ASCII characters of a request id."""
-    text = value[:_LONGEST_REQUEST_ID]
+    """At most 128 printable ASCII characters of what a caller calls something."""
+    text = value[:_LONGEST_NAME]
     if isinstance(text, bytes):
         text = text.decode("ascii", "replace")
     if text.isascii() and text.isprintable():
@@ -226,15 +239,35 @@ def _method_name(path: str, handler: Any) -> MethodName:
     return MethodName(service, method, _KINDS[handler.request_streaming, handler.response_streaming])
 
 
-def _behaviour(handler: Any) -> Behaviour:
-    """The handler's function; one that yields its responses becomes one that writes them."""
-    behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-    if not inspect.isasyncgenfunction(behaviour):
-        function: Behaviour = behaviour
-        return function
+async def _no_such_method(request: Any, context: Any) -> None:
+    del request, context
+    raise MethodNotFound
+
+
+async def _within(longest_s: float, work: Awaitable[Any]) -> Any:
+    """The result of work that may take so many seconds.
+
+    Raises:
+        DeadlineExceeded: it took longer.
+    """
+    limit = asyncio.timeout(longest_s)
+    try:
+        async with limit:
+            return await work
+    except TimeoutError as error:
+        if limit.expired():
+            raise DeadlineExceeded("execution") from error
+        raise
+
+
+def _written(function: Any) -> Behaviour:
+    """A method's function; one that yields its responses becomes one that writes them."""
+    if not inspect.isasyncgenfunction(function):
+        behaviour: Behaviour = function
+        return behaviour
 
     async def write_all(request: Any, context: Any) -> None:
-        responses: AsyncIterator[Any] = behaviour(request, context)
+        responses: AsyncIterator[Any] = function(request, context)
         async for response in responses:
             await context.write(response)
 

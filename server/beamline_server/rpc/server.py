@@ -1,31 +1,30 @@
 """Puts the gRPC server together: services, guard, transport options, port."""
 
 import random
-import socket
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
+from beamline.v1 import generation_pb2
 from beamline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+from beamline_server.listening import PortError, address_of, listening_sockets, most_callers
 from beamline_server.metrics import Clock, Metrics
 from beamline_server.rpc.converters import RequestReader, default_search, limits_of
 from beamline_server.rpc.desk import Desk
-from beamline_server.rpc.health import SERVICE, Health
+from beamline_server.rpc.health import Health
 from beamline_server.rpc.info import ServedModel, info_message
 from beamline_server.rpc.interceptors import Guard
+from beamline_server.rpc.reflection import add_reflection
 from beamline_server.rpc.servicer import GenerationServicer, TextWork
 from beamline_server.settings import Settings
 from beamline_server.tokenizer import Tokenizer
 
 _UNLIMITED = -1
-
-
-class PortError(Exception):
-    """An address cannot be listened on."""
+_MOST_PENDING = 32_768
+_LONGEST_PENDING_S = 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +70,7 @@ def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | No
     add_GenerationServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]  # generated
     health_pb2_grpc.add_HealthServicer_to_server(service.health.servicer, server)
     if settings.reflection:
-        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
+        add_reflection(server, [generation_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR])
     return server
 
 
@@ -80,23 +78,16 @@ def bind(server: Any, host: str, port: int) -> int:
     """Let a server listen, without encryption; returns the port, which is a free one for 0.
 
     Raises:
-        PortError: the address is taken or not this machine's.
+        PortError: there is nothing to listen on.
     """
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        _try_address(host, port)
-        bound: int = server.add_insecure_port(address)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or "gRPC does not say why"
-        raise PortError(f"{address} cannot be listened on ({reason}); is another server running?") from error
+        # gRPC would tell no reason, and write a line of its own into the log.
+        for probe in listening_sockets(host, port):
+            probe.close()
+        bound: int = server.add_insecure_port(address_of(host, port))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PortError(host, port, error) from error
     return bound
-
-
-def _try_address(host: str, port: int) -> None:
-    """Raise OSError if an address is taken: gRPC would tell no reason, and write a line of its own into the log."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
 
 
 def server_options(settings: Settings) -> list[tuple[str, int]]:
@@ -106,8 +97,16 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         # The limits on requests bound responses too; a refusal here would come after all the work.
         ("grpc.max_send_message_length", _UNLIMITED),
-        # A backstop, not admission control: clients see calls above it fail instead of waiting.
+        # Further calls of a connection wait in their client. gRPC must count those that the client knows to be open,
+        # not those whose memory is in use: with "overload protection" it refuses calls that a client may make.
         ("grpc.max_concurrent_streams", 1024),
+        ("grpc.http.overload_protection", 0),
+        # Calls that have arrived and not been looked at: above the first limit (1000 by default) gRPC cancels some,
+        # above the second all, without a word that tells callers to come back. What a server is full with, it must say
+        # itself, so only the memory that they take limits them: some 11 KB each.
+        ("grpc.server.max_pending_requests", _MOST_PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
+        ("grpc.server_max_unrequested_time_in_server", _LONGEST_PENDING_S),
         # A second process on the same port must fail instead of taking every other connection.
         ("grpc.so_reuseport", 0),
         # Callers that live long connect again now and then, and so find new replicas (gRFC A9).
@@ -116,7 +115,12 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         # A peer that is gone would otherwise hold its connection for two hours.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        # Who connects and says nothing, not even that it speaks HTTP/2, would hold a descriptor for two minutes.
+        ("grpc.server_handshake_timeout_ms", 10_000),
+        # Without a descriptor, neither metrics nor anything else could be read.
+        ("grpc.max_allowed_incoming_connections", most_callers()),
         # Callers may ping every 20 s, also while they wait; by default that would cost them the connection (gRFC A8).
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+        # Half of it is borne, since pings that the network holds up arrive close together.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]

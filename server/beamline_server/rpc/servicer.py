@@ -10,7 +10,7 @@ from beamline.v1 import generation_pb2 as pb
 from beamline.v1.generation_pb2_grpc import GenerationServiceServicer
 from beamline_server.engine.request import Completed
 from beamline_server.metrics import Clock, Metrics
-from beamline_server.rpc.call import current_call
+from beamline_server.rpc.call import current_call, generates
 from beamline_server.rpc.converters import Order, RequestReader
 from beamline_server.rpc.desk import Desk
 from beamline_server.rpc.responses import ResponseWriter
@@ -72,6 +72,7 @@ class GenerationServicer(GenerationServiceServicer):
         self._metrics = metrics
         self._clock = clock
 
+    @generates
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:  # noqa: N802 - gRPC's
         """See the proto."""
         del context
@@ -80,6 +81,7 @@ class GenerationServicer(GenerationServiceServicer):
         self._count(order, answers)
         return await self._text.run(_text_bytes(answers), self._writer.response, order, answers)
 
+    @generates
     async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Any) -> None:  # noqa: N802 - gRPC's
         """See the proto."""
         call = current_call.get()

@@ -6,15 +6,13 @@ from beamline.v1 import generation_pb2 as pb
 from beamline_server.engine.request import Hypothesis
 from beamline_server.tokenizer import Tokenizer
 
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
 
 class TextPrefix:
     """Turns tokens that come bit by bit into text that comes bit by bit.
 
     The tokens are decoded from the first one each time, because pieces of a text do not decode to pieces of its text:
-    leading spaces vanish, and a character may be spread over several tokens. Such a character shows as U+FFFD until
-    it is complete, so trailing U+FFFD are held back; so is text that does not continue what was told before.
+    leading spaces vanish, and a character may be spread over several tokens. What the tokenizer does not call settled
+    is held back; so is text that does not continue what was told before.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -25,7 +23,7 @@ class TextPrefix:
     def extend(self, tokens: Sequence[int]) -> str:
         """Take further tokens; returns the further text that is certain, which can be empty."""
         self._tokens.extend(tokens)
-        return self._further(self._tokenizer.decode(self._tokens).rstrip(_REPLACEMENT))
+        return self._further(self._tokenizer.settled(self._tokens))
 
     def finish(self, tokens: Sequence[int]) -> str:
         """Take all tokens there are; returns what has not been told of their text, whatever it ends with."""

@@ -4,9 +4,13 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from beamline_client import FieldViolation, Hypothesis, InvalidRequest, Result, Timing, Unavailable
-from beamline_client.bulk import Line, generate_in_order
+from beamline_client.bulk import Generated, Line, batched, generate_in_order
+
+PLENTY = 1_000_000
 
 
 def result_for(text: str) -> Result:
@@ -21,14 +25,18 @@ def numbered(texts: Sequence[str]) -> list[Line]:
     return [Line(f"line {number}", text) for number, text in enumerate(texts, start=1)]
 
 
+def by(lines_at_once: int, lines: Sequence[Line]) -> Iterator[list[Line]]:
+    return batched(lines, lines_at_once=lines_at_once, bytes_at_once=PLENTY)
+
+
 @pytest.mark.parametrize("concurrency", [1, 4])
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_every_line_comes_back_in_order(batch_size: int, concurrency: int) -> None:
     lines = numbered([f"text {i}" for i in range(20)])
 
-    done = list(generate_in_order(lines, shout, batch_size=batch_size, concurrency=concurrency))
+    done = list(generate_in_order(by(batch_size, lines), shout, concurrency=concurrency))
 
-    assert done == [(line, result_for(line.text)) for line in lines]
+    assert done == [Generated(line, result_for(line.text)) for line in lines]
 
 
 def test_a_slow_first_batch_holds_back_the_later_ones() -> None:
@@ -41,21 +49,23 @@ def test_a_slow_first_batch_holds_back_the_later_ones() -> None:
             second_done.set()
         return shout(texts)
 
-    done = generate_in_order(numbered(["first", "second"]), generate, batch_size=1, concurrency=2)
+    done = generate_in_order(by(1, numbered(["first", "second"])), generate, concurrency=2)
 
-    assert [line.text for line, _ in done] == ["first", "second"]
+    assert [each.line.text for each in done] == ["first", "second"]
 
 
-def test_blank_lines_are_passed_through_without_a_request() -> None:
+def test_lines_with_nothing_to_send_are_passed_through_without_a_request() -> None:
     sent: list[Sequence[str]] = []
 
     def generate(texts: Sequence[str]) -> list[Result]:
         sent.append(texts)
         return shout(texts)
 
-    done = list(generate_in_order(numbered(["", "a", " \t", "b", "", ""]), generate, batch_size=4, concurrency=1))
+    lines = [*numbered(["", "a", " \t", "b", "", ""]), Line("line 7", "\ufffd", "is not UTF-8")]
+    done = list(generate_in_order(by(4, lines), generate, concurrency=1))
 
-    assert [result and result.text for _, result in done] == [None, "A", None, "B", None, None]
+    assert [each.result and each.result.text for each in done] == [None, "A", None, "B", None, None, None]
+    assert [each.problem for each in done] == [None] * 6 + ["is not UTF-8"]
     assert sent == [["a", "b"]]
 
 
@@ -67,8 +77,9 @@ def test_nothing_is_read_ahead_with_a_concurrency_of_one() -> None:
             read.append(line.text)
             yield line
 
-    for line, _ in generate_in_order(typed(), shout, batch_size=1, concurrency=1):
-        assert read[-1] == line.text
+    batches = batched(typed(), lines_at_once=1, bytes_at_once=PLENTY)
+    for done in generate_in_order(batches, shout, concurrency=1):
+        assert read[-1] == done.line.text
 
 
 def test_reading_ahead_is_bounded() -> None:
@@ -79,7 +90,8 @@ def test_reading_ahead_is_bounded() -> None:
             read.append("x")
             yield Line("line", "x")
 
-    done = generate_in_order(endless(), shout, batch_size=2, concurrency=3)
+    batches = batched(endless(), lines_at_once=2, bytes_at_once=PLENTY)
+    done = generate_in_order(batches, shout, concurrency=3)
     next(done)
 
     assert len(read) == 2 * (2 * 3 - 1)
@@ -92,28 +104,67 @@ def test_a_failure_comes_in_its_place() -> None:
             raise Unavailable("gone")
         return shout(texts)
 
-    done = generate_in_order(numbered(["a", "bad", "c"]), generate, batch_size=1, concurrency=1)
+    done = generate_in_order(by(1, numbered(["a", "bad", "c"])), generate, concurrency=1)
 
-    assert next(done)[0].text == "a"
+    assert next(done).line.text == "a"
     with pytest.raises(Unavailable):
         next(done)
 
 
-def test_a_refused_input_is_named_by_its_line() -> None:
-    def generate(texts: Sequence[str]) -> list[Result]:
-        raise InvalidRequest(
-            "inputs[1].text is too long",
-            request_id="r1",
-            violations=[FieldViolation("inputs[1].text", "at most 10 bytes"), FieldViolation("inputs[7]", "odd")],
-        )
+@given(
+    sizes=st.lists(st.integers(0, 9), max_size=30), lines_at_once=st.integers(1, 5), bytes_at_once=st.integers(-1, 20)
+)
+def test_batches_have_all_lines_and_no_more_than_fit(sizes: list[int], lines_at_once: int, bytes_at_once: int) -> None:
+    lines = numbered(["x" * size for size in sizes])
 
-    done = generate_in_order(numbered(["a", "", "too long"]), generate, batch_size=3, concurrency=1)
-    with pytest.raises(InvalidRequest) as caught:
-        next(done)
+    batches = list(batched(lines, lines_at_once=lines_at_once, bytes_at_once=bytes_at_once))
 
-    assert caught.value.message == "line 3 is too long"
-    assert caught.value.violations == (
-        FieldViolation("line 3", "at most 10 bytes"),
-        FieldViolation("inputs[7]", "odd"),
+    assert [line for batch in batches for line in batch] == lines
+    for batch in batches:
+        assert 1 <= len(batch) <= lines_at_once
+        assert len(batch) == 1 or sum(len(line.text) for line in batch) <= bytes_at_once
+
+
+class TestRefusals:
+    """A server refuses a request as a whole, and names the inputs that are not valid."""
+
+    @staticmethod
+    def refusing(*bad: str, told_at_once: int = 100) -> list[Generated]:
+        def generate(texts: Sequence[str]) -> list[Result]:
+            found = [FieldViolation(f"inputs[{i}].text", f"is {text}") for i, text in enumerate(texts) if text in bad]
+            if not found:
+                return shout(texts)
+            more = [FieldViolation("", "and more violations")] if len(found) > told_at_once else []
+            raise InvalidRequest("no", violations=[*found[:told_at_once], *more])
+
+        return list(generate_in_order(by(10, numbered(["a", "", "odd", "b", "bad"])), generate, concurrency=1))
+
+    @pytest.mark.parametrize("told_at_once", [1, 100])
+    def test_the_other_lines_of_the_request_are_not_lost(self, told_at_once: int) -> None:
+        done = self.refusing("odd", "bad", told_at_once=told_at_once)
+
+        assert [each.line.name for each in done] == [f"line {number}" for number in range(1, 6)]
+        assert [each.result and each.result.text for each in done] == ["A", None, None, "B", None]
+        assert [each.problem for each in done] == [None, None, "is odd", None, "is bad"]
+
+    def test_all_of_them_can_be_refused(self) -> None:
+        assert [each.problem for each in self.refusing("a", "odd", "b", "bad")] == [
+            *("is a", None, "is odd", "is b", "is bad")
+        ]
+
+    @pytest.mark.parametrize(
+        "violations",
+        [
+            [],
+            [FieldViolation("search.beam_size", "is 99")],
+            [FieldViolation("inputs[0].text", "is odd"), FieldViolation("search.beam_size", "is 99")],
+            [FieldViolation("inputs", "has 9 entries; expected 1 to 4")],
+            [FieldViolation("inputs[7].text", "is not there")],
+        ],
     )
-    assert caught.value.request_id == "r1"
+    def test_what_no_line_is_to_blame_for_is_raised(self, violations: list[FieldViolation]) -> None:
+        def generate(texts: Sequence[str]) -> list[Result]:
+            raise InvalidRequest("no", violations=violations)
+
+        with pytest.raises(InvalidRequest):
+            list(generate_in_order(by(3, numbered(["a", "b"])), generate, concurrency=1))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -32,9 +33,37 @@ def translate(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> Transla
     return run
 
 
-def written(path: Path, text: str) -> str:
-    path.write_text(text, encoding="utf-8")
+def written(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     return str(path)
+
+
+def type_in(monkeypatch: pytest.MonkeyPatch, content: str | bytes, *, terminal: bool = False) -> None:
+    """Lets the command read this from stdin."""
+    raw = io.BytesIO(content.encode() if isinstance(content, str) else content)
+    if terminal:
+        raw.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw))
+
+
+def texts(request: pb.GenerateRequest) -> list[str]:
+    return [source.text for source in request.inputs]
+
+
+def refusing(*bad: str) -> Callable[[pb.GenerateRequest, grpc.ServicerContext], pb.GenerateResponse]:
+    """A server that does not take these texts."""
+
+    def generate(request: pb.GenerateRequest, context: grpc.ServicerContext) -> pb.GenerateResponse:
+        found = error_details_pb2.BadRequest()
+        for index, text in enumerate(texts(request)):
+            if text in bad:
+                problem = "has 900 tokens; expected at most 512, or truncate_source"
+                found.field_violations.add(field=f"inputs[{index}].text", description=problem)
+        if found.field_violations:
+            Failure(grpc.StatusCode.INVALID_ARGUMENT, "invalid request", [found]).end(context)
+        return pb.GenerateResponse(results=[shouted(i, request.search, request.output) for i in request.inputs])
+
+    return generate
 
 
 class TestInput:
@@ -59,24 +88,23 @@ class TestInput:
             writing.result()
 
     def test_lines_of_stdin(self, translate: Translate, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo"))
+        type_in(monkeypatch, "one\ntwo")
 
         assert translate() == (0, "ONE\nTWO\n", "")
 
     def test_what_is_typed_is_answered_line_by_line(
         self, server: FakeServer, translate: Translate, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        class Terminal(io.StringIO):
-            def isatty(self) -> bool:
-                return True
+        type_in(monkeypatch, "one\ntwo\n", terminal=True)
 
-        monkeypatch.setattr(sys, "stdin", Terminal("one\ntwo\n"))
+        status, out, err = translate()
 
-        assert translate() == (0, "ONE\nTWO\n", "")
-        assert [len(call.request.inputs) for call in server.calls] == [1, 1]
+        assert (status, out) == (0, "ONE\nTWO\n")
+        assert err == "beamline translate: type a text and Enter; Ctrl-D ends\n"
+        assert [texts(request) for request in server.requests()] == [["one"], ["two"]]
 
     def test_nothing_gives_nothing(self, translate: Translate, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        type_in(monkeypatch, "")
 
         assert translate() == (0, "", "")
 
@@ -84,7 +112,7 @@ class TestInput:
         status, out, _ = translate("--file", written(tmp_path / "in.txt", "\n \n\n"))
 
         assert (status, out) == (0, "\n\n\n")
-        assert server.calls == []
+        assert server.requests() == []
 
     def test_order_is_kept_when_later_batches_are_faster(
         self, server: FakeServer, translate: Translate, tmp_path: Path
@@ -105,7 +133,189 @@ class TestInput:
 
         assert status == 0
         assert out == "".join(f"LINE {i}\n" for i in range(10))
-        assert sorted(len(call.request.inputs) for call in server.calls) == [1, 3, 3, 3]
+        assert sorted(len(request.inputs) for request in server.requests()) == [1, 3, 3, 3]
+
+
+class TestLines:
+    def test_only_line_feeds_end_lines(self, server: FakeServer, translate: Translate, tmp_path: Path) -> None:
+        odd = "a\rb\x0bc\x0cd\x85e\u2028f\u2029g"
+
+        status, out, err = translate("--file", written(tmp_path / "in.txt", f"\ufeffun\r\n{odd}\n\nun\r"))
+
+        assert (status, err.split(" in ")[0]) == (0, "4 of 4 lines")
+        assert [texts(request) for request in server.requests()] == [["un", odd, "un\r"]]
+        assert out == f"UN\n{odd.upper()}\n\nUN \n".replace("\r", " ")
+
+    def test_stdin_has_the_same_lines(
+        self, server: FakeServer, translate: Translate, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        type_in(monkeypatch, "\ufeffa\rb\u2028c\r\nd")
+
+        translate()
+
+        assert [texts(request) for request in server.requests()] == [["a\rb\u2028c", "d"]]
+
+    @pytest.mark.parametrize("arguments", [[], ["--stream"], ["--json"]])
+    def test_line_breaks_that_come_back_do_not_shift_the_lines(
+        self, server: FakeServer, translate: Translate, tmp_path: Path, arguments: list[str]
+    ) -> None:
+        result = pb.Result(hypotheses=[pb.Hypothesis(text="a\r\nb\nc\rd")])
+        server.generate = lambda request, _context: pb.GenerateResponse(results=[result for _ in request.inputs])
+        server.stream = lambda _request, _context: iter([pb.GenerateStreamResponse(result=result)])
+
+        _, out, _ = translate("--file", written(tmp_path / "in.txt", "1\n2\n"), *arguments)
+
+        assert out.count("\n") == 2
+        assert "\r" not in out
+        if "--json" not in arguments:
+            assert out == "a  b c d\na  b c d\n"
+
+    def test_text_is_utf_8_whatever_the_locale(self, server: FakeServer, tmp_path: Path) -> None:
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-m", "beamline_client", "translate", "--server", server.target]
+
+        done = subprocess.run(command, input="été".encode(), env=environment, capture_output=True, check=True)
+
+        assert (done.stdout, done.stderr) == ("ÉTÉ\n".encode(), b"")
+
+
+class TestTextsThatCannotBeTranslated:
+    """They are told by name; by default they end everything, and with --on-error skip they leave an empty line."""
+
+    def test_the_lines_before_are_written(self, server: FakeServer, translate: Translate, tmp_path: Path) -> None:
+        server.generate = refusing("long")
+
+        status, out, err = translate("--file", written(tmp_path / "in.txt", "one\n\nlong\ntwo\n"))
+
+        assert (status, out) == (2, "ONE\n\n")
+        assert "2 of 4 lines" in err
+        last = err.splitlines()[-1]
+        assert last.startswith("beamline translate: line 3: has 900 tokens; expected at most 512, or --truncate. ")
+        assert "--on-error skip" in last
+
+    @pytest.mark.parametrize("arguments", [[], ["--batch-size", "1"], ["--stream"], ["--truncate"]])
+    def test_skipped_ones_leave_empty_lines(
+        self, server: FakeServer, translate: Translate, tmp_path: Path, arguments: list[str]
+    ) -> None:
+        content = b"one\n\ntw\xe9\nthree\n\xff\xfe\n"
+
+        status, out, err = translate("--file", written(tmp_path / "in.txt", content), "--on-error", "skip", *arguments)
+
+        assert (status, out) == (3, "ONE\n\n\nTHREE\n\n")
+        first, second, *_, last = err.splitlines()
+        assert first.startswith("beamline translate: line 3 is skipped: is not UTF-8 text (byte 3 of it: ")
+        assert second.startswith("beamline translate: line 5 is skipped: is not UTF-8 text (byte 1 of it: ")
+        assert last == "beamline translate: 2 skipped, with an empty line for each"
+
+    def test_a_refused_one_does_not_take_its_request_along(
+        self, server: FakeServer, translate: Translate, tmp_path: Path
+    ) -> None:
+        server.generate = refusing("long", "longer")
+
+        status, out, err = translate(
+            "--file", written(tmp_path / "in.txt", "one\nlong\ntwo\nlonger\n"), "--on-error", "skip"
+        )
+
+        assert (status, out) == (3, "ONE\n\nTWO\n\n")
+        assert [line.split(" is ")[0] for line in err.splitlines() if " is skipped" in line] == [
+            "beamline translate: line 2",
+            "beamline translate: line 4",
+        ]
+
+    def test_json_has_the_problem_in_its_place(self, translate: Translate, tmp_path: Path) -> None:
+        status, out, _ = translate("--json", "--on-error", "skip", "--file", written(tmp_path / "in.txt", b"\xff\na"))
+
+        bad, good = [json.loads(line) for line in out.split("\n")[:-1]]
+        assert status == 3
+        assert (bad["source"], bad["hypotheses"]) == ("\ufffd", [])
+        assert bad["problem"].startswith("is not UTF-8 text")
+        assert "problem" not in good
+
+    def test_an_argument_can_be_one_too(self, server: FakeServer, translate: Translate) -> None:
+        status, out, err = translate("one", "lone \udc80 surrogate")
+
+        assert (status, out) == (2, "ONE\n")
+        assert "text 2: is not valid Unicode at character 5" in err
+
+    def test_what_is_no_texts_fault_ends_everything(self, server: FakeServer, translate: Translate) -> None:
+        server.generate = lambda _request, context: Failure(  # type: ignore[assignment,return-value]
+            grpc.StatusCode.INTERNAL, "internal error e-1"
+        ).end(context)
+
+        status, out, err = translate("one", "two", "--on-error", "skip")
+
+        assert (status, out) == (1, "")
+        assert "error id e-1" in err
+
+
+class TestLimits:
+    """What a server takes, it tells; texts are cut, refused and put into requests by that."""
+
+    @pytest.mark.parametrize("arguments", [[], ["--stream"]])
+    def test_truncate_cuts_what_is_over_the_bytes_too(
+        self, server: FakeServer, translate: Translate, arguments: list[str]
+    ) -> None:
+        server.info.limits.max_text_bytes = 10
+
+        status, out, err = translate("ééééé", "éééééé", "aéééééé", "--truncate", *arguments)
+
+        assert (status, out) == (0, "ÉÉÉÉÉ\nÉÉÉÉÉ\nAÉÉÉÉ\n")
+        assert err == "beamline translate: 2 cut to what the model reads\n"
+
+    def test_what_the_server_cuts_is_counted_as_well(self, server: FakeServer, translate: Translate) -> None:
+        cut = pb.Result(hypotheses=[pb.Hypothesis(text="x")], source_truncated=True)
+        server.generate = lambda request, _context: pb.GenerateResponse(results=[cut for _ in request.inputs])
+
+        assert translate("a", "b", "--truncate") == (0, "x\nx\n", "beamline translate: 2 cut to what the model reads\n")
+
+    def test_json_tells_that_a_text_was_cut(self, server: FakeServer, translate: Translate) -> None:
+        server.info.limits.max_text_bytes = 3
+
+        whole, cut = [json.loads(line) for line in translate("abc", "abcd", "--truncate", "--json")[1].splitlines()]
+
+        assert (whole["source"], whole["source_truncated"]) == ("abc", False)
+        assert (cut["source"], cut["source_truncated"]) == ("abcd", True)
+
+    def test_without_it_such_a_text_cannot_be_translated(self, server: FakeServer, translate: Translate) -> None:
+        server.info.limits.max_text_bytes = 10
+
+        status, out, err = translate("one", "éééééé")
+
+        assert (status, out) == (2, "ONE\n")
+        assert "text 2: has 12 bytes; expected at most 10, or --truncate" in err
+        assert [texts(request) for request in server.requests()] == [["one"]]
+
+    def test_a_text_that_fills_a_message_is_cut_to_fit(self, server: FakeServer, translate: Translate) -> None:
+        server.info.limits.max_message_bytes = server.info.limits.max_text_bytes = 2048
+
+        status, _, _ = translate("x" * 5000, "--truncate", "--beam", "4", "--max-new-tokens", "100", "--json")
+
+        (request,) = server.requests()
+        assert status == 0
+        assert 1024 < request.ByteSize() <= 2048
+
+    def test_requests_have_no_more_texts_and_bytes_than_the_server_takes(
+        self, server: FakeServer, translate: Translate, tmp_path: Path
+    ) -> None:
+        server.info.limits.max_inputs = 7
+        server.info.limits.max_message_bytes = 2048
+        lines = [f"{number}{'x' * (number * 37 % 700)}" for number in range(60)]
+
+        status, out, _ = translate("--file", written(tmp_path / "in.txt", "\n".join(lines)))
+
+        assert status == 0
+        assert out == "".join(f"{line.upper()}\n" for line in lines)
+        assert all(len(request.inputs) <= 7 and request.ByteSize() <= 2048 for request in server.requests())
+        assert len(server.requests()) < 30
+
+    def test_a_model_without_a_tokenizer_is_told(self, server: FakeServer, translate: Translate) -> None:
+        server.info.model.has_tokenizer = False
+
+        status, out, err = translate("x")
+
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "has no tokenizer and takes token ids alone: send them with beamline_client.Client" in err
+        assert server.requests() == []
 
 
 class TestOutput:
@@ -155,7 +365,7 @@ class TestOutput:
             "ONE TWO\n\nTHREE\n",
             "",
         )
-        assert [call.method for call in server.calls] == ["GenerateStream", "GenerateStream"]
+        assert [call.method for call in server.calls] == ["GetInfo", "GenerateStream", "GenerateStream"]
 
     def test_a_result_that_continues_its_pieces_is_printed_to_its_end(
         self, server: FakeServer, translate: Translate
@@ -176,7 +386,7 @@ def test_search_options_reach_the_server(server: FakeServer, translate: Translat
         *["--min-new-tokens", "0", "--max-new-tokens", "9", "--truncate", "--timeout", "77"],
     )
 
-    (call,) = server.calls
+    _, call = server.calls
     assert call.request.search == pb.SearchOptions(
         beam_size=8,
         n_best=3,
@@ -193,7 +403,7 @@ def test_search_options_reach_the_server(server: FakeServer, translate: Translat
 def test_search_options_that_are_left_out_stay_unset(server: FakeServer, translate: Translate) -> None:
     translate("x")
 
-    assert server.calls[0].request.search == pb.SearchOptions()
+    assert server.requests()[0].search == pb.SearchOptions()
 
 
 class TestErrors:
@@ -205,8 +415,7 @@ class TestErrors:
             pytest.param(["x", "--stream", "--n-best", "2"], id="stream-n-best"),
             pytest.param(["--file", "does-not-exist.txt"], id="no-such-file"),
             pytest.param(["x", "-o", "no/such/folder/out.txt"], id="no-such-folder"),
-            pytest.param(["lone \ud800 surrogate"], id="not-unicode"),
-            pytest.param(["x", "--min-new-tokens", "-1"], id="negative"),
+            pytest.param(["x", "-o", str(Path(__file__).parent)], id="a-folder"),
         ],
     )
     def test_bad_usage_is_one_line_and_status_2(
@@ -220,7 +429,15 @@ class TestErrors:
         assert server.calls == []
 
     @pytest.mark.parametrize(
-        "arguments", [["--beam", "0"], ["--timeout", "inf"], ["--batch-size", "x"], ["--early-stopping", "soon"]]
+        "arguments",
+        [
+            ["--beam", "0"],
+            ["--timeout", "inf"],
+            ["--batch-size", "x"],
+            ["--early-stopping", "soon"],
+            ["--min-new-tokens", "-1"],
+            ["--on-error", "ignore"],
+        ],
     )
     def test_an_argument_that_is_no_value_ends_with_status_2(self, translate: Translate, arguments: list[str]) -> None:
         with pytest.raises(SystemExit) as caught:
@@ -235,25 +452,6 @@ class TestErrors:
         assert status == 2
         assert "is the input" in err
         assert Path(source).read_text(encoding="utf-8") == "one\n"
-
-    def test_a_file_that_is_not_text(self, translate: Translate, tmp_path: Path) -> None:
-        source = tmp_path / "in.txt"
-        source.write_bytes(b"\xff\xfe")
-
-        status, _, err = translate("--file", str(source))
-
-        assert status == 2
-        assert "not UTF-8" in err
-
-    def test_a_refused_line_is_named(self, server: FakeServer, translate: Translate, tmp_path: Path) -> None:
-        bad_request = error_details_pb2.BadRequest()
-        bad_request.field_violations.add(field="inputs[0].text", description="has 900 tokens, at most 512")
-        server.fail(Failure(grpc.StatusCode.INVALID_ARGUMENT, "invalid request", [bad_request]))
-
-        status, out, err = translate("--file", written(tmp_path / "in.txt", "\nlong\n"))
-
-        assert (status, out) == (2, "")
-        assert "line 2: has 900 tokens, at most 512" in err
 
     @pytest.mark.parametrize(
         ("failure", "advice"),
@@ -280,10 +478,10 @@ class TestErrors:
     def test_a_deadline_names_the_option(self, server: FakeServer, translate: Translate) -> None:
         server.generate = server.hang
 
-        status, _, err = translate("x", "--timeout", "0.05")
+        status, _, err = translate("x", "--timeout", "1")
 
         assert status == 1
-        assert "within 0.05 s: raise --timeout" in err
+        assert "within 1 s: raise --timeout" in err
 
 
 def test_an_unreachable_server_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,6 +166,18 @@ def test_a_megabyte_is_the_default_limit(server: FakeServer, call: Call) -> None
         call(server.target, "generate_one", "x" * 1_048_577)
 
 
+@pytest.mark.parametrize("method", ["generate_one", "stream"])
+def test_an_answer_is_never_too_large(server: FakeServer, call: Call, method: str) -> None:
+    large = pb.Result(hypotheses=[pb.Hypothesis(text="x" * 5_000_000)])
+    server.generate = lambda _request, _context: pb.GenerateResponse(results=[large])
+    server.stream = lambda _request, _context: iter([pb.GenerateStreamResponse(result=large)])
+
+    answer = call(server.target, method, "x")
+
+    result = answer[-1] if method == "stream" else answer
+    assert len(result.text) == 5_000_000
+
+
 def test_no_server_is_unavailable(call: Call) -> None:
     with FakeServer() as stopped:
         target = stopped.target

@@ -155,6 +155,7 @@ def test_server_info_keeps_everything() -> None:
         target_vocabulary_size=11,
         has_tokenizer=True,
         fingerprint="ab",
+        ignored_settings={"do_sample": "true"},
     )
     limits = pb.Limits(
         max_inputs=1,

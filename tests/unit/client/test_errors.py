@@ -119,6 +119,7 @@ def test_a_message_over_the_servers_limit_is_no_overload(server: FakeServer) -> 
     error = error_from(server, Failure(Code.RESOURCE_EXHAUSTED, "SERVER: Received message larger than max (9 vs. 8)"))
 
     assert isinstance(error, InvalidRequest)
+    assert str(error).endswith(": send fewer or shorter inputs at once")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_unusable_details_leave_the_status(server: FakeServer, details: bytes) -
 
 
 def test_an_error_without_a_status_is_still_mapped() -> None:
-    assert isinstance(from_rpc_error(grpc.RpcError("odd")), ServerError)
+    assert isinstance(from_rpc_error(grpc.RpcError("odd"), target="host:1"), ServerError)
 
 
 def test_one_of_each_covers_the_tree() -> None:
@@ -172,11 +173,30 @@ def test_advice_is_one_line_that_says_what_to_do(error: BeamlineError) -> None:
     assert exit_status(error) == (2 if isinstance(error, InvalidRequest | NotFound) else 1)
 
 
+@pytest.mark.parametrize("error", ONE_OF_EACH, ids=lambda error: type(error).__name__)
+def test_the_text_of_every_error_says_what_to_do_next(error: BeamlineError) -> None:
+    assert str(error).startswith(error.message)
+    assert len(str(error)) > len(error.message) or isinstance(error, NotFound)  # a server tells what it does serve
+
+
+def test_texts_name_the_numbers_and_ids() -> None:
+    assert str(ONE_OF_EACH[3]) == "full: try again in 0.2 s"
+    assert str(ONE_OF_EACH[7]) == "internal error: tell its operator (error id e1, request id r1)"
+    assert str(DeadlineExceeded("late", hint="no cable")) == "late: allow more time, or ask for less at once; no cable"
+
+
 def test_advice_names_the_numbers_and_ids() -> None:
-    lines = [advice(error, target="host:1", timeout_s=5.0) for error in ONE_OF_EACH]
+    flags = {"more_time": "raise --timeout", "less_work": "lower --batch-size"}
+    lines = [advice(error, target="host:1", timeout_s=5.0, **flags) for error in ONE_OF_EACH]
 
     assert "search.beam_size: at most 8" in lines[0]
-    assert "try again in 0.2 s" in lines[3]
+    assert "try again in 0.2 s, or lower --batch-size" in lines[3]
     assert "host:1" in lines[4]
-    assert "within 5 s: raise --timeout" in lines[5]
+    assert "within 5 s: raise --timeout, or lower --batch-size, or check --server" in lines[5]
     assert "error id e1, request id r1" in lines[7]
+
+
+def test_advice_names_no_flag_that_a_command_does_not_have() -> None:
+    lines = [advice(error, target="host:1", timeout_s=5.0) for error in ONE_OF_EACH]
+
+    assert not [line for line in lines if "--timeout" in line or "--batch-size" in line or "--concurrency" in line]

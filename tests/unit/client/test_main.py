@@ -1,6 +1,7 @@
 """The `beamline` command: what it lists, loads and reports."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from beamline_client.testing import FakeServer
 ROOT = Path(__file__).parents[3]
 COMMAND = [sys.executable, "-c", "import sys; from beamline_client.main import main; sys.exit(main())"]
 # A child process finds the packages where this one does, installed or not.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+# Its output is buffered, as it is for users.
+ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 @pytest.fixture
@@ -80,9 +82,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("beamline ")
 
 
-def test_no_command_prints_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_names_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert capsys.readouterr().err.startswith("usage: beamline")
+
+    err = capsys.readouterr().err
+    assert err.startswith("beamline: name a command: export, inspect, load, serve, translate; ")
+    assert (err.count("\n"), "--help" in err) == (1, True)
 
 
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,24 +115,34 @@ def test_ctrl_c_is_status_130(commands: dict[str, EntryPoint], capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    ("command", "install"),
+    ("command", "extras"),
     [
-        ("export", "pip install 'beamline[export,server]'"),
-        ("serve", "pip install 'beamline[server]'"),
-        ("inspect", "pip install 'beamline[server]'"),
-        ("load", "pip install 'beamline[load]'"),
-        pytest.param("translate", "pip install 'beamline'", id="translate-imports-late"),
-        ("foreign", "pip install 'module_that_does_not_exist'"),
+        ("export", "[export,server]"),
+        ("serve", "[server]"),
+        ("inspect", "[server]"),
+        ("load", "[load]"),
+        pytest.param("translate", "", id="translate-imports-late"),
     ],
 )
 def test_a_missing_extra_is_one_line_that_names_it(
-    commands: dict[str, EntryPoint], capsys: pytest.CaptureFixture[str], command: str, install: str
+    commands: dict[str, EntryPoint], capsys: pytest.CaptureFixture[str], command: str, extras: str
 ) -> None:
     assert run([command], commands) == 2
 
-    err = capsys.readouterr().err
-    assert err == (
-        f"beamline: {command} needs the module 'module_that_does_not_exist', which is not installed: {install}\n"
+    assert capsys.readouterr().err == (
+        f"beamline: {command} needs the module 'module_that_does_not_exist', which is not installed; install "
+        f"beamline-serving{extras}: pip install '.{extras}' in a checkout of Beamline, or pip install 'FILE{extras}' "
+        "with its wheel file\n"
+    )
+
+
+def test_a_missing_module_of_a_foreign_command_is_for_its_own_package(
+    commands: dict[str, EntryPoint], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["foreign"], commands) == 2
+    assert capsys.readouterr().err == (
+        "beamline: foreign needs the module 'module_that_does_not_exist', which is not installed; install what "
+        "brings foreign again\n"
     )
 
 
@@ -163,6 +178,50 @@ def test_a_reader_that_leaves_early_is_no_error(server: FakeServer) -> None:
 
     assert process.returncode == 141
     assert err == b""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["translate", "--help"], ["load", "--help"]])
+def test_a_reader_that_leaves_before_the_help_is_no_error(arguments: list[str]) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "wb") as closed:
+        done = subprocess.run(
+            [*COMMAND, *arguments], env=ENVIRONMENT, stdout=closed, stderr=subprocess.PIPE, check=False
+        )
+
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("arguments", [["--server", "{}", "x"], ["--help"]])
+def test_a_full_disk_is_told_in_one_line(server: FakeServer, arguments: list[str]) -> None:
+    command = [*COMMAND, "translate", *[argument.format(server.target) for argument in arguments]]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, check=False)
+
+    told = b"beamline: stdout cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, told)
+
+
+def test_closed_streams_are_no_crash(server: FakeServer) -> None:
+    """As a shell closes them with `<&-` and `>&-`."""
+    translate = shlex.join([*COMMAND, "translate", "--server", server.target])
+
+    def run(line: str) -> tuple[int, bytes]:
+        done = subprocess.run(["sh", "-c", line], env=ENVIRONMENT, capture_output=True, check=False)
+        return done.returncode, done.stderr
+
+    assert run(f"{translate} x >&-") == (0, b"")
+    assert run(f"{translate} <&-") == (
+        *(2, b"beamline translate: there are no texts, and stdin is closed: give some, or name a file with --file\n"),
+    )
+
+
+def test_the_package_runs_as_the_command(server: FakeServer) -> None:
+    command = [sys.executable, "-m", "beamline_client", "translate", "x", "--server", server.target]
+
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+
+    assert done.stdout == "X\n"
 
 
 @pytest.mark.parametrize("module", ["beamline_client", "beamline_client.main", "beamline_client.cli"])

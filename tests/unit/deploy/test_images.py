@@ -58,6 +58,11 @@ def test_the_server_is_process_1_and_gets_sigterm(runtime: list[str]) -> None:
     assert "STOPSIGNAL SIGTERM" in runtime
 
 
+def test_nothing_in_the_image_phones_home(runtime: list[str]) -> None:
+    (environment,) = [line for line in runtime if line.startswith("ENV ")]
+    assert "ORT_DISABLE_TELEMETRY=1" in environment.split()
+
+
 def test_the_image_exposes_the_ports_of_the_settings(runtime: list[str], repository: Path) -> None:
     settings = tomllib.loads((repository / "deploy/k8s/base/server.toml").read_text())
     assert f"EXPOSE {settings['grpc_port']} {settings['metrics_port']}" in runtime

@@ -55,6 +55,64 @@ def test_least_lengths_count_new_tokens(settings: dict[str, Any], expected: int)
 
 
 @pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"min_length": 40, "max_length": 20}, "min_length 40 is more than max_length 20; lower min_length or raise"),
+        ({"min_new_tokens": 9, "max_length": 9}, "min_new_tokens 9 is more than max_length 9; lower min_new_tokens"),
+        ({"min_length": 9, "max_new_tokens": 5}, "min_length 9 is more than max_new_tokens 5; lower min_length"),
+        ({"min_length": 30}, r"min_length 30 is more than what is generated where max_length is not set \(20 tokens\)"),
+        (
+            {"min_new_tokens": 101, "max_length": 500},
+            "min_new_tokens 101 is more than the model's 100 positions; lower",
+        ),
+    ],
+)
+def test_lengths_that_contradict_each_other_are_named_as_they_are_given(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ExportError, match=rf"^generation_config\.json: {problem}"):
+        read(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_beams": 4, "num_return_sequences": 3}, 3),
+        ({"num_beams": 4, "num_return_sequences": 1}, None),
+        ({"num_beams": 20, "num_return_sequences": 18}, 16),
+    ],
+)
+def test_several_answers_are_a_default_of_their_own(settings: dict[str, Any], expected: int | None) -> None:
+    """One is left out: servers of before know no such field."""
+    assert read(settings).defaults.get("n_best") == expected
+
+
+def test_more_answers_than_beams_are_refused_or_named_if_they_would_be_sampled() -> None:
+    with pytest.raises(
+        ExportError, match=r"num_return_sequences 3 is more than num_beams 2; lower it or raise num_beams"
+    ):
+        read({"num_beams": 2, "num_return_sequences": 3})
+    sampled = read({"num_return_sequences": 3, "do_sample": True}).defaults
+    assert "n_best" not in sampled
+    assert sampled["not_supported"] == {
+        "do_sample": "true",
+        "num_return_sequences": "3; 1 is used, as many as there are beams",
+    }
+
+
+@pytest.mark.parametrize(("bos", "forced"), [({"bos_token_id": 7}, 7), ({}, None)])
+def test_the_forced_beginning_of_old_configs_is_their_bos(bos: dict[str, int], forced: int | None) -> None:
+    """As in transformers: only where there is no generation_config.json, and before any forced_bos_token_id."""
+    config = {**IDS, **bos, "force_bos_token_to_be_generated": True, "forced_bos_token_id": 9}
+    assert read_generation(config, None, max_positions=9).tokens.forced_bos == forced
+    assert read_generation(config, {}, max_positions=9).tokens.forced_bos is None
+
+
+def test_settings_that_nobody_knows_are_named() -> None:
+    """In generation_config.json; config.json has fields of its owner."""
+    assert read({"lenght_penalty": 2}).defaults["not_supported"] == {"lenght_penalty": "2 (an unknown name)"}
+    assert read_generation({**IDS, "trained_by": "me"}, None, max_positions=9).defaults["not_supported"] == {}
+
+
+@pytest.mark.parametrize(
     ("value", "expected"), [(True, "when_full"), (False, "heuristic"), (None, "heuristic"), ("never", "never")]
 )
 def test_early_stopping_has_three_kinds(value: object, expected: str) -> None:
@@ -133,6 +191,9 @@ def test_bans_come_from_single_bad_words_and_suppressed_tokens() -> None:
         ({"stop_strings": ["."]}, {"stop_strings": '["."]'}),
         ({"bad_words_ids": [[4], [5, 6]]}, {"bad_words_ids": "sequences of several tokens: [[5, 6]]"}),
         ({"num_beams": 20}, {"num_beams": "20; 16 is used"}),
+        ({"cache_implementation": "quantized"}, {"cache_implementation": '"quantized"'}),
+        ({"token_healing": True, "guidance_scale": 2.0}, {"token_healing": "true", "guidance_scale": "2.0"}),
+        ({"assistant_ensemble_weight": 0.5}, {"assistant_ensemble_weight": "0.5"}),
         ({"forced_eos_token_id": [1, 5]}, {"forced_eos_token_id": "[1, 5]; 1 is used"}),
         (
             {"begin_suppress_tokens": [4], "forced_bos_token_id": 3},

@@ -23,6 +23,7 @@ from beamline_export.precision import (
     quantize_rows,
 )
 from beamline_export.spec import Array, ExportError
+from beamline_server.engine.ort.sessions import session_options
 
 Build = Callable[[GraphWriter], dict[str, str]]
 
@@ -39,7 +40,8 @@ def run(folder: Path, build: Build, inputs: dict[str, NDArray[Any]], *, fp16: bo
         {name: TensorSpec(kind, (f"{name}0", f"{name}1")) for name, kind in outputs.items()},  # type: ignore[arg-type]
     )
     (folder / "graph.onnx").write_bytes(g.model("test", spec).SerializeToString())
-    session = onnxruntime.InferenceSession(str(folder / "graph.onnx"), providers=["CPUExecutionProvider"])
+    path, options = str(folder / "graph.onnx"), session_options(threads=1)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return dict(zip(outputs, session.run(list(outputs), inputs), strict=True))
 
 
@@ -123,6 +125,20 @@ def test_what_lies_beyond_the_calibrated_range_saturates(tmp_path: Path) -> None
     together = run(tmp_path, build, {"x": x})["y"]
     assert together == pytest.approx(np.clip(x, -2 * 128 / 127, 2), abs=0.02)
     assert all((run(tmp_path, build, {"x": x[i : i + 1]})["y"][0] == together[i]).all() for i in range(3))
+
+
+@pytest.mark.parametrize("product", ["linear", "head"])
+@pytest.mark.parametrize("store", [Int8Store(), CalibratedInt8Store({"w": 1.0})], ids=["per-row", "calibrated"])
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_int8_products_do_not_overflow(store: Int8Store, product: str, rows: int, tmp_path: Path) -> None:
+    """Two products of the largest steps exceed 16 bits, in which processors without VNNI add neighbours."""
+    x, weight = np.ones((rows, 64), np.float32), np.ones((48, 64), np.float32)
+
+    def build(g: GraphWriter) -> dict[str, str]:
+        named(g, getattr(store, product)(g, "x", "w", weight, None), "y")
+        return {"y": "float32"}
+
+    assert run(tmp_path, build, {"x": x})["y"] == pytest.approx(np.full((rows, 48), 64), rel=1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["without-bias", "with-bias"])

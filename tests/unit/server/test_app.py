@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from beamline_server.engine.build import DeviceError
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
 from beamline_server.engine.scheduler import Continuous, RequestLevel
-from beamline_server.rpc.server import PortError
+from beamline_server.listening import PortError
 from beamline_server.settings import Command, Settings, SettingsError
 from beamline_server.testing import EOS, ScriptedEngine, failure_of, make_completed, silent, write_bundle
 
@@ -77,8 +77,8 @@ class App:
         return float(line.rpartition(" ")[2])
 
 
-def command_of(folder: Path, **changes: Any) -> Command:
-    write_bundle(folder)
+def command_of(folder: Path, *, bundle: Mapping[str, object] | None = None, **changes: Any) -> Command:
+    write_bundle(folder, **(bundle or {}))
     return Command(folder, Settings(host="127.0.0.1", grpc_port=0, metrics_port=0, **changes))
 
 
@@ -121,6 +121,17 @@ async def test_it_serves_until_it_is_told_to_stop(tmp_path: Path) -> None:
         app.stop.notify()
         assert await app.task == 0
     assert app.engine.stopped_with == [0.0]
+
+
+async def test_settings_without_effect_are_in_its_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ignored = {"no_repeat_ngram_size": "3", "tokenizer_config.json: do_lower_case": "true"}
+    bundle = {"generation_defaults": {"max_new_tokens": 9, "not_supported": ignored}}
+    async with running(tmp_path, bundle=bundle):
+        pass
+    async with running(tmp_path):
+        pass
+    told = [vars(record) for record in caplog.records if vars(record).get("event") == "ignored_settings"]
+    assert [(record["levelname"], record["settings"]) for record in told] == [("WARNING", ignored)]
 
 
 async def test_draining_goes_on_accepting_then_refuses_then_finishes(tmp_path: Path) -> None:

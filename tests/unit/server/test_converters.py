@@ -1,5 +1,6 @@
 """Requests: what is valid, what unset means, and that all violations are told at once."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -61,6 +62,20 @@ def test_text_is_tokenized_and_unset_options_are_the_defaults() -> None:
 
 def test_token_ids_are_taken_as_they_are() -> None:
     assert read(ids(1, 0, 257)).sources[0].tokens == (1, 0, 257)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({}, 3), ({"beam_size": 2}, 2), ({"beam_size": 8}, 3), ({"n_best": 1}, 1)]
+)
+def test_a_default_number_of_answers_gives_way_to_fewer_beams(options: dict[str, Any], expected: int) -> None:
+    defaults = GenerationDefaults(beam_size=4, n_best=3, max_new_tokens=20)
+    reader = make_reader(defaults=default_search(defaults, LIMITS))
+    assert reader.generate(search(**options)).options.n_best == expected
+
+
+def test_the_default_number_of_answers_is_within_the_limits() -> None:
+    limits = dataclasses.replace(LIMITS, max_beam_size=2)
+    assert default_search(GenerationDefaults(beam_size=4, n_best=3, max_new_tokens=20), limits).n_best == 2
 
 
 def test_every_option_can_be_set() -> None:

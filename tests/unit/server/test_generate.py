@@ -88,6 +88,15 @@ async def test_a_model_without_tokenizer_takes_and_gives_ids() -> None:
     assert not info.model.has_tokenizer
 
 
+async def test_settings_without_effect_and_the_default_number_of_answers_are_told() -> None:
+    defaults = {"beam_size": 4, "n_best": 2, "max_new_tokens": 9, "not_supported": {"do_sample": "true"}}
+    async with serving(manifest=make_manifest(generation_defaults=defaults)) as service:
+        info = await service.stub.GetInfo(pb.GetInfoRequest())
+        response = await service.stub.Generate(text("hi"))
+    assert dict(info.model.ignored_settings) == {"do_sample": "true"}
+    assert info.default_search.n_best == len(response.results[0].hypotheses) == 2
+
+
 async def test_every_violation_is_reported_at_once() -> None:
     async with serving() as service:
         request = text("", "a" * 600, search=pb.SearchOptions(beam_size=0, n_best=0, length_penalty=float("nan")))

@@ -1,19 +1,21 @@
 """What holds for every call: ids, malformed bytes, faults that leak nothing, and counting."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from google.rpc import error_details_pb2
 from prometheus_client import CollectorRegistry
 
 from beamline.v1 import generation_pb2 as pb
 from beamline_server.metrics import Metrics
+from beamline_server.rpc.call import Call, current_call, generates
+from beamline_server.rpc.errors import MethodNotFound
 from beamline_server.rpc.interceptors import Guard, printable
-from beamline_server.settings import Settings
+from beamline_server.rpc.server import bind
 from beamline_server.testing import ByteTokenizer, ManualClock, RunningService, failure_of, serving
 
 CODE = grpc.StatusCode
@@ -124,11 +126,88 @@ async def test_failed_requests_are_logged_without_their_text(caplog: pytest.LogC
     assert "hello" not in str([vars(record) for record in caplog.records])
 
 
-async def test_unknown_methods_share_one_label(caplog: pytest.LogCaptureFixture) -> None:
+UNKNOWN_PATHS = ("/beamline.v1.GenerationService/Nope", "/x.Y/Z", "/x.Y/W", "/x.Y/W", "/")
+
+
+async def test_unknown_methods_share_one_label() -> None:
     async with serving() as service:
-        for path in ("/beamline.v1.GenerationService/Nope", "/x.Y/Z", "/x.Y/W"):
-            assert (await failure_of(sent_raw(service, path, b""))).code == CODE.UNIMPLEMENTED
-        assert handled(service, "unknown", "unknown", "UNIMPLEMENTED") == 3
+        for path in UNKNOWN_PATHS:
+            await failure_of(sent_raw(service, path, b""))
+        assert handled(service, "unknown", "unknown", "UNIMPLEMENTED") == len(UNKNOWN_PATHS)
+
+
+async def test_an_unknown_method_is_refused_as_everything_else_is() -> None:
+    async with serving() as service:
+        error = await failure_of(
+            service.channel.unary_unary("/x.Y/Z")(b"a request", metadata=[("x-request-id", "abc")])
+        )
+    assert error.code == CODE.UNIMPLEMENTED
+    assert error.text.startswith("there is no such method here; ")
+    assert error.trailers["x-request-id"] == "abc"
+    assert error.detail(error_details_pb2.ErrorInfo).reason == "METHOD_NOT_FOUND"
+
+
+@pytest.mark.parametrize("kind", ["unary_unary", "unary_stream", "stream_unary", "stream_stream"])
+async def test_an_unknown_method_of_every_kind_is_unimplemented(kind: str) -> None:
+    async with serving() as service:
+        request = b"x" if kind.startswith("unary") else iter([b"x", b"y"])
+        call = getattr(service.channel, kind)("/x.Y/Z")(request)
+        assert await call.code() == CODE.UNIMPLEMENTED
+
+
+def test_there_are_no_methods_but_those_that_callers_of_others_are_told_of() -> None:
+    names = [method.name for method in pb.DESCRIPTOR.services_by_name["GenerationService"].methods]
+    assert str(MethodNotFound()).endswith(f"has {', '.join(names[:-1])} and {names[-1]}")
+
+
+async def test_an_unknown_method_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as service:
+        for path in UNKNOWN_PATHS:
+            await failure_of(sent_raw(service, path, b""))
+    told = [vars(record)["method"] for record in caplog.records if vars(record).get("event") == "unknown_method"]
+    assert told == ["/beamline.v1.GenerationService/Nope", "/x.Y/Z", "/x.Y/W", "/"]
+
+
+async def test_callers_who_make_up_names_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as service:
+        for number in range(150):
+            await failure_of(sent_raw(service, f"/x.Y/{'z' * 200}{number}", b""))
+            await failure_of(sent_raw(service, f"/{number}/" + "z" * 200, b""))
+    told = [vars(record) for record in caplog.records if vars(record).get("event") == "unknown_method"]
+    assert len(told) == 100
+    assert {len(record["method"]) for record in told} == {128}
+    assert [record["further_ones_are_told"] for record in told] == [True] * 99 + [False]
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["plain", "generates"])
+@pytest.mark.parametrize(("timeout_s", "expected_s"), [(None, 30), (1e4, 30), (10, 10)])
+async def test_a_further_method_of_the_service_has_its_call_too(
+    marked: bool, timeout_s: float | None, expected_s: float
+) -> None:
+    """Whatever methods there will be: their handlers can ask since when and until when, and are counted."""
+    calls: list[Call] = []
+
+    async def rescore(request: bytes, context: Any) -> bytes:
+        calls.append(current_call.get())
+        return request
+
+    metrics = Metrics(CollectorRegistry())
+    server = grpc.aio.server(interceptors=[Guard(metrics, max_duration_s=30, clock=ManualClock(1000))])
+    handler = grpc.unary_unary_rpc_method_handler(generates(rescore) if marked else rescore)
+    name = "beamline.v1.GenerationService"
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, {"Rescore": handler})])
+    port = bind(server, "127.0.0.1", 0)
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            assert await channel.unary_unary(f"/{name}/Rescore")(b"x", timeout=timeout_s) == b"x"
+    finally:
+        await server.stop(None)
+
+    assert [call.arrived_s for call in calls] == [1000]
+    assert [call.deadline_s for call in calls] == pytest.approx([1000 + expected_s], abs=2)
+    counted = metrics.registry.get_sample_value("beamline_requests_total", {"outcome": "ok"})
+    assert counted == (1 if marked else 0)
 
 
 async def test_every_call_is_counted() -> None:
@@ -149,20 +228,22 @@ async def test_retries_of_grpc_are_counted() -> None:
         assert service.metrics.registry.get_sample_value("beamline_retries_seen_total") == 1
 
 
-@pytest.mark.parametrize("reflection", [True, False])
-async def test_reflection_can_be_switched_off(reflection: bool) -> None:
-    request = reflection_pb2.ServerReflectionRequest(list_services="")
-    async with serving(settings=Settings(reflection=reflection)) as service:
-        stub: Any = reflection_pb2_grpc.ServerReflectionStub(service.channel)  # type: ignore[no-untyped-call, unused-ignore]  # generated
-        call = stub.ServerReflectionInfo(iter([request]))
-        if reflection:
-            answers = [answer async for answer in call]
-            names = {found.name for found in answers[0].list_services_response.service}
-            assert {"beamline.v1.GenerationService", "grpc.health.v1.Health"} <= names
-        else:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                [answer async for answer in call]
-            assert caught.value.code() == CODE.UNIMPLEMENTED
+async def test_a_method_that_yields_its_responses_can_generate_too() -> None:
+    @generates
+    async def rescore(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        yield str(current_call.get().deadline_s).encode()
+
+    async def continuation(details: object) -> Any:
+        return grpc.unary_stream_rpc_method_handler(rescore)
+
+    metrics = Metrics(CollectorRegistry())
+    guard = Guard(metrics, max_duration_s=30, clock=ManualClock(1000))
+    handler = await guard.intercept_service(continuation, SimpleNamespace(method="/x.Y/Z"))
+    context = Context(remaining_s=None)
+    await handler.unary_stream(b"", context)
+
+    assert context.written == [b"1030"]
+    assert metrics.registry.get_sample_value("beamline_requests_total", {"outcome": "ok"}) == 1
 
 
 class Context:
@@ -171,6 +252,7 @@ class Context:
     def __init__(self, remaining_s: float | None) -> None:
         self._remaining_s = remaining_s
         self.aborted: tuple[Any, ...] = ()
+        self.written: list[bytes] = []
 
     def invocation_metadata(self) -> None:
         return None
@@ -181,6 +263,9 @@ class Context:
     def time_remaining(self) -> float | None:
         return self._remaining_s
 
+    async def write(self, response: bytes) -> None:
+        self.written.append(response)
+
     async def abort(self, *arguments: Any) -> None:
         self.aborted = arguments
         raise grpc.aio.AbortError
@@ -189,6 +274,7 @@ class Context:
 async def test_a_request_that_comes_too_late_is_not_begun() -> None:
     begun = False
 
+    @generates
     async def behaviour(request: object, context: object) -> None:
         nonlocal begun
         begun = True

@@ -1,6 +1,5 @@
 """What can be scraped: names, values, bounds, and the server that is scraped."""
 
-import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +11,7 @@ from beamline.v1 import generation_pb2 as pb
 from beamline_server.engine.loop import EngineLoad
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import RequestId
-from beamline_server.metrics import MethodName, Metrics, MetricsServer, Outcome
+from beamline_server.metrics import MethodName, Metrics, Outcome
 from beamline_server.rpc.info import versions
 from beamline_server.testing import ManualClock, make_completed, serving
 
@@ -167,20 +166,3 @@ async def test_series_stay_few_whatever_is_asked() -> None:
             )
         assert len(list(samples(service.metrics))) == before
     assert before < 800
-
-
-def test_the_server_is_scraped_over_http_and_closes_cleanly(metrics: Metrics) -> None:
-    with MetricsServer(metrics.registry, "127.0.0.1", 0) as server:
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as response:
-            assert b"beamline_ready 0.0" in response.read()
-        port = server.port
-    with MetricsServer(metrics.registry, "127.0.0.1", port) as again:
-        assert again.port == port
-
-
-def test_a_taken_port_is_an_error(metrics: Metrics) -> None:
-    with (
-        MetricsServer(metrics.registry, "127.0.0.1", 0) as server,
-        pytest.raises(OSError, match="in use"),
-    ):
-        MetricsServer(metrics.registry, "127.0.0.1", server.port)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from beamline_server.engine.request import Finish, Hypothesis
 from beamline_server.rpc.streaming import PieceWriter, TextPrefix
 from beamline_server.testing import EOS, ByteTokenizer
+from beamline_server.tokenizer import CleanedUp
 
 BYTES = st.lists(st.integers(0, 255), max_size=30)
 TEXTS = st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("aé€😀\N{REPLACEMENT CHARACTER} ")))
@@ -23,6 +24,9 @@ class SpaceEater:
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(" " + "x" * token for token in ids).lstrip()
+
+    def settled(self, ids: Sequence[int]) -> str:
+        return self.decode(ids)
 
 
 class Fickle(ByteTokenizer):
@@ -46,6 +50,16 @@ def test_any_bytes_in_any_pieces_add_up_to_the_whole(tokens: list[int], cuts: li
         told += prefix.extend(piece)
         assert tokenizer.decode(tokens).startswith(told)
     assert told + prefix.finish(tokens) == tokenizer.decode(tokens)
+
+
+@given(text=st.text(alphabet=" .,'ntvresma", max_size=30))
+def test_text_that_is_cleaned_up_is_told_once_it_is_settled(text: str) -> None:
+    """Spaces that punctuation takes away are not told before it is known what follows."""
+    tokenizer = CleanedUp(ByteTokenizer())
+    prefix, told = TextPrefix(tokenizer), ""
+    for token in text.encode():
+        told += prefix.extend([token])
+    assert told + prefix.finish(list(text.encode())) == tokenizer.decode(list(text.encode()))
 
 
 @given(text=TEXTS)

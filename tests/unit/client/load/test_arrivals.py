@@ -237,7 +237,8 @@ def test_times_of_a_calendar_begin_with_the_first(tmp_path: Path) -> None:
         (b"a,intended_s\n1,2\n3\n", "line 3: '3' has no time"),
         (b"a,intended_s\n1,\n", "line 2: '1,' has no time"),
         (b"1\n\xff\n", "not UTF-8"),
-        (b"1" * 200_000, "no trace"),
+        (b"1" * 200_000, "is no trace"),
+        (b"1.0\r2.0\r", "is no trace"),
     ],
 )
 def test_traces_that_are_none_are_refused_in_one_line(content: bytes, reason: str, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ SENTENCES = "un\tone\ndeux mots\ttwo words\nencore trois mots\tthree more words\
 
 def capable() -> pb.GetInfoResponse:
     info = pb.GetInfoResponse()
-    info.model.name = "shouting"
+    info.model.name, info.model.has_tokenizer = "shouting", True
     info.limits.max_beam_size, info.limits.max_text_bytes, info.limits.max_new_tokens = 8, 1000, 100
     info.limits.max_duration.FromSeconds(60)
     info.default_search.beam_size = 4
@@ -280,8 +280,10 @@ class TestBadInput:
             (("--lengths", "60-50"), "60-50"),
             (("--deadline", "2m"), "60"),
             (("--metrics", "http://127.0.0.1:1/metrics"), "http://127.0.0.1:1/metrics"),
-            (("--server", ""), "--server is empty"),
+            (("--server", ""), "--server: the address of the server is empty"),
             (("--server", "localhost:999999"), "ports are 1 to 65535"),
+            (("--server", "http://localhost:8001"), "gRPC alone, such as localhost:8001"),
+            (("--server", "::1:8001"), "write [::1]:8001"),
             (("--server", "127.0.0.1:1"), "cannot reach a server at 127.0.0.1:1"),
         ],
     )
@@ -313,12 +315,29 @@ class TestBadInput:
         assert ended.value.code == 2
         assert f"argument {arguments[0]}" in capsys.readouterr().err
 
+    def test_a_model_without_a_tokenizer_is_told(self, load: Load, server: FakeServer) -> None:
+        server.info.model.has_tokenizer = False
+
+        status, _, err = load()
+
+        assert (status, err.count("\n")) == (2, 1)
+        assert "has no tokenizer" in err
+        assert sent(server) == []
+
     def test_something_else_that_listens_is_told(self, load: Load) -> None:
         """A port that is open but speaks no gRPC, such as the one of the metrics."""
         with socket.create_server(("127.0.0.1", 0)) as listening:
             status, _, err = load("--server", f"127.0.0.1:{listening.getsockname()[1]}")
         assert status == 2
         assert err.count("\n") == 1
+
+
+def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["load", "find-maxx"]) == 2
+    assert capsys.readouterr().err == (
+        "beamline load: unknown command 'find-maxx'; there are: find-max, compare, schema; "
+        "a run has options alone, see --help\n"
+    )
 
 
 class TestFindMax:

@@ -21,10 +21,11 @@ from beamline_client.load.scrape import (
     parse,
     restarted,
     sample,
-    split_target,
 )
+from beamline_client.testing import FakeServer
 from beamline_server.engine.loop import EngineLoad
-from beamline_server.metrics import Metrics, MetricsServer, Outcome
+from beamline_server.metrics import Metrics, Outcome
+from beamline_server.metrics_server import MetricsServer
 
 DIGITS = st.integers(0, 10**6)
 
@@ -159,9 +160,16 @@ def test_what_does_not_speak_http_is_no_page() -> None:
 
         thread = threading.Thread(target=greet)
         thread.start()
-        with pytest.raises(MetricsUnreachable, match="no metrics at"):
+        with pytest.raises(MetricsUnreachable, match="does not speak HTTP"):
             fetch(f"http://127.0.0.1:{listener.getsockname()[1]}/metrics")
         thread.join()
+
+
+def test_the_port_of_grpc_is_no_page() -> None:
+    with FakeServer() as server, pytest.raises(MetricsUnreachable) as caught:
+        fetch(f"http://{server.target}/metrics")
+    assert "does not speak HTTP, perhaps gRPC: name the server's page with --metrics URL" in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(
@@ -198,13 +206,6 @@ def test_what_is_no_address_is_one_clear_line(url: str) -> None:
 )
 def test_the_default_address_is_the_neighbour_of_the_default_port(target: str, url: str | None) -> None:
     assert default_url(target) == url
-
-
-@given(st.text())
-def test_any_target_splits_or_does_not(target: str) -> None:
-    split = split_target(target)
-
-    assert split is None or (split[0] and 0 <= split[1] < 65536)
 
 
 def test_a_sample_tells_what_happened_between_two_scrapes(server: Server) -> None:

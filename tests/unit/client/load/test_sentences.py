@@ -18,7 +18,7 @@ from beamline_client.load.sentences import (
     read_sentences,
 )
 
-fields = st.text(st.characters(codec="utf-8", exclude_characters="\t\r\n\ufeff"), max_size=20).map(str.strip)
+fields = st.text(st.characters(codec="utf-8", exclude_characters="\t\n\ufeff"), max_size=20).map(str.strip)
 lines = st.builds(Sentence, fields.filter(bool), st.lists(fields.filter(bool), max_size=3).map(tuple))
 a_few_words = st.integers(1, 12).map(lambda count: Sentence("x " * (count - 1) + "y", ("z",)))
 

@@ -1,0 +1,59 @@
+"""What a server takes of a text, by the limits that it tells: what is cut, what is refused, how much goes at once."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from beamline_client.bulk import Line, batched
+from beamline_client.results import Limits, Result
+
+_REQUEST_BYTES = 512
+"""Room in a message for everything but the texts."""
+_TEXT_BYTES = 16
+"""Room in a message around each text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """The limits of one server, applied to texts.
+
+    Attributes:
+        limits: As the server tells them.
+        truncate: Whether a text that is too long is cut; otherwise it has a problem.
+    """
+
+    limits: Limits
+    truncate: bool
+
+    @property
+    def longest_text(self) -> int:
+        """Most bytes of UTF-8 in one text."""
+        return min(self.limits.max_text_bytes, self.limits.max_message_bytes - _REQUEST_BYTES - _TEXT_BYTES)
+
+    def checked(self, lines: Iterable[Line]) -> Iterator[Line]:
+        """The lines, those with a problem that would not fit into a message."""
+        return (line if line.problem is not None else replace(line, problem=self._problem(line.text)) for line in lines)
+
+    def batches(self, lines: Iterable[Line], most: int) -> Iterator[list[Line]]:
+        """The lines in requests of `most` lines, or fewer where the server takes fewer lines or bytes at once."""
+        at_once = min(most, self.limits.max_inputs)
+        room = self.limits.max_message_bytes - _REQUEST_BYTES - at_once * _TEXT_BYTES
+        return batched(self.checked(lines), lines_at_once=at_once, bytes_at_once=room)
+
+    def cut(self, text: str) -> str:
+        """The text, or of a longer one as many whole characters as fit."""
+        if 4 * len(text) <= self.longest_text:  # no character has more than four bytes
+            return text
+        return text.encode()[: self.longest_text].decode(errors="ignore")
+
+    def marked(self, text: str, result: Result) -> Result:
+        """The result for a text, marked as one of a truncated source also if it was cut before it was sent."""
+        return replace(result, source_truncated=result.source_truncated or self.cut(text) != text)
+
+    def _problem(self, text: str) -> str | None:
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError as error:
+            return f"is not valid Unicode at character {error.start}; expected UTF-8"
+        if size <= self.longest_text or self.truncate:
+            return None
+        return f"has {size} bytes; expected at most {self.longest_text}, or truncate_source"

@@ -1,0 +1,225 @@
+"""Reads a folder's tokenizer: its files, what it puts around a text, and which of its tokens leave no trace in text."""
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from beamline_export.spec import ExportError, SpecialTokenIds
+from beamline_export.tokenizer_config import CONFIG_FILE, TokenizerConfig
+from beamline_server.tokenizer import default_special_ids, read_json_tokenizer, read_vocabulary, unreadable
+
+_MARIAN = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+_ROBERTA = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>"}
+_ROBERTA |= {"unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
+_ROBERTA_CLASSES = ("BartTokenizer", "RobertaTokenizer")
+_PLAIN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
+_CLEAN_UP = "clean_up_tokenization_spaces"
+_FORCED = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+_PREFIX_SPACE = "add_prefix_space"
+_PROBE = "a"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """A tokenizer of a checkpoint, as far as a bundle tells it.
+
+    Attributes:
+        kind: As in the bundle's `TokenizerEntry`.
+        files: Name in the bundle -> name in the checkpoint folder.
+        settings: Further fields of the `TokenizerEntry`, those alone that are not what they are by default.
+        tokens: The special tokens, with what stands around a source.
+        without_effect: Settings that would change answers and do not, with their values.
+        notices: What the user should know, a line each.
+    """
+
+    kind: str
+    files: Mapping[str, str]
+    settings: Mapping[str, object]
+    tokens: SpecialTokenIds
+    without_effect: Mapping[str, str] = field(default_factory=dict)
+    notices: Sequence[str] = ()
+
+
+def without_tokenizer(tokens: SpecialTokenIds, *, source_bos: int | None = None) -> TokenizerFiles:
+    """Of a folder that has none: sources are token ids, and end with the end of sequence that is no padding."""
+    ends = [i for i in tokens.eos if i != tokens.pad] or list(tokens.eos)
+    around = _around(tokens, source_bos, ends[0] if ends else None)
+    return TokenizerFiles("none", {}, {}, around)
+
+
+def read_marian_tokenizer(
+    folder: Path, files: Mapping[str, str], config: TokenizerConfig, tokens: SpecialTokenIds
+) -> TokenizerFiles:
+    """Two SentencePiece models and their vocabulary: `source </s>`.
+
+    Args:
+        folder: The checkpoint.
+        files: As in `TokenizerFiles`; all are there.
+        config: The tokenizer's settings.
+        tokens: Special tokens as the decoder's settings have them.
+
+    Raises:
+        ExportError: a vocabulary cannot be read, or has no end of sequence.
+    """
+    source = _vocabulary(folder / "vocab.json")
+    target = _vocabulary(folder / "target_vocab.json") if "target_vocab.json" in files else source
+    end = config.token("eos_token", _MARIAN["eos_token"])
+    for token in (end, _MARIAN["unk_token"]):
+        if token not in source:
+            raise ExportError(f"{folder / 'vocab.json'} has no {token!r}; copy the vocabulary of this model")
+    special = {target[token] for token in config.special(_MARIAN) if token in target}
+    # The server leaves <unk> out by itself.
+    unknown = [target[token] for token in [_MARIAN["unk_token"]] if token in target]
+    default = default_special_ids(dataclasses.asdict(tokens)).union(unknown)
+    return TokenizerFiles(
+        "marian",
+        files,
+        _settings(special, default, clean=config.flags.get(_CLEAN_UP, False)),
+        _around(tokens, None, source[end]),
+        _without_effect(config, (), _MARIAN["unk_token"], ("MarianTokenizer",)),
+    )
+
+
+def _vocabulary(file: Path) -> dict[str, int]:
+    try:
+        return read_vocabulary(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable_tokenizer(file, error) from error
+
+
+def read_bart_tokenizer(
+    folder: Path, files: Mapping[str, str], config: TokenizerConfig, tokens: SpecialTokenIds
+) -> TokenizerFiles:
+    """A tokenizer.json: what its post-processor adds stands around a source.
+
+    One that adds nothing gets `<s> source </s>` from BART's own class, and nothing from any other, as in transformers.
+    Arguments and errors are those of `read_marian_tokenizer`.
+    """
+    tokenizer = load_json_tokenizer(folder / "tokenizer.json")
+    known: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    roberta = (config.tokenizer_class or _ROBERTA_CLASSES[0]).removesuffix("Fast") in _ROBERTA_CLASSES
+    before, after, notices = _around_bart(tokenizer, config, known, roberta=roberta)
+    added = tokenizer.get_added_tokens_decoder()
+    flagged = {i for i, token in added.items() if token.special}
+    matched = {token.content for token in added.values() if not token.special}
+    special = flagged | {known[token] for token in config.special(_ROBERTA if roberta else {}) if token in known}
+    return TokenizerFiles(
+        "tokenizers",
+        files,
+        _settings(
+            special, default_special_ids(dataclasses.asdict(tokens)) | flagged, clean=_cleans_up(tokenizer, config)
+        ),
+        _around(tokens, before[0] if before else None, after[-1] if after else None),
+        {
+            **_without_effect(config, matched, None, (*_ROBERTA_CLASSES, *_PLAIN_CLASSES)),
+            **_prefix_space(tokenizer, config, roberta),
+        },
+        notices,
+    )
+
+
+def _around_bart(
+    tokenizer: Any, config: TokenizerConfig, known: Mapping[str, int], *, roberta: bool
+) -> tuple[list[int], list[int], list[str]]:
+    """The ids before and after a text, and what the user should know about them."""
+    before, after = added_around(tokenizer)
+    own = [config.token(name, _ROBERTA[name]) for name in ("cls_token", "sep_token")]
+    if before or after:
+        differs = roberta and (before, after) != ([known.get(own[0])], [known.get(own[1])])
+        return before, after, [_other_around(tokenizer, (*before, *after), own)] if differs else []
+    if not roberta:
+        return [], [], [_nothing_around(())]
+    if missing := [token for token in own if token not in known]:
+        raise ExportError(f"tokenizer.json has no {missing[0]}, which BART has around a text; add it")
+    return [known[own[0]]], [known[own[1]]], [_nothing_around(own)]
+
+
+def load_json_tokenizer(file: Path) -> Any:
+    """A tokenizer.json.
+
+    Raises:
+        ExportError: it is missing, or none.
+    """
+    try:
+        return read_json_tokenizer(file)
+    except Exception as error:  # the library raises its own kinds; all mean the same to the user
+        raise unreadable_tokenizer(file, error) from error
+
+
+def unreadable_tokenizer(file: Path, error: Exception) -> ExportError:
+    """That a file is no tokenizer's, and why."""
+    return ExportError(f"{file} cannot be read as a tokenizer ({unreadable(error)}); download it again")
+
+
+def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the post-processor of a tokenizer.json puts before and after a text."""
+    encoding = tokenizer.encode(_PROBE)
+    added = [bool(mask) for mask in encoding.special_tokens_mask]
+    first = added.index(False) if False in added else 1
+    last = len(added) - added[::-1].index(False) if False in added else 1
+    return encoding.ids[:first], encoding.ids[last:]
+
+
+def _nothing_around(own: Sequence[str]) -> str:
+    told = f"{own[0]} and {own[1]} are added, as by transformers' BartTokenizer" if own else "a text stands alone"
+    return f"tokenizer.json has no post-processor that puts special tokens around a text; {told}"
+
+
+def _other_around(tokenizer: Any, ids: Sequence[int], own: Sequence[str]) -> str:
+    found = " and ".join(str(tokenizer.id_to_token(i)) for i in ids)
+    return (
+        f"tokenizer.json puts {found} around a text, which is done here; transformers' BartTokenizer puts {own[0]} and "
+        f"{own[1]}: name a tokenizer_class in {CONFIG_FILE} (PreTrainedTokenizerFast, or BartTokenizer with cls_token "
+        "and sep_token)"
+    )
+
+
+def _prefix_space(tokenizer: Any, config: TokenizerConfig, roberta: bool) -> Mapping[str, str]:
+    """What BART's own class makes of a setting that tokenizer.json has decided otherwise."""
+    wanted = config.flags.get(_PREFIX_SPACE, False)
+    found = getattr(tokenizer.pre_tokenizer, _PREFIX_SPACE, wanted)
+    if not roberta or wanted == found:
+        return {}
+    return {
+        f"{CONFIG_FILE}: {_PREFIX_SPACE}": f"{json.dumps(wanted)}; {json.dumps(found)} is used, as in tokenizer.json"
+    }
+
+
+def _cleans_up(tokenizer: Any, config: TokenizerConfig) -> bool:
+    """As transformers, which spare byte pairs unless they are forced."""
+    spared = type(tokenizer.model).__name__ == "BPE" and not config.flags.get(_FORCED, False)
+    return config.flags.get(_CLEAN_UP, False) and not spared
+
+
+def _settings(special: Collection[int], default: Collection[int], *, clean: bool) -> dict[str, object]:
+    """Fields that are left out where there is nothing to tell: servers of before know no such field."""
+    own = {} if set(special) == set(default) else {"special": sorted(special)}
+    return {**own, **({"clean_up_spaces": True} if clean else {})}
+
+
+def _around(tokens: SpecialTokenIds, bos: int | None, eos: int | None) -> SpecialTokenIds:
+    return dataclasses.replace(tokens, source_bos=bos, source_eos=eos)
+
+
+def _without_effect(
+    config: TokenizerConfig, matched: Collection[str], unknown: str | None, classes: Collection[str]
+) -> dict[str, str]:
+    """Settings that change what transformers read and not what is read here.
+
+    Args:
+        config: The tokenizer's settings.
+        matched: Tokens that are found in a text before it is split.
+        unknown: What stands for an unknown word, if the file does not say it.
+        classes: Those that read as it is done here.
+    """
+    found = dict(config.without_effect)
+    if config.tokenizer_class is not None and config.tokenizer_class.removesuffix("Fast") not in classes:
+        found["tokenizer_class"] = f"{json.dumps(config.tokenizer_class)}; read as by {', '.join(classes)}"
+    if unknown is not None and config.token("unk_token", unknown) != unknown:
+        found["unk_token"] = f"{json.dumps(config.named['unk_token'])}; {unknown} is used"
+    if added := [token for token in config.added if token not in matched]:
+        found["added_tokens_decoder"] = f"{json.dumps(added, ensure_ascii=False)}: read as any other text"
+    return {f"{CONFIG_FILE}: {name}": value for name, value in found.items()}

@@ -1,0 +1,105 @@
+"""Every setting of the installed transformers has its place: read, neutral, or named to the user."""
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import transformers
+from transformers.tokenization_python import PreTrainedTokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from beamline_export.known_settings import (
+    ALIASES,
+    ANY,
+    CONFIG,
+    GENERATION,
+    READ,
+    TOKENIZER,
+    contradictions,
+    without_effect,
+)
+
+CONFIG_CLASSES = {"marian": transformers.MarianConfig, "bart": transformers.BartConfig}
+TOKENIZER_CLASSES = {
+    "marian": [transformers.MarianTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase],
+    "bart": [
+        transformers.BartTokenizer,
+        transformers.BartTokenizerFast,
+        transformers.PreTrainedTokenizerFast,
+        PreTrainedTokenizerBase,
+    ],
+}
+EVERY = [GENERATION, *CONFIG.values(), *TOKENIZER.values()]
+
+
+def generation_settings() -> set[str]:
+    settings = transformers.GenerationConfig()
+    runtime = {name for name in vars(settings) if name.endswith("_tensor") or name == "_original_object_hash"}
+    return {*vars(settings), *settings._get_default_generation_params()} - runtime
+
+
+def config_fields(config: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
+
+
+def tokenizer_settings(classes: list[type[Any]]) -> Iterator[str]:
+    """What a tokenizer's class takes: its named arguments, and what it looks up among the others."""
+    for cls in classes:
+        own = cls.__init__
+        parameters = inspect.signature(own).parameters.values()
+        yield from (p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name != "self")
+        yield from re.findall(r"kwargs\.(?:pop|get|setdefault)\(\s*\"(\w+)\"", inspect.getsource(own))
+    yield from PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
+
+
+def test_every_generation_setting_has_its_place() -> None:
+    settings = generation_settings()
+    assert len(settings) > 60
+    assert settings - set(GENERATION) == set()
+
+
+@pytest.mark.parametrize("family", CONFIG)
+def test_every_config_field_has_its_place(family: str) -> None:
+    fields = config_fields(CONFIG_CLASSES[family])
+    assert {"d_model", "dropout", "architectures"} < fields
+    assert fields - set(CONFIG[family]) == set()
+    assert CONFIG_CLASSES[family].attribute_map == {**ALIASES}
+
+
+@pytest.mark.parametrize("family", TOKENIZER)
+def test_every_tokenizer_setting_has_its_place(family: str) -> None:
+    settings = set(tokenizer_settings(TOKENIZER_CLASSES[family]))
+    assert {"clean_up_tokenization_spaces", "eos_token", "split_special_tokens", "model_max_length"} < settings
+    assert settings - set(TOKENIZER[family]) == set()
+
+
+@pytest.mark.parametrize("known", EVERY)
+def test_places_are_of_three_kinds(known: dict[str, object]) -> None:
+    assert all(effect in (READ, ANY) or isinstance(effect, tuple) for effect in known.values())
+
+
+def test_defaults_of_transformers_change_nothing() -> None:
+    """What is written out in full by a `save_pretrained` is not told to anybody."""
+    defaults = transformers.GenerationConfig()._get_default_generation_params()
+    assert without_effect(defaults, GENERATION, name_unknown=True) == {}
+    for family, config in CONFIG_CLASSES.items():
+        assert without_effect(config().to_dict(), CONFIG[family], name_unknown=False) == {}
+
+
+@pytest.mark.parametrize("family", CONFIG)
+def test_what_changes_a_model_and_is_not_read_is_named(family: str) -> None:
+    config = {"is_decoder": True, "is_encoder_decoder": False, "per_layer_config": {"0": {}}, "dropout": 0.5}
+    assert without_effect(config, CONFIG[family], name_unknown=False).keys() == {
+        "is_decoder",
+        "is_encoder_decoder",
+        "per_layer_config",
+    }
+
+
+def test_a_field_under_two_names_has_one_value() -> None:
+    assert contradictions({"hidden_size": 8, "d_model": 8, "num_hidden_layers": 2}) == []
+    [problem] = contradictions({"num_hidden_layers": 6, "encoder_layers": 12})
+    assert problem.startswith("num_hidden_layers 6 and encoder_layers 12 are the same field")
