@@ -30,6 +30,7 @@ from beamline_export.calibration import (
     measure_ranges,
     read_sentences,
 )
+from beamline_export.checkpoint import refuse_lfs_pointer
 from beamline_export.families.registry import Family, detect
 from beamline_export.graph_writer import WeightsFile
 from beamline_export.graphs import GraphSpec, decoder_step_graph, encoder_graph
@@ -60,6 +61,9 @@ _GOLDEN_STEPS = 8
 _GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "int8": 2e-2}
 """Between machines that compute alike: rounding of sums, and what it does to a quantized activation."""
 _LONGEST_PROBE = 40
+_TOKENIZER_FILES = (
+    "source.spm", "target.spm", "vocab.json", "target_vocab.json", "tokenizer.json", "target_tokenizer.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,8 @@ def export_checkpoint(
     """As `export`, of a family that was chosen already; `store`, if given, instead of what the options ask for."""
     sentences = None if options.calibrate is None else read_sentences(options.calibrate)
     with progress.step("read the checkpoint"):
+        for file in _TOKENIZER_FILES:  # whose readers would say no more than that they are broken
+            refuse_lfs_pointer(source / file)
         checkpoint = family.read(source)
         check_weights(checkpoint)
         notices = [*checkpoint.notices, *check_vocabularies(checkpoint, source)]

@@ -4,13 +4,14 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from beamline_export.spec import Array, ExportError
+from beamline_server.likeness import did_you_mean
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pt")
 """In order of preference; the first two may also come in shards, with an index beside them."""
@@ -19,6 +20,22 @@ MOST_POSITIONS = 1 << 16
 """More than this the engine's widest seat could not hold at its widest beam."""
 MOST_LAYERS = 1024
 _MOST = 1 << 24
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+def refuse_lfs_pointer(file: Path) -> None:
+    """Where Git LFS has not fetched a file, a few lines of text stand in its place.
+
+    Raises:
+        ExportError: so it is with this file. One that cannot be read is left to its reader.
+    """
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(_LFS_POINTER))
+    except OSError:
+        return
+    if start == _LFS_POINTER:
+        raise ExportError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,6 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ExportError: it cannot be read or is no JSON object.
     """
+    refuse_lfs_pointer(path)
     try:
         data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
@@ -95,6 +113,7 @@ def _load(file: Path) -> Any:
     import torch
     from safetensors.torch import load_file
 
+    refuse_lfs_pointer(file)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -126,7 +145,8 @@ def _problem(value: object) -> str | None:
 def _as_fp32(tensor: Any) -> Array:
     import torch
 
-    array: Array = np.ascontiguousarray(tensor.to(torch.float32).numpy())
+    # NumPy's own way would give a single number a dimension.
+    array: Array = tensor.to(torch.float32).contiguous().numpy()
     return array
 
 
@@ -136,6 +156,7 @@ class Fields:
     def __init__(self, data: Mapping[str, Any], source: str) -> None:
         self._data = data
         self._source = source
+        self._asked: set[str] = set()
         self.problems: list[str] = []
 
     def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = _MOST) -> int:
@@ -195,7 +216,7 @@ class Fields:
 
     def json_choice(self, name: str, known: Mapping[str, Any], default: str) -> Any:
         """One of the known values, by its JSON text."""
-        value = self._data.get(name)
+        value = self.raw(name)
         text = default if value is None else json.dumps(value)
         if text not in known:
             self.problems.append(f"{name} {_shown(value)} is not known (known: {', '.join(known)})")
@@ -203,6 +224,7 @@ class Fields:
 
     def raw(self, name: str) -> Any:
         """Whatever stands there."""
+        self._asked.add(name)
         return self._data.get(name)
 
     def mapping(self, name: str) -> dict[str, Any]:
@@ -218,13 +240,22 @@ class Fields:
         if self._value(name, expected) != expected:
             self.problems.append(f"{name} {_shown(self._data[name])} is not supported (only {json.dumps(expected)} is)")
 
+    def unasked(self) -> set[str]:
+        """Names that nobody has asked for; those that begin with an underscore are their owner's notes."""
+        return {name for name in self._data if name not in self._asked and not name.startswith("_")}
+
+    def refuse_unasked(self, known: Collection[str], within: str = "") -> None:
+        """Names that nobody has asked for are problems, but for `known` ones; `within` says what they are in."""
+        for name in sorted(self.unasked() - set(known)):
+            self.problems.append(f"{within}{name} is not known{did_you_mean(name, self._asked | set(known))}")
+
     def check(self) -> None:
         """Raise ExportError with all problems found so far, if any."""
         if self.problems:
             raise ExportError(f"{self._source}: {'; '.join(self.problems)}")
 
     def _value(self, name: str, default: Any) -> Any:
-        value = self._data.get(name)
+        value = self.raw(name)
         return default if value is None else value
 
 
@@ -239,42 +270,62 @@ def _shown(value: object) -> str:
 
 
 class Renamer:
-    """Takes tensors out of a state dict under their canonical names and tells what was left."""
+    """Takes tensors out of a state dict under their canonical names and tells what was left.
 
-    def __init__(self, state: Mapping[str, Array]) -> None:
+    Args:
+        state: Tensors by the names that a family gives them.
+        origins: What those are called in the file that are not called so there.
+
+    Attributes:
+        weights: Canonical name -> array.
+        names: Canonical name -> name in the file, for messages.
+        known: Every name that was asked for.
+        notices: What the user should know about the file.
+    """
+
+    def __init__(self, state: Mapping[str, Array], origins: Mapping[str, str] | None = None) -> None:
         self._state = state
+        self._origins = origins or {}
         self._taken: set[str] = set()
         self.weights: dict[str, Array] = {}
         self.names: dict[str, str] = {}
+        self.known: set[str] = set()
+        self.notices: list[str] = []
+        self._remarks: dict[str, str] = {}
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+        self.known.add(name)
+        return name in self._state
+
+    def origin(self, name: str) -> str:
+        """What a tensor is called in the file."""
+        return self._origins.get(name, name)
 
     def take(self, canonical: str, *names: str) -> None:
         """The first of `names` that exists becomes `canonical`; if none does, `check_weights` will report it."""
-        self.names.setdefault(canonical, names[0])
+        self.names.setdefault(canonical, self.origin(names[0]))
         for name in names:
-            if name in self._state:
+            if self.has(name):
                 if canonical not in self.weights:
                     self.weights[canonical] = self._state[name]
-                    self.names[canonical] = name
+                    self.names[canonical] = self.origin(name)
                 self._taken.add(name)
 
     def compute_positions(self, positions: int, width: int, table: Callable[[int, int], Array]) -> None:
-        """One table (positions, width) for both stacks, by a family's formula.
+        """One table (positions, width) for both stacks, by a family's formula, where there is none yet.
 
         Raises:
             ExportError: the embeddings are of another width: a table of any size could be asked for.
         """
         embedding = self.weights.get("source_embedding")
-        if embedding is not None and embedding.shape[-1] != width:
+        if embedding is not None and embedding.shape[-1:] != (width,):
             shape, name = list(embedding.shape), self.names["source_embedding"]
             raise ExportError(f"the checkpoint does not fit its config: {name} has shape {shape}, d_model is {width}")
         if embedding is not None:
-            self.weights["source_positions"] = self.weights["target_positions"] = table(positions, width)
-
-    def alias(self, canonical: str, other: str) -> None:
-        """A tied weight: one array under two canonical names."""
-        if other in self.weights:
-            self.weights[canonical] = self.weights[other]
-        self.names[canonical] = self.names[other]
+            computed = table(positions, width)
+            self.weights.setdefault("source_positions", computed)
+            self.weights.setdefault("target_positions", computed)
 
     def module(self, canonical: str, name: str) -> None:
         """`name.weight` and `name.bias`; an absent bias is zero."""
@@ -291,10 +342,10 @@ class Renamer:
             ("weight", None),
             ("bias", None if weight is None else np.zeros(len(weight), np.float32)),
         ):
-            whole = self._state.get(f"{stem}{kind}", default)
+            whole = self._state[f"{stem}{kind}"] if self.has(f"{stem}{kind}") else default
             self._taken.add(f"{stem}{kind}")
             for i, name in enumerate(canonical):
-                self.names[f"{name}.{kind}"] = f"{stem}{kind}"
+                self.names[f"{name}.{kind}"] = self.origin(f"{stem}{kind}")
                 if whole is not None:
                     third = -(-len(whole) // 3)
                     self.weights[f"{name}.{kind}"] = whole[i * third : (i + 1) * third]
@@ -302,6 +353,10 @@ class Renamer:
     def ignore(self, pattern: str) -> None:
         """Tensors that carry no information of their own."""
         self._taken |= {name for name in self._state if re.fullmatch(pattern, name)}
+
+    def leave_out(self, name: str) -> None:
+        """A tensor that the model does without."""
+        self._taken.add(name)
 
     def share_equal(self, *canonical: str) -> None:
         """Tables that were saved twice become one array, which is stored once."""
@@ -312,10 +367,24 @@ class Renamer:
                     self.weights[name] = first
                     break
 
-    def left(self) -> Iterator[str]:
-        """Names that nothing has taken."""
-        return (name for name in self._state if name not in self._taken)
+    def tell_untied(self, setting: str, *canonical: str) -> None:
+        """Say so where the file holds different tables although a setting of the config makes them one."""
+        tables = {id(self.weights[name]): self.names[name] for name in canonical if name in self.weights}
+        if len(tables) > 1:
+            found = " and ".join(tables.values())
+            self.notices.append(f"{setting} is true, but {found} differ in the file; each is used as it is")
 
-    def result(self) -> dict[str, Array]:
-        """The weights; what the family does not know stands there under its own name, for `check_weights` to report."""
-        return self.weights | {name: self._state[name] for name in self.left()}
+    def left(self) -> dict[str, Array]:
+        """What nothing has taken."""
+        return {name: array for name, array in self._state.items() if name not in self._taken}
+
+    def remark(self, name: str, text: str) -> None:
+        """Say what a tensor is, if nothing takes it."""
+        self._remarks[name] = text
+
+    def foreign(self) -> dict[str, str]:
+        """Name in the file of what nothing has taken -> its shape and what was remarked: `check_weights` reports it."""
+        return {
+            self.origin(name): f"{list(array.shape)}{f' ({self._remarks[name]})' if name in self._remarks else ''}"
+            for name, array in self.left().items()
+        }

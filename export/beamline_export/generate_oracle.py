@@ -62,7 +62,7 @@ class GenerateOracle:
     def search(self, sources: Sequence[Tokens], options: SearchOptions) -> list[tuple[Ranked, ...]]:
         """The `n_best` hypotheses of each source, searched as one padded batch; greedy ones have no score (nan)."""
         width = max(map(len, sources))
-        padding = self._rules.search.eos[0]
+        padding = next(iter(self._rules.search.eos), 0)
         ids = torch.tensor([[*source, *[padding] * (width - len(source))] for source in sources])
         mask = torch.tensor([[1] * len(source) + [0] * (width - len(source)) for source in sources])
         return self._hypotheses(self._generate(options, input_ids=ids, attention_mask=mask), options)

@@ -37,7 +37,11 @@ class Generation:
 
 
 def read_generation(
-    config: Mapping[str, Any], generation_config: Mapping[str, Any] | None, *, max_positions: int
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any] | None,
+    *,
+    max_positions: int,
+    needs_eos: bool = True,
 ) -> Generation:
     """Search defaults and special tokens of a Hugging Face checkpoint, as `generate` finds them.
 
@@ -45,7 +49,8 @@ def read_generation(
     Ids that it lacks are looked up in config.json.
 
     Raises:
-        ExportError: a setting is invalid, or no decoder start or no end-of-sequence token is given.
+        ExportError: a setting is invalid, or no decoder start or (unless `needs_eos` is false) no end-of-sequence token
+            is given.
     """
     source = "config.json" if generation_config is None else "generation_config.json"
     settings = Fields(config if generation_config is None else generation_config, source)
@@ -60,7 +65,7 @@ def read_generation(
     if start is None:
         start = ids.optional_id("bos_token_id")
     eos = ids.ids("eos_token_id")
-    if start is None or not eos:
+    if start is None or (needs_eos and not eos):
         ids.problems.append("names no decoder_start_token_id or no eos_token_id; add them")
     ids.check()
 

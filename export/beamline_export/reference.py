@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,14 +37,22 @@ class HuggingFaceReference:
         import torch
         import transformers
 
+        told = f"transformers cannot load {folder} as {model_class}"
         try:
             with quiet_transformers():
-                loaded = getattr(transformers, model_class).from_pretrained(
-                    folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32
+                # Of what does not fit, its own error says no more than that a report, which is silenced, lists it.
+                loaded, report = getattr(transformers, model_class).from_pretrained(
+                    folder,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
                 )
         except Exception as error:  # transformers raises many kinds; all mean that there is nothing to compare with
-            reason = str(error).splitlines()[0]
-            raise ExportError(f"transformers cannot load {folder} as {model_class} ({reason})") from error
+            raise ExportError(f"{told} ({next(iter(str(error).splitlines()), type(error).__name__)})") from error
+        if problems := list(_load_problems(report)):
+            raise ExportError(f"{told}: {'; '.join(problems)}; correct config.json, or save the model again")
         self.model: Any = loaded.eval()
         self._removed = list(removed)
 
@@ -64,6 +72,16 @@ class HuggingFaceReference:
             logits[..., self._removed] = -torch.inf
             result: NDArray[np.float32] = logits.log_softmax(-1).numpy()
         return result
+
+
+def _load_problems(report: Mapping[str, Any]) -> Iterator[str]:
+    """What transformers would draw at random, or could not convert."""
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        yield f"{name} has shape {list(found)}, and {list(expected)} by its config"
+    # An absent bias is zero.
+    if missing := sorted(name for name in report["missing_keys"] if not name.endswith("bias")):
+        yield f"missing: {', '.join(missing)}"
+    yield from map(str, report["error_msgs"])
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ A family file turns a checkpoint into a `Checkpoint`: a `TransformerSpec` (every
 a value) and weights under the canonical names that `required_weights` lists. Everything after that knows no family.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,6 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+
+# Of a kind, in a message. Who translates names wants to see what there is.
+_MOST_FOREIGN, _MOST_SHOWN = 24, 6
 
 
 class ExportError(Exception):
@@ -105,6 +109,8 @@ class Checkpoint:
         removed_tokens: Ids that are taken out before the softmax, so that what they had goes to all others: what
             Hugging Face's `renormalize_logits` makes of banned tokens.
         weight_names: Canonical name -> name in the checkpoint, for messages.
+        foreign: Name of a tensor in the checkpoint that is no part of the model -> its shape, and what it seems to be.
+        advice: What to do about names that do not fit.
         tokenizer_settings: Further fields of the bundle's `TokenizerEntry`.
         notices: What the user should know about the checkpoint, a line each.
     """
@@ -117,6 +123,8 @@ class Checkpoint:
     tokenizer_files: Mapping[str, str] = field(default_factory=dict)
     removed_tokens: tuple[int, ...] = ()
     weight_names: Mapping[str, str] = field(default_factory=dict)
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    advice: str = ""
     tokenizer_settings: Mapping[str, object] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
 
@@ -168,21 +176,49 @@ def check_weights(checkpoint: Checkpoint) -> None:
     """Compare a checkpoint's weights with what its spec needs.
 
     Raises:
-        ExportError: names every weight that is missing, foreign, of another shape or not finite.
+        ExportError: names the weights that are foreign, missing, of another shape or not finite.
     """
-    weights, required = checkpoint.weights, required_weights(checkpoint.spec)
-
-    def shown(name: str) -> str:
-        return f"{checkpoint.weight_names[name]} ({name})" if name in checkpoint.weight_names else name
-
-    problems = [*checkpoint.spec.problems()]
-    problems += [f"{shown(name)} is missing" for name in required if name not in weights]
-    problems += [f"{name} is not part of the model" for name in weights if name not in required]
-    for name, shape in required.items():
-        if name in weights and weights[name].shape != shape:
-            problems.append(f"{shown(name)} has shape {list(weights[name].shape)}, the config says {list(shape)}")
-        elif name in weights and not np.isfinite(weights[name]).all():
-            problems.append(f"{shown(name)} holds values that are not finite")
+    names = [
+        *_names("not part of the model", _foreign(checkpoint), _MOST_FOREIGN),
+        *_names("missing", _missing(checkpoint), _MOST_SHOWN),
+    ]
+    problems = [*checkpoint.spec.problems(), *names, *_shortened(list(_wrong_values(checkpoint)), _MOST_SHOWN)]
+    if names and checkpoint.advice:
+        problems.append(checkpoint.advice)
     if problems:
-        text = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise ExportError(f"the checkpoint does not fit its config: {text}")
+        raise ExportError(f"the checkpoint does not fit its config: {'; '.join(problems)}")
+
+
+def _foreign(checkpoint: Checkpoint) -> list[str]:
+    return [f"{name} {what}" for name, what in checkpoint.foreign.items()]
+
+
+def _missing(checkpoint: Checkpoint) -> list[str]:
+    names = checkpoint.weight_names
+    missing = [name for name in required_weights(checkpoint.spec) if name not in checkpoint.weights]
+    # Tables that are computed have no name in the file, and lack only where something else does.
+    return [names[name] for name in missing if name in names] or missing
+
+
+def _wrong_values(checkpoint: Checkpoint) -> Iterator[str]:
+    for name, shape in required_weights(checkpoint.spec).items():
+        shown, weight = checkpoint.weight_names.get(name, name), checkpoint.weights.get(name)
+        if weight is not None and weight.shape != shape:
+            yield f"{shown} has shape {list(weight.shape)}, the config says {list(shape)}"
+        elif weight is not None and not np.isfinite(weight).all():
+            yield f"{shown} holds values that are not finite"
+
+
+def _names(problem: str, names: list[str], most: int) -> Iterator[str]:
+    """One line with all names; those that differ in the number of a layer alone are one, and come last."""
+    groups: dict[str, set[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "N", name), set()).add(name)
+    ordered = sorted(groups.items(), key=lambda group: len(group[1]) > 1)
+    shown = [min(own) if len(own) == 1 else f"{form} ({len(own)} times)" for form, own in ordered]
+    if shown:
+        yield f"{problem}: {', '.join(_shortened(shown, most))}"
+
+
+def _shortened(items: list[str], most: int) -> list[str]:
+    return items if len(items) <= most else [*items[:most], f"and {len(items) - most} more"]

@@ -67,10 +67,13 @@ class Dimensions(_Model):
 
 
 class SpecialTokens(_Model):
-    """Ids with a meaning. Tokenized text stands between `source_bos` and `source_eos`."""
+    """Ids with a meaning. Tokenized text stands between `source_bos` and `source_eos`.
+
+    A model without `eos` ends no output by itself: each has as many tokens as were asked for.
+    """
 
     decoder_start: TokenId
-    eos: tuple[TokenId, ...] = Field(min_length=1)
+    eos: tuple[TokenId, ...]
     source_eos: TokenId | None = None
     source_bos: TokenId | None = None
     pad: TokenId | None = None

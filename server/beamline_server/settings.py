@@ -4,7 +4,6 @@ Everything is checked once, and every problem is reported, with its source and w
 """
 
 import argparse
-import difflib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +15,10 @@ from pydantic.fields import FieldInfo
 
 from beamline_server.bundle import NAME_PATTERN
 from beamline_server.engine.admission import DEFAULT_QUEUE_ROWS, DEFAULT_ROWS, MAX_BEAMS
+from beamline_server.likeness import closest
 
 ENVIRONMENT_PREFIX = "BEAMLINE_"
 CONFIG_VARIABLE = "BEAMLINE_CONFIG"
-
-_LIKENESS = 0.7  # from which on a name may be meant by another one
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
@@ -274,15 +272,15 @@ def _file_layer(path: str | None) -> _Layer:
 
 def _meant(name: str) -> str:
     near = name.lower().removeprefix(ENVIRONMENT_PREFIX.lower()).replace("-", "_")
-    close = difflib.get_close_matches(near, Settings.model_fields, n=1, cutoff=_LIKENESS)
-    return f"; did you mean {close[0]}?" if close else ""
+    close = closest(near, Settings.model_fields)
+    return "" if close is None else f"; did you mean {close}?"
 
 
 def _meant_flag(word: str) -> str:
     flags = ["--config", *map(flag_of, Settings.model_fields)]
     flag = word.partition("=")[0]
-    close = difflib.get_close_matches(flag, flags, n=1, cutoff=_LIKENESS) if flag.startswith("-") else []
-    return f"; did you mean {close[0]}?" if close else ""
+    close = closest(flag, flags) if flag.startswith("-") else None
+    return "" if close is None else f"; did you mean {close}?"
 
 
 def _in_words(schema: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from beamline_export.agreement import NEAR_TIE, Tokens, find_parting, search_all
 from beamline_export.build_graphs import build_decoder_step, build_encoder
@@ -180,6 +180,21 @@ def test_searches_equal_generate(case: HuggingFaceCase, tmp_path: Path) -> None:
     # The oracle of the gate follows generate's steps exactly.
     for source in sources[:3]:
         oracle.trace(source, SEARCHES[3])
+
+
+@pytest.mark.parametrize("family", ["marian", "bart"])
+@pytest.mark.parametrize("head", [True, False], ids=["other-head", "other-source"])
+def test_tables_that_the_config_alone_ties_are_the_files(family: str, head: bool, tmp_path: Path) -> None:
+    """As in transformers, with which the export's own gate compares."""
+    checkpoint = write(HuggingFaceCase(family, 4), tmp_path / "checkpoint")
+    state = load_file(checkpoint / "model.safetensors")
+    name = "lm_head.weight" if head else "model.encoder.embed_tokens.weight"
+    state[name] = state["model.shared.weight"].flip(0).contiguous()
+    save_file(state, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    told = io.StringIO()
+    bundle = export(checkpoint, tmp_path / "bundle", ExportOptions(), Progress(told))
+    assert bundle.manifest.parity["beam_search"]["parted_beyond_near_ties"] == 0  # type: ignore[index]
+    assert f"{name} differ in the file" in told.getvalue() or f"{name} and" in told.getvalue()
 
 
 @pytest.mark.parametrize(("seed", "changes", "file"), NN_TRANSFORMER)

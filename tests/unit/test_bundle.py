@@ -164,7 +164,7 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
         (lambda d: d["dimensions"].update(heads=4), "dimensions.heads"),
         (lambda d: d["dimensions"].update(d_model=0), "dimensions.d_model"),
         (lambda d: d["dimensions"].update(d_model="8 or so"), "dimensions.d_model"),
-        (lambda d: d["special_tokens"].update(eos=[]), "special_tokens.eos"),
+        (lambda d: d["special_tokens"].update(eos=[-1]), "special_tokens.eos.0"),
         (lambda d: d["special_tokens"].update(pad=-1), "special_tokens.pad"),
         (lambda d: d["generation_defaults"].update(beam_size=17), "generation_defaults.beam_size"),
         (lambda d: d["generation_defaults"].update(length_penalty=float("nan")), "generation_defaults.length_penalty"),

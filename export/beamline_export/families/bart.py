@@ -44,15 +44,16 @@ def read(folder: Path) -> Checkpoint:
     names = _rename(spec, Ties(head=tied, sides=tied), read_state_dict(folder))
     return Checkpoint(
         spec,
-        names.result(),
+        names.weights,
         tokenizer.tokens,
         generation.with_ignored(without_effect(config, CONFIG["bart"], name_unknown=False), tokenizer.without_effect),
         tokenizer.kind,
         tokenizer.files,
         generation.removed,
         names.names,
+        names.foreign(),
         tokenizer_settings=tokenizer.settings,
-        notices=tuple(tokenizer.notices),
+        notices=(*names.notices, *tokenizer.notices),
     )
 
 

@@ -9,7 +9,8 @@ from beamline_export.families.activations import ACTIVATIONS
 from beamline_export.spec import NormPlacement, TransformerSpec
 
 _SHARED = "model.shared.weight"
-_TABLES = {"source": "model.encoder.embed_tokens.weight", "target": "model.decoder.embed_tokens.weight"}
+_SOURCE = "model.encoder.embed_tokens.weight"
+_TARGET = "model.decoder.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
 
@@ -18,7 +19,7 @@ class Ties:
     """Which embedding tables are one.
 
     Attributes:
-        head: Whether the head is the target embedding.
+        head: Whether the head is the target embedding; where it is not, transformers ties nothing.
         sides: Whether source and target have one embedding.
     """
 
@@ -51,20 +52,29 @@ def read_spec(fields: Fields, architecture: str, target_vocabulary: int | None, 
 
 
 def take_embeddings(names: Renamer, ties: Ties) -> None:
-    """Source and target embedding and the head; of tied ones the first that the file has."""
-    if ties.head and ties.sides:
-        names.take("source_embedding", _SHARED, *_TABLES.values(), _HEAD)
-        tied = {"target_embedding": "source_embedding", "head.weight": "source_embedding"}
-    else:
-        names.take("source_embedding", _TABLES["source"], _SHARED)
-        names.take("target_embedding", _TABLES["target"], *((_HEAD,) if ties.head else ()), _SHARED)
-        tied = {"head.weight": "target_embedding"} if ties.head else {}
-        if not ties.head:
-            names.take("head.weight", _HEAD)
-    for name, other in tied.items():
-        names.alias(name, other)
-    names.share_equal("source_embedding", "target_embedding", "head.weight")
+    """Source and target embedding and the head, as transformers loads them.
+
+    A table that the file has is used as it is, whatever the config ties; one that it lacks is the first of those that
+    it is tied to.
+    """
+    tables = {"source_embedding": _SOURCE, "target_embedding": _TARGET, "head.weight": _HEAD}
+    for canonical, name in tables.items():
+        names.take(canonical, name, *(other for other in _tied_to(ties) if name in _tied_to(ties) and other != name))
+    names.share_equal(*tables)
+    if ties.head:
+        names.tell_untied("tie_word_embeddings", *(tables if ties.sides else ("target_embedding", "head.weight")))
+    if ties.head and ties.sides and not tables.keys() & names.weights.keys():
+        names.names |= dict.fromkeys(tables, _SHARED)
+    elif tables.keys() <= names.weights.keys():
+        names.leave_out(_SHARED)  # which transformers loads and does not use
     names.take("head.bias", "final_logits_bias")
+
+
+def _tied_to(ties: Ties) -> tuple[str, ...]:
+    """What a tied table is where the file lacks it: the first of these that the file has."""
+    if not ties.head:
+        return ()
+    return (_SHARED, _HEAD, _TARGET, _SOURCE) if ties.sides else (_HEAD, _TARGET)
 
 
 def take_layers(names: Renamer, spec: TransformerSpec) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from beamline_export.checkpoint import Fields, Renamer, read_json, read_optional_json, read_state_dict
 from beamline_export.families.bart_like import Ties, read_spec, take_embeddings, take_layers
+from beamline_export.families.positions import sinusoidal_positions
 from beamline_export.generation import read_generation
 from beamline_export.known_settings import CONFIG, contradictions, without_effect
 from beamline_export.reference import HuggingFaceReference, Reference
@@ -38,23 +39,17 @@ def read(folder: Path) -> Checkpoint:
     names = _rename(spec, ties, read_state_dict(folder))
     return Checkpoint(
         spec,
-        names.result(),
+        names.weights,
         tokenizer.tokens,
         generation.with_ignored(without_effect(config, CONFIG["marian"], name_unknown=False), tokenizer.without_effect),
         tokenizer.kind,
         tokenizer.files,
         generation.removed,
         names.names,
+        names.foreign(),
         tokenizer_settings=tokenizer.settings,
-        notices=tuple(tokenizer.notices),
+        notices=(*names.notices, *tokenizer.notices),
     )
-
-
-def sinusoidal_positions(positions: int, width: int) -> Array:
-    """Marian's table, (positions, width): all sines first, then all cosines, of the paper's frequencies."""
-    frequency = np.power(10000.0, -2.0 * (np.arange(width) // 2) / width)
-    angle = np.arange(positions)[:, None] * frequency[None]
-    return np.concatenate([np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])], axis=1).astype(np.float32)
 
 
 def _rename(spec: TransformerSpec, ties: Ties, state: Mapping[str, Array]) -> Renamer:
@@ -63,8 +58,11 @@ def _rename(spec: TransformerSpec, ties: Ties, state: Mapping[str, Array]) -> Re
     # transformers leave it out where it is zero.
     bias = names.weights.get("head.bias", np.zeros(spec.target_vocabulary, np.float32))
     names.weights["head.bias"] = bias.reshape(-1)
-    # Computed rather than read, as MarianMTModel does; some checkpoints also carry the tables.
-    names.ignore(r"model\.(encoder|decoder)\.embed_positions\.weight")
+    # Some checkpoints carry the tables, which transformers then reads; for the others it computes them.
+    for side, positions in (("encoder", "source_positions"), ("decoder", "target_positions")):
+        if names.has(table := f"model.{side}.embed_positions.weight"):
+            names.take(positions, table)
+    names.share_equal("source_positions", "target_positions")
     names.compute_positions(spec.max_source_positions, spec.d_model, sinusoidal_positions)
     take_layers(names, spec)
     return names

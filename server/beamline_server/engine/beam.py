@@ -30,7 +30,7 @@ class SearchRules:
     """What the model fixes for every search.
 
     Attributes:
-        eos: Tokens that end a hypothesis.
+        eos: Tokens that end a hypothesis; without any, each has as many tokens as were asked for.
         banned: Tokens that never occur.
         banned_at_start: Tokens that do not occur as the first one.
         forced_first: The first token, whatever its score.
@@ -308,6 +308,8 @@ def _no_better(
 
 def _is_any(token: IntArray, wanted: tuple[int, ...]) -> BoolArray:
     """Where a token is one of a few: cheaper than np.isin for one or two."""
+    if not wanted:
+        return np.zeros(token.shape, np.bool_)
     result: BoolArray = token == wanted[0]
     for other in wanted[1:]:
         result |= token == other

@@ -122,7 +122,7 @@ def cases(draw: st.DrawFn) -> Case:
     vocabulary = draw(st.integers(2, 12))
     tokens = st.integers(0, vocabulary - 1)
     rules = SearchRules(
-        eos=tuple(draw(st.lists(tokens, min_size=1, max_size=3, unique=True))),
+        eos=tuple(draw(st.lists(tokens, max_size=3, unique=True))),
         banned=tuple(draw(st.lists(tokens, max_size=2, unique=True))),
         banned_at_start=tuple(draw(st.lists(tokens, max_size=2, unique=True))),
         forced_first=draw(st.none() | tokens),

@@ -192,6 +192,34 @@ def test_settings_that_contradict_each_other_are_named(
     assert left_in(tmp_path) == {"checkpoint"}
 
 
+@pytest.mark.parametrize(
+    ("family", "files", "pointer"),
+    [
+        ("nn_transformer", [], "tokenizer.json"),
+        ("nn_transformer", ["source.spm"], "target.spm"),
+        ("marian", ["source.spm", "target.spm"], "vocab.json"),
+        ("marian", ["source.spm", "vocab.json"], "target.spm"),
+        ("bart", [], "tokenizer.json"),
+        ("bart", ["tokenizer.json"], "tokenizer_config.json"),
+    ],
+)
+def test_a_git_lfs_pointer_in_place_of_a_tokenizer_file_is_told_as_one(
+    family: str, files: list[str], pointer: str, make_checkpoint: Any, tmp_path: Path, silent: Progress
+) -> None:
+    folder = make_checkpoint(family).folder
+    for name in files:
+        (folder / name).write_bytes(b"{}")
+    (folder / pointer).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n")
+    with pytest.raises(ExportError, match=rf"/{pointer} is a Git LFS pointer.*run `git lfs pull`"):
+        export(folder, tmp_path / "bundle", ExportOptions(), silent)
+
+
+def test_notices_about_a_checkpoint_are_told(checkpoint: Any, tmp_path: Path) -> None:
+    told = io.StringIO()
+    export(checkpoint.config(tie_embeddings=True), tmp_path / "bundle", ExportOptions(), Progress(told))
+    assert "warning: tie_embeddings is true, but tgt_embed.weight and generator.weight differ" in told.getvalue()
+
+
 def test_a_broken_tokenizer_is_named(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
     (checkpoint.folder / "tokenizer.json").write_text('{"model": null}')
     with pytest.raises(ExportError, match=r"tokenizer\.json cannot be read as a tokenizer"):

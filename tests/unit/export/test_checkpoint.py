@@ -227,7 +227,8 @@ def test_a_renamer_reports_what_it_did_not_take() -> None:
     names = Renamer({"w": np.ones((2, 2), np.float32), "extra": np.ones(1, np.float32)})
     names.module("linear", "w_module")
     names.take("linear.weight", "w")
-    assert set(names.result()) == {"linear.weight", "extra"}
+    assert set(names.weights) == {"linear.weight"}
+    assert names.foreign() == {"extra": "[1]"}
     assert names.names["linear.weight"] == "w"
 
 
@@ -246,3 +247,34 @@ def test_equal_tables_become_one() -> None:
     names.share_equal("a", "b", "c")
     assert names.weights["b"] is a
     assert names.weights["c"] is not a
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "model.pt", "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_in_place_of_weights_is_told_as_one(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(LFS_POINTER)
+    with pytest.raises(ExportError, match=rf"{file} is a Git LFS pointer.*run `git lfs pull`") as caught:
+        read_state_dict(tmp_path)
+    assert "save" not in str(caught.value)
+
+
+def test_a_git_lfs_pointer_in_place_of_a_shard_is_told_as_one(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    (tmp_path / "one.safetensors").write_bytes(LFS_POINTER)
+    with pytest.raises(ExportError, match=r"one\.safetensors is a Git LFS pointer"):
+        read_state_dict(tmp_path)
+
+
+def test_a_git_lfs_pointer_in_place_of_a_config_is_told_as_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(LFS_POINTER)
+    with pytest.raises(ExportError, match=r"config\.json is a Git LFS pointer"):
+        read_json(tmp_path / "config.json")
+
+
+def test_single_numbers_have_no_dimension(tmp_path: Path) -> None:
+    torch.save({"counter": torch.tensor(3), "view": torch.ones(3, 4).T}, tmp_path / "model.pt")
+    state = read_state_dict(tmp_path)
+    assert state["counter"].shape == ()
+    assert state["view"].flags["C_CONTIGUOUS"]

@@ -1,0 +1,130 @@
+"""The config.json of the family nn_transformer: every key that it may have, and what each means."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from beamline_export.checkpoint import MOST_LAYERS, MOST_POSITIONS, Fields
+from beamline_export.families.nn_layouts import LAYOUTS, Layout, folded_epsilon
+from beamline_export.generation import Generation, read_generation
+from beamline_export.known_settings import GENERATION
+from beamline_export.spec import Activation, ExportError, NormPlacement, TransformerSpec
+from beamline_export.state_names import Translation
+
+_ACTIVATIONS = {"relu": Activation.RELU, "gelu": Activation.GELU, "gelu_tanh": Activation.GELU_TANH}
+_LEARNED = {"sinusoidal": False, "learned": True}
+_FINAL_NORMS = {"true": (True, True), "false": (False, False), '"encoder"': (True, False), '"decoder"': (False, True)}
+
+_NEUTRAL = {
+    "model_type",  # has chosen the family
+    "architectures", "transformers_version", "torch_dtype", "dtype",  # written by transformers for itself
+    "dropout",  # acts in training only
+    "batch_first", "bias",  # arguments of nn.Transformer that change no weights, or that the weights show themselves
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What config.json says.
+
+    Attributes:
+        spec: The architecture.
+        layout: What tensors are called.
+        norm_epsilon: As the model has it; the spec has what the graphs need.
+        learned_positions: Whether position tables are read rather than computed.
+        tied: Whether the generator's weight is the target embedding.
+        source_bos: What stands before each source, if anything.
+        source_eos: What stands after each source, if anything.
+        names: Names in the file -> names of the layout.
+        generation: Search settings and special tokens.
+    """
+
+    spec: TransformerSpec
+    layout: Layout
+    norm_epsilon: float
+    learned_positions: bool
+    tied: bool
+    source_bos: int | None
+    source_eos: int | None
+    names: Translation
+    generation: Generation
+
+
+def read_config(data: Mapping[str, Any]) -> Config:
+    """Read what config.json says.
+
+    Raises:
+        ExportError: values that make no sense, and keys that are not known, all at once.
+    """
+    fields = Fields(data, "config.json")
+    layout: Layout = fields.choice("layout", LAYOUTS, "beamline")
+    epsilon = fields.number("layer_norm_eps", layout.norm_epsilon)
+    spec = _read_spec(fields, layout, epsilon)
+    learned, tied = fields.choice("positions", _LEARNED, "sinusoidal"), fields.flag("tie_embeddings", False)
+    bos, eos = fields.optional_id("source_bos_token_id"), fields.optional_id("source_eos_token_id")
+    names, settings = _read_names(fields), _read_settings(fields, data)
+    try:
+        generation = read_generation(settings, None, max_positions=spec.max_target_positions, needs_eos=False)
+    except ExportError as error:
+        raise ExportError("; ".join([str(error), *fields.problems])) from error
+    fields.check()
+    return Config(spec, layout, epsilon, learned, tied, bos, eos, names, generation)
+
+
+def _read_spec(fields: Fields, layout: Layout, epsilon: float) -> TransformerSpec:
+    d_model, heads, ffn = fields.integer("d_model"), fields.integer("nhead"), fields.integer("dim_feedforward")
+    positions = fields.integer("max_positions", most=MOST_POSITIONS)
+    encoder_norm, decoder_norm = fields.json_choice("final_norm", _FINAL_NORMS, "true")
+    for name, value in layout.fixed.items():
+        fields.must_be(name, value)
+    pre_norm = fields.flag("norm_first", layout.fixed.get("norm_first") is True)
+    return TransformerSpec(
+        architecture="nn_transformer",
+        d_model=d_model,
+        encoder_layers=fields.integer("num_encoder_layers", most=MOST_LAYERS),
+        decoder_layers=fields.integer("num_decoder_layers", most=MOST_LAYERS),
+        encoder_heads=heads,
+        decoder_heads=heads,
+        encoder_ffn=ffn,
+        decoder_ffn=ffn,
+        norm_placement=NormPlacement.PRE if pre_norm else NormPlacement.POST,
+        activation=fields.choice("activation", _ACTIVATIONS, "relu"),
+        source_vocabulary=fields.integer("source_vocab_size"),
+        target_vocabulary=fields.integer("target_vocab_size", least=2),
+        max_source_positions=positions,
+        max_target_positions=positions,
+        embedding_scale=math.sqrt(d_model) if fields.flag("scale_embedding", True) else 1.0,
+        encoder_final_norm=encoder_norm,
+        decoder_final_norm=decoder_norm,
+        norm_epsilon=folded_epsilon(epsilon, d_model) if layout.unbiased_norms else epsilon,
+    )
+
+
+def _read_names(fields: Fields) -> Translation:
+    names = fields.mapping("names")
+    for name, new in names.items():
+        if new is not None and not isinstance(new, str):
+            fields.problems.append(f"names: {name!r} must become a name, or null, which leaves it out")
+        elif new is not None and name.endswith(".") != (not new or new.endswith(".")):
+            fields.problems.append(f"names: {name!r} becomes {new!r}; both must end with a dot, or neither")
+    return {name: new for name, new in names.items() if new is None or isinstance(new, str)}
+
+
+def _read_settings(fields: Fields, data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What stands in `generation` and beside it, where no key but the config's own and those of `generate` may be.
+
+    Asks for the last of the config's own keys.
+    """
+    own = fields.mapping("generation")
+    inner = Fields(own, "generation")
+    fields.refuse_unasked(GENERATION.keys() | _NEUTRAL)
+    inner.refuse_unasked(GENERATION.keys(), "generation: ")
+    fields.problems.extend([*inner.problems, *_told_twice(own, data)])
+    return {**data, **own}
+
+
+def _told_twice(generation: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:
+    for name in generation.keys() & data.keys():
+        if generation[name] != data[name]:
+            yield f"{name} is {data[name]!r} at the top level and {generation[name]!r} in generation; keep one"

@@ -1,0 +1,139 @@
+"""Names in a state dict: what wrappers put before them is left off, and config.json translates the rest."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from beamline_export.families.registry import detect
+from beamline_export.spec import Checkpoint as Read
+from beamline_export.spec import ExportError, check_weights
+from beamline_export.state_names import name_state
+
+
+def read(folder: Path) -> Read:
+    checkpoint = detect(folder).read(folder)
+    check_weights(checkpoint)
+    return checkpoint
+
+
+def renamed(change: Callable[[str], str]) -> Callable[[dict[str, torch.Tensor]], None]:
+    def rename(state: dict[str, torch.Tensor]) -> None:
+        for name in list(state):
+            state[change(name)] = state.pop(name)
+
+    return rename
+
+
+def same_weights(a: Read, b: Read) -> bool:
+    return set(a.weights) == set(b.weights) and all((a.weights[n] == b.weights[n]).all() for n in a.weights)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "a.b."]
+)
+def test_what_all_names_begin_with_is_left_off_and_told(prefix: str, checkpoint: Any) -> None:
+    """As DataParallel, torch.compile, Lightning, or a module around the model name tensors."""
+    plain = read(checkpoint.folder)
+    wrapped = read(checkpoint.tensors(renamed(lambda name: prefix + name)))
+    assert same_weights(wrapped, plain)
+    assert any("it is left off" in notice for notice in wrapped.notices)
+    for part in prefix.rstrip(".").split("."):
+        assert any(f"{part}." in notice for notice in wrapped.notices)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_a_compiled_part_is_read(wrapper: str, checkpoint: Any) -> None:
+    """The names of torch.compile, FSDP and activation checkpointing stand wherever the wrapped part is."""
+    plain = read(checkpoint.folder)
+    rename = renamed(lambda name: name.replace("transformer.encoder.", f"transformer.encoder.{wrapper}."))
+    wrapped = read(checkpoint.tensors(rename))
+    assert same_weights(wrapped, plain)
+    assert wrapped.notices == (f"names in the file contain '{wrapper}.'; it is left off",)
+
+
+def test_an_averaged_model_is_read_without_its_counter(checkpoint: Any) -> None:
+    plain = read(checkpoint.folder)
+    checkpoint.tensors(renamed(lambda name: f"module.{name}"))
+    averaged = read(checkpoint.tensors(lambda state: state.update({"n_averaged": torch.tensor(7)})))
+    assert same_weights(averaged, plain)
+
+
+def test_messages_speak_of_names_as_they_are_in_the_file(checkpoint: Any) -> None:
+    checkpoint.tensors(renamed(lambda name: f"module.{name}"))
+    checkpoint.tensors(lambda state: state.update({"module.extra": torch.ones(3)}))
+    with pytest.raises(ExportError, match=r"model: module\.extra \[3\]; module\.src_embed\.weight has shape"):
+        read(checkpoint.config(source_vocab_size=80))
+
+
+def test_a_prefix_that_not_all_names_have_is_left(checkpoint: Any) -> None:
+    def rename(state: dict[str, torch.Tensor]) -> None:
+        renamed(lambda name: f"model.{name}")(state)
+        state["criterion.weight"] = torch.ones(120)
+
+    checkpoint.tensors(rename)
+    with pytest.raises(ExportError, match=r"not part of the model: criterion\.weight \[120\], model\.generator"):
+        read(checkpoint.folder)
+    read(checkpoint.config(names={"model.": "", "criterion.weight": None}))
+
+
+def test_names_and_beginnings_of_names_are_translated(checkpoint: Any) -> None:
+    plain = read(checkpoint.folder)
+
+    def foreign(name: str) -> str:
+        name = name.replace("src_embed.weight", "embed_in").replace("tgt_embed.weight", "embed_out")
+        name = name.replace("transformer.decoder.layers.0.", "dec.first.").replace("transformer.", "core.")
+        return f"module.{name}".replace("generator.", "to_words.out.")
+
+    names = {
+        "embed_in": "src_embed.weight",
+        "module.embed_out": "tgt_embed.weight",  # with or without what is left off
+        "core.": "transformer.",
+        "dec.": "nowhere.",
+        "dec.first.": "transformer.decoder.layers.0.",  # the longest counts
+        "to_words.out.": "generator.",
+    }
+    checkpoint.tensors(renamed(foreign))
+    with pytest.raises(ExportError, match=r"names: no name in the file begins with 'dec\.'"):
+        read(checkpoint.config(names=names))
+    names.pop("dec.")
+    translated = read(checkpoint.config(names=names))
+    assert same_weights(translated, plain)
+    assert translated.weight_names["source_embedding"] == "module.embed_in"
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        ({"src_embed": "src_embed.weight"}, r"no name in the file is 'src_embed' \(did you mean src_embed\.weight\?\)"),
+        ({"encoder.": "transformer.encoder."}, r"no name in the file begins with 'encoder\.'"),
+        (
+            {"src_embed.weight": "src_embed.wieght"},
+            r"becomes 'src_embed\.wieght', which is not known \(did you mean src",
+        ),
+        ({"transformer.": "transfomer."}, r"'transformer\.' becomes 'transfomer\.', which no known name begins with"),
+        ({"generator.bias": "generator.weight"}, r"are both called generator\.weight"),
+        ({"generator.": "generator"}, "both must end with a dot, or neither"),
+        ({"generator.bias": "generator."}, "both must end with a dot, or neither"),
+        ({"generator.bias": ""}, "both must end with a dot, or neither"),
+        ({"generator.bias": 3}, "must become a name, or null"),
+        (["generator.bias"], "names must be an object"),
+    ],
+)
+def test_a_translation_that_makes_no_sense_is_named(names: Any, problem: str, checkpoint: Any) -> None:
+    with pytest.raises(ExportError, match=rf"config\.json: (names: )?.*{problem}"):
+        read(checkpoint.config(names=names))
+
+
+def test_one_tensor_alone_keeps_its_name() -> None:
+    assert set(name_state({"a.b": np.ones(1, np.float32)}, {}).tensors) == {"a.b"}
+    assert set(name_state({}, {}).tensors) == set()
+
+
+def test_all_wrong_entries_are_told_at_once() -> None:
+    state = {"a.x": np.ones(1, np.float32), "b.x": np.ones(1, np.float32)}
+    with pytest.raises(ExportError, match=r"no name in the file is 'c'; no name in the file begins with 'd\.'"):
+        name_state(state, {"d.": "e.", "c": "f"})
