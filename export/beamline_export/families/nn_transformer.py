@@ -4,6 +4,7 @@ The folder holds `model.safetensors` or `model.pt` and a `config.json`; docs/bri
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ _NO_END = (
     "config.json names no eos_token_id: no output ever ends by itself, each has max_new_tokens tokens; "
     "add it if the model has one"
 )
+_FILES_OF_TRANSFORMERS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def read(folder: Path) -> Checkpoint:
@@ -37,7 +39,7 @@ def read(folder: Path) -> Checkpoint:
     kind, files = _tokenizer(folder)
     state = name_state(read_state_dict(folder), config.names)
     names = _rename(config, state)
-    notices = [*state.notices, *names.notices, *([] if generation.tokens.eos else [_NO_END])]
+    notices = [*state.notices, *names.notices, *([] if generation.tokens.eos else [_NO_END]), *_not_read(folder)]
     return Checkpoint(
         config.spec,
         names.weights,
@@ -97,6 +99,12 @@ def _tokenizer(folder: Path) -> tuple[str, dict[str, str]]:
     if len(models) == 1:
         raise ExportError(f"{folder} holds only one of source.spm and target.spm; copy both, even if they are the same")
     return ("sentencepiece", models) if models else ("none", {})
+
+
+def _not_read(folder: Path) -> Iterator[str]:
+    """What the user should know of files that have their effect with other families alone."""
+    if found := [name for name in _FILES_OF_TRANSFORMERS if (folder / name).exists()]:
+        yield f"{', '.join(found)}: not read; config.json and the tokenizer's own files say everything"
 
 
 def reference(folder: Path, checkpoint: Checkpoint) -> Reference:

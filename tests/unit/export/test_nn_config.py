@@ -87,3 +87,13 @@ def test_the_page_has_every_key() -> None:
     config = set(re.findall(r"`(\w+)`", PAGE.split("| config.json |")[1].split("```")[0]))
     read = {"layout", "names", "final_norm", "positions", "tie_embeddings", "source_bos_token_id", "generation"}
     assert config >= read | set(nn_config()) - {"model_type"}
+
+
+def test_settings_that_are_for_other_families_are_told(checkpoint: Any) -> None:
+    folder = checkpoint.config()
+    (folder / "generation_config.json").write_text('{"num_beams": 4}')
+    (folder / "tokenizer_config.json").write_text('{"clean_up_tokenization_spaces": true}')
+    read = detect(folder).read(folder)
+    assert read.generation["beam_size"] == 1
+    (notice,) = read.notices
+    assert notice.startswith("generation_config.json, tokenizer_config.json: not read;")
