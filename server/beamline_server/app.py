@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
@@ -38,6 +39,8 @@ EXIT_BUNDLE = 3
 
 _LAST_WORDS_S = 1.0
 """Time for the last answers to be sent once all of them are known."""
+_MOST_FOREIGN = 8
+"""Names of foreign files in the log at most."""
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +125,7 @@ async def run(
     desk, health = Desk(asyncio.get_running_loop()), Health(metrics)
     with ExitStack() as resources:
         metrics_port = resources.enter_context(_metrics_server(metrics, settings)).port
-        bundle = await asyncio.to_thread(load_bundle, command.bundle)
+        bundle = await asyncio.to_thread(_load, command.bundle)
         tokenizer = load_tokenizer(bundle)
         built = await asyncio.to_thread(build, bundle, settings, deliver=desk.deliver, observer=metrics)
         model = ServedModel(settings.model_name or bundle.manifest.name, bundle, built.device)
@@ -151,6 +154,14 @@ async def run(
             await server.stop(None)
         _log.info("stopped", extra={"event": "stopped", "engine_failed": died})
     return EXIT_ENGINE_FAILED if died else EXIT_STOPPED
+
+
+def _load(path: Path) -> Bundle:
+    bundle = load_bundle(path)
+    if foreign := bundle.foreign_files():
+        told = {"event": "foreign_files", "files": foreign[:_MOST_FOREIGN], "count": len(foreign)}
+        _log.warning("files beside the manifest that are no part of the bundle are ignored", extra=told)
+    return bundle
 
 
 @dataclass(frozen=True, slots=True)
