@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
@@ -199,17 +199,26 @@ def _check_arguments(target: Path, options: ExportOptions) -> None:
         raise ExportError(f"{target} exists already; choose another folder or give --replace")
     if target.exists() and not (target / MANIFEST).exists():
         raise ExportError(f"{target} exists and is no bundle; it is not replaced")
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ExportError(f"{above} is no folder, so {target} cannot be made; choose another folder")
 
 
 @contextmanager
 def _folder_beside(target: Path) -> Iterator[Path]:
-    """A folder on the target's file system, gone at the end unless it was renamed."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+    """A folder on the target's file system, gone at the end unless it was renamed; so are parents that it made."""
+    parents = target.absolute().parents
+    made = [parent for parent in parents if not parent.exists()]
+    parents[0].mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parents[0]))
     try:
         folder.chmod(0o755)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # one that holds the bundle stays, and those above it
+            for parent in made:
+                parent.rmdir()
 
 
 def _appear(folder: Path, target: Path, *, replace: bool) -> None:

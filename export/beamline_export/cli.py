@@ -10,8 +10,8 @@ from typing import Any
 
 _INTERRUPTED = 130
 _UNCHECKED_CONFIG = (
-    "note: PyTorch was given the same config.json, so a wrong nhead, norm_first or activation in it does not show; check "
-    "it\n      with outputs of your own model: --expect FILE (docs/bring-your-model.md)"
+    "note: PyTorch was given the same config.json, so a wrong nhead, norm_first or activation in it does not show;\n"
+    "      check it with outputs of your own model: --expect FILE (docs/bring-your-model.md)"
 )
 
 
@@ -112,8 +112,8 @@ def _searches_told(search: dict[str, Any], precision: str) -> str:
         near_ties = search["searches"] - search["same"]
         return f", {near_ties} parted at a near-tie" if near_ties else ""
     return (
-        f"; {precision} passes by the figures above: it rounds, and random sources, which are no sentences, often leave "
-        "the choice to rounding"
+        f"; {precision} is judged by the figures above, since it rounds, and random sources, which are no sentences, "
+        "leave many choices to rounding"
     )
 
 
