@@ -105,7 +105,8 @@ def main() -> int:
         bundle = Path(folder) / "fr-en"
         say("export the checkpoint to ONNX")
         calibrate = ["--calibrate", HERE / "calibration.txt"] if arguments.precision == "int8" else []
-        command("export", HERE, "-o", bundle, "--precision", arguments.precision, *calibrate)
+        expect = ["--expect", HERE / "expected.jsonl"]  # what PyTorch makes of 100 sentences
+        command("export", HERE, "-o", bundle, "--precision", arguments.precision, *calibrate, *expect)
         say("start the server")
         print("$ beamline serve", bundle, flush=True)
         began = time.monotonic()
