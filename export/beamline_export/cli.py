@@ -91,11 +91,13 @@ def report(parity: dict[str, Any], precision: str) -> str:
     from beamline_export.parity import TOLERANCES
 
     forced, search, limits = parity["forced_decode"], parity["beam_search"], TOLERANCES[precision]
-    absolute = "" if limits.logprob is None else f" (allowed {limits.logprob:.0e})"
+    if limits.logprob is None:
+        difference = f"{forced['relative_rms']:.1%} of their spread (allowed: {limits.relative:.0%})"
+    else:
+        difference = f"at most {forced['max_difference']:.1e} (allowed: {limits.logprob:.0e})"
     lines = [
         f"compared with the PyTorch model ({parity['device']}), on {forced['sources']} random sources",
-        f"  log-probabilities  {forced['steps']} steps each: at most {forced['max_difference']:.1e} apart{absolute}, "
-        f"{forced['relative_rms']:.1e} of their spread (allowed {limits.relative:.0e})",
+        f"  log-probabilities  differ by {difference}, over {forced['steps']} steps each",
         f"  best next token    the same in {forced['same_top_token']:.1%} of the steps",
         f"  beam searches      {search['same']} of {search['searches']} identical{_searches_told(search, precision)}",
     ]
@@ -111,10 +113,7 @@ def _searches_told(search: dict[str, Any], precision: str) -> str:
     if TOLERANCES[precision].same_search:
         near_ties = search["searches"] - search["same"]
         return f", {near_ties} parted at a near-tie" if near_ties else ""
-    return (
-        f"; {precision} is judged by the figures above, since it rounds, and random sources, which are no sentences, "
-        "leave many choices to rounding"
-    )
+    return f"; {precision} need not be: random sources are no sentences, and its rounding decides between close choices"
 
 
 def _expected_told(expected: dict[str, Any], precision: str) -> str:

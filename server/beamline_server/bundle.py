@@ -18,8 +18,9 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -299,7 +300,7 @@ def load_bundle(path: Path) -> Bundle:
 
 
 @contextmanager
-def _opened(file: Path, entry: FileEntry) -> Iterator[BinaryIO]:
+def _opened(file: Path, entry: FileEntry) -> Iterator[BufferedReader]:
     """The file, open; a link is followed, since what counts is the content."""
     # Asked first: opening a pipe would wait for ever.
     if not file.is_file():
