@@ -3,9 +3,8 @@
 The comparison is in fp32, whatever the bundle's precision: rounding may change an output, a wrong config changes most.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,11 @@ from numpy.typing import NDArray
 from beamline_export.agreement import NEAR_TIE, Tokens, search_all
 from beamline_export.expectations import Example, Expectations, resolve, same_up_to
 from beamline_export.parity import TOLERANCES, Progress, all_logprobs
-from beamline_export.reference_search import processed, reference_search
+from beamline_export.reference_search import processed
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle
 from beamline_server.engine.build import model_rules
+from beamline_server.engine.request import Hypothesis
 from beamline_server.engine.runner import StepRunner
 from beamline_server.tokenizer import load_tokenizer
 
@@ -51,7 +51,7 @@ class ExpectedOutputs:
     def count_same(self, runner: StepRunner, progress: Progress) -> int:
         """How many outputs this runner gives as expected."""
         outputs = self._search(runner, progress, "expected outputs")
-        return sum(self._is_same(*pair) for pair in zip(self._examples, outputs, strict=True))
+        return sum(self._is_same(e, found[0].tokens) for e, found in zip(self._examples, outputs, strict=True))
 
     def check(self, runner: StepRunner, progress: Progress) -> dict[str, Any]:
         """Compare the outputs and log-probabilities of an fp32 runner; returns the figures for the manifest.
@@ -61,22 +61,23 @@ class ExpectedOutputs:
         """
         outputs = self._search(runner, progress, "expected outputs in fp32")
         pairs = list(zip(self._examples, outputs, strict=True))
-        different = [pair for pair in pairs if not self._is_same(*pair)]
+        different = [(example, found) for example, found in pairs if not self._is_same(example, found[0].tokens)]
         count = f"{len(pairs) - len(different)} of {len(pairs)} outputs are as expected"
-        for example, output in different:
-            where = self._parting(runner, example, output)
+        for example, found in different:
+            where = self._parting(runner, example, found)
             if where is not None:
-                raise ExportError(f"{self._file}: {count}; {self._told(example, output, where)}; {self._causes()}")
+                told = self._told(example, found[0].tokens, where)
+                raise ExportError(f"{self._file}: {count}; {told}; {self._causes()}")
         if len(different) == len(pairs):
             raise ExportError(f"{self._file}: {count}, all others are near-ties; give inputs that decide something")
         figures = {"examples": len(pairs), "same": len(pairs) - len(different), "near_ties": len(different)}
         return figures | self._check_logprobs(runner, progress)
 
-    def _search(self, runner: StepRunner, progress: Progress, name: str) -> list[Tokens]:
-        outputs: list[Tokens] = []
+    def _search(self, runner: StepRunner, progress: Progress, name: str) -> list[tuple[Hypothesis, ...]]:
+        outputs: list[tuple[Hypothesis, ...]] = []
         for i in progress(name, -(-len(self._examples) // _AT_ONCE)):
             searches = [(e.source, e.options) for e in self._examples[i * _AT_ONCE : (i + 1) * _AT_ONCE]]
-            outputs += [done.hypotheses[0].tokens for done in search_all(runner, self._rules, searches)]
+            outputs += [done.hypotheses for done in search_all(runner, self._rules, searches)]
         return outputs
 
     def _is_same(self, example: Example, output: Tokens) -> bool:
@@ -89,19 +90,25 @@ class ExpectedOutputs:
         assert self._tokenizer is not None
         return self._tokenizer.decode(tokens).strip()
 
-    def _parting(self, runner: StepRunner, example: Example, output: Tokens) -> "_Parting | None":
+    def _parting(self, runner: StepRunner, example: Example, found: Sequence[Hypothesis]) -> "_Parting | None":
         """Where an output that differs does so; None if a near-tie explains it."""
-        if example.target is not None and example.options.beam_size == 1:
-            return self._greedy_parting(runner, example, example.target)
-        trace = reference_search(
-            self._next_logprobs(runner, example.source), self._rules.search, example.options, self._rules.decoder_start
-        )
-        scores = [h.score for h in trace.hypotheses]
-        gaps = [a - b for a, b in pairwise(scores)]
-        closest = min([*gaps, *(min(step.margin, step.stop_margin) for step in trace.steps)])
-        if closest <= NEAR_TIE:
+        output, target = found[0].tokens, example.target
+        if target is not None and example.options.beam_size == 1:
+            return self._greedy_parting(runner, example, target)
+        if target is None and example.options.beam_size == 1:
+            near_tie = self._closest_choice(runner, example, output) <= NEAR_TIE
+        else:
+            close = [h.tokens for h in found if found[0].score - h.score <= NEAR_TIE]
+            near_tie = any(self._is_same(example, tokens) for tokens in close)
+        if near_tie:
             return None
-        return _Parting(None if example.target is None else same_up_to(output, example.target))
+        return _Parting(None if target is None else same_up_to(output, target))
+
+    def _closest_choice(self, runner: StepRunner, example: Example, output: Tokens) -> float:
+        """The least difference between the best token and the next one, along an output."""
+        rows = enumerate(self._forced(runner, example.source, output))
+        best = [np.sort(processed(row, step, self._rules.search, example.options))[-2:] for step, row in rows]
+        return min(float(first - second) for second, first in best)
 
     def _greedy_parting(self, runner: StepRunner, example: Example, target: Tokens) -> "_Parting | None":
         """The first expected token that this model does not prefer, on the way that the expected ones go."""
@@ -117,16 +124,6 @@ class ExpectedOutputs:
         inputs = np.array([[self._rules.decoder_start, *target[:-1]]])
         rows: NDArray[np.float32] = all_logprobs(runner, [source], inputs, self._rules.vocabulary)[0]
         return rows
-
-    def _next_logprobs(
-        self, runner: StepRunner, source: Tokens
-    ) -> Callable[[Sequence[Sequence[int]]], NDArray[np.float32]]:
-        def next_logprobs(prefixes: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-            every = all_logprobs(runner, [source] * len(prefixes), np.array(prefixes), self._rules.vocabulary)
-            last: NDArray[np.float32] = every[:, -1]
-            return last
-
-        return next_logprobs
 
     def _told(self, example: Example, output: Tokens, where: "_Parting") -> str:
         begin = f"the first that differs is in line {example.line}"

@@ -225,6 +225,7 @@ def _options(line: Line, manifest: Manifest) -> SearchOptions:
     penalty = defaults.length_penalty if line.length_penalty is None else line.length_penalty
     return SearchOptions(
         beam_size=line.beam_size,
+        n_best=line.beam_size,
         length_penalty=penalty,
         length_penalty_kind=LengthPenaltyKind(defaults.length_penalty_kind),
         early_stopping=EarlyStopping(defaults.early_stopping),

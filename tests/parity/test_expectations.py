@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,18 +118,17 @@ def test_a_wrong_order_of_positions_makes_no_bundle(folder: Path, tmp_path: Path
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_smaller_precision_is_checked_in_fp32_and_counted(tmp_path: Path) -> None:
-    """What it rounds differently is no fault of the config; that of a wrong config is found all the same."""
-    checkpoint = write_nn_transformer(tmp_path / "checkpoint", {**RIGHT, "norm_first": True}, sharpness=0.3)
-    file = written(tmp_path / "expected.jsonl", outputs(model_of(checkpoint), 1))
-    expected: Any = exported(checkpoint, tmp_path / "bundle", file, "int8").manifest.parity["expected"]
-    assert (expected["examples"], expected["same"]) == (100, 100)
-    assert 50 < expected["same_in_int8"] <= 100
-    wrong = {**RIGHT, "norm_first": True, "scale_embedding": False}
-    write_nn_transformer(tmp_path / "wrong", wrong, sharpness=0.3)
-    with pytest.raises(ExportError, match="of 100 outputs are as expected"):
-        exported(tmp_path / "wrong", tmp_path / "none", file, "int8")
-    assert not (tmp_path / "none").exists()
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_wrong_config_of_a_real_model_makes_no_bundle(precision: str, tmp_path: Path) -> None:
+    """In any precision: what is compared is computed in fp32."""
+    wrong = Path(shutil.copytree(FR_EN, tmp_path / "fr-en"))
+    config = json.loads((wrong / "config.json").read_text())
+    (wrong / "config.json").write_text(json.dumps({**config, "activation_function": "swish"}))
+    with pytest.raises(
+        ExportError, match=r"expected\.jsonl: \d+ of 100 outputs are as expected; the first that differs"
+    ):
+        exported(wrong, tmp_path / "bundle", FR_EN / "expected.jsonl", precision)
+    assert [path.name for path in tmp_path.iterdir()] == ["fr-en"]
 
 
 @pytest.fixture(scope="module")
