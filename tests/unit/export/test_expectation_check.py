@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from beamline_export.expectation_check import ExpectedOutputs
 from beamline_export.expectations import Expectations, Line
 from beamline_export.reference_search import reference_search
 from beamline_export.spec import ExportError
-from beamline_server.bundle import Bundle
+from beamline_server.bundle import Bundle, TokenizerEntry
 from beamline_server.engine.build import model_rules
 from beamline_server.engine.request import EarlyStopping, SearchOptions
 from beamline_server.engine.testing import RandomTable, TableRunner
@@ -187,3 +190,21 @@ def test_log_probabilities_are_compared_where_they_are_given() -> None:
     )
     with pytest.raises(ExportError, match=message):
         given(-2e-3).check(runner(), quiet)
+
+
+def test_a_near_tie_is_no_difference_of_texts_either(tmp_path: Path) -> None:
+    """Of a text, whatever the search decided on the way counts: its tokens are not known."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}))
+    words.pre_tokenizer = Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    manifest = MANIFEST.model_copy(update={"tokenizer": TokenizerEntry(kind="tokenizers", files=("tokenizer.json",))})
+    token, behind = second_choice(outputs(TABLE)[0], 0)
+    theirs, ours = (Nudged(TABLE, SOURCES[0], (), token, behind + by) for by in (2e-5, -2e-5))
+    texts = [" ".join(f"w{i}" for i in target if i not in (0, 1)) for target in outputs(theirs)]
+    lines = [Line(source_ids=list(source), target=text) for source, text in zip(SOURCES, texts, strict=True)]
+    read = Expectations(Path("expected.jsonl"), tuple(enumerate(lines, 1)))
+    check = ExpectedOutputs(read, Bundle(tmp_path, manifest, "f" * 64))
+    assert check.check(runner(theirs), quiet) == {"examples": 4, "same": 4, "near_ties": 0}
+    assert check.check(runner(ours), quiet) == {"examples": 4, "same": 3, "near_ties": 1}
+    with pytest.raises(ExportError, match=rf"3 of 4 .* in line 1: expected '{texts[0]}', got 'w"):
+        check.check(runner(TABLE), quiet)
