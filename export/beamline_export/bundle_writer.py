@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
@@ -31,6 +31,8 @@ from beamline_export.calibration import (
     read_sentences,
 )
 from beamline_export.checkpoint import refuse_lfs_pointer
+from beamline_export.expectation_check import ExpectedOutputs
+from beamline_export.expectations import Expectations, read_expectations
 from beamline_export.families.registry import Family, detect
 from beamline_export.graph_writer import WeightsFile
 from beamline_export.graphs import GraphSpec, decoder_step_graph, encoder_graph
@@ -75,12 +77,15 @@ class ExportOptions:
         name: Name of the model as the server tells it; by default the checkpoint folder's.
         replace: Whether a bundle that is there already is replaced.
         calibrate: File of sentences to measure the ranges of activations with, for int8; None scales them per row.
+        expect: File of outputs of the user's own model that the export has to give; None compares with the PyTorch
+            model of the checkpoint alone.
     """
 
     precision: str = "fp32"
     name: str | None = None
     replace: bool = False
     calibrate: Path | None = None
+    expect: Path | None = None
 
 
 def export(source: Path, target: Path, options: ExportOptions, progress: Progress) -> Bundle:
@@ -93,8 +98,8 @@ def export(source: Path, target: Path, options: ExportOptions, progress: Progres
         progress: Shows what is going on.
 
     Raises:
-        ExportError: the checkpoint is broken or not known, the calibration file is not usable, or the result does not
-            agree with PyTorch. Nothing is left.
+        ExportError: the checkpoint is broken or not known, the file of sentences or of expected outputs is not usable,
+            or the result does not agree with PyTorch or with what is expected. Nothing is left.
     """
     _check_arguments(target, options)
     return export_checkpoint(detect(source), source, target, options, progress)
@@ -110,6 +115,7 @@ def export_checkpoint(
 ) -> Bundle:
     """As `export`, of a family that was chosen already; `store`, if given, instead of what the options ask for."""
     sentences = None if options.calibrate is None else read_sentences(options.calibrate)
+    expectations = None if options.expect is None else read_expectations(options.expect)
     with progress.step("read the checkpoint"):
         for file in _TOKENIZER_FILES:  # whose readers would say no more than that they are broken
             refuse_lfs_pointer(source / file)
@@ -122,6 +128,9 @@ def export_checkpoint(
     assert isinstance(unsupported, dict)
     for setting, value in sorted(unsupported.items()):
         progress.warn(f"setting not supported: {setting} = {value}")
+    in_fp32 = None
+    if expectations is not None and options.precision != "fp32":
+        in_fp32 = _expected_in_fp32(checkpoint, source, target, expectations, progress)
     activations = Activations(scaled="per_row") if options.precision == "int8" else None
     if sentences is not None:
         activations = _calibrated(checkpoint, source, target, sentences, progress)
@@ -132,12 +141,18 @@ def export_checkpoint(
             # From here on the weights are in the file; the PyTorch model needs the memory.
             checkpoint = writing.checkpoint
             draft = writing.manifest()
+        expected = None if expectations is None else ExpectedOutputs(expectations, draft)
         with progress.step("load the exported model"):
             runner = _load_runner(draft)
             check_contract(draft, writing.contracts())
         with progress.step("load the PyTorch model"):
             reference = family.reference(source, checkpoint)
         figures = check_parity(draft, runner, reference, _probe(draft), progress.iterate)
+        if expected is not None and in_fp32 is None:
+            figures["expected"] = expected.check(runner, progress.iterate)
+        elif expected is not None and in_fp32 is not None:
+            same = expected.count_same(runner, progress.iterate)
+            figures["expected"] = {**in_fp32, f"same_in_{options.precision}": same}
         golden = [_golden(draft, runner, number) for number in range(_GOLDEN_INPUTS)]
         with progress.step("verify the bundle"):
             writing.manifest(parity=figures, golden=golden)
@@ -161,6 +176,17 @@ def _calibrated(
     return Activations(scaled="calibrated", sentences=len(sources), ranges=ranges)
 
 
+def _expected_in_fp32(
+    checkpoint: Checkpoint, source: Path, target: Path, expectations: Expectations, progress: Progress
+) -> dict[str, Any]:
+    """Compare expected outputs with fp32 graphs of their own: rounding changes some outputs of a right config."""
+    with _folder_beside(target) as folder:
+        with progress.step("build fp32 graphs to compare outputs with"):
+            draft = _write(checkpoint, source, folder, STORES["fp32"](), ExportOptions(), None).manifest()
+        expected = ExpectedOutputs(expectations, draft)
+        return expected.check(_load_runner(draft), progress.iterate)
+
+
 def _store(precision: str, activations: Activations | None) -> WeightStore:
     if activations is not None and activations.scaled == "calibrated":
         return CalibratedInt8Store(activations.ranges)
@@ -182,19 +208,26 @@ def _check_arguments(target: Path, options: ExportOptions) -> None:
         raise ExportError(f"{target} exists already; choose another folder or give --replace")
     if target.exists() and not (target / MANIFEST).exists():
         raise ExportError(f"{target} exists and is no bundle; it is not replaced")
-    if not target.absolute().parent.is_dir():
-        raise ExportError(f"{target.absolute().parent} does not exist; create it first")
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ExportError(f"{above} is no folder, so {target} cannot be made; choose another folder")
 
 
 @contextmanager
 def _folder_beside(target: Path) -> Iterator[Path]:
-    """A folder on the target's file system, gone at the end unless it was renamed."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+    """A folder on the target's file system, gone at the end unless it was renamed; so are parents that it made."""
+    parents = target.absolute().parents
+    made = [parent for parent in parents if not parent.exists()]
+    parents[0].mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parents[0]))
     try:
         folder.chmod(0o755)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # one that holds the bundle stays, and those above it
+            for parent in made:
+                parent.rmdir()
 
 
 def _appear(folder: Path, target: Path, *, replace: bool) -> None:

@@ -167,7 +167,7 @@ def all_logprobs(
     result = np.empty((count, length, vocabulary), np.float32)
     for step in range(length):
         mask = np.zeros((count, 1, LEAST_QUERY_LENGTH, width), np.bool_)
-        mask[..., : step + 1] = True
+        mask[:, :, 0, : step + 1] = True
         batch = step_batch(
             layout(np.ones((count, 1), np.bool_)),
             token=forced[:, step : step + 1],

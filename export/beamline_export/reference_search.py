@@ -83,7 +83,7 @@ def reference_search(
     steps: list[Step] = []
     for step in range(options.max_new_tokens):
         logprobs = next_logprobs([(decoder_start, *beam.tokens) for beam in beams])
-        logprobs = np.stack([_processed(row, step, rules, options) for row in logprobs])
+        logprobs = np.stack([processed(row, step, rules, options) for row in logprobs])
         count = rules.candidates_per_beam * options.beam_size
         ranked = _rank(beams, logprobs, count + 1)
 
@@ -104,7 +104,7 @@ def reference_search(
     return SearchTrace(tuple(finished), tuple(steps))
 
 
-def _processed(row: NDArray[np.float32], step: int, rules: SearchRules, options: SearchOptions) -> NDArray[np.float32]:
+def processed(row: NDArray[np.float32], step: int, rules: SearchRules, options: SearchOptions) -> NDArray[np.float32]:
     """Bans and forced tokens, applied after the log-softmax."""
     row = row.copy()
     row[list(rules.banned)] = -np.inf

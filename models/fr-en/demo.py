@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import gzip
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,7 @@ def say(text: str) -> None:
 
 def command(*arguments: object) -> None:
     """Run `beamline ...`; raises CalledProcessError if it fails."""
-    print("$ beamline", " ".join(map(str, arguments)), flush=True)
+    print("$ beamline", shlex.join(map(str, arguments)), flush=True)
     subprocess.run([str(BEAMLINE), *map(str, arguments)], check=True)
 
 
@@ -87,11 +88,11 @@ def measure(server: ServerProcess) -> None:
     steps, rows = (samples[f'beamline_step_rows_{part}{{kind="decode"}}'] for part in ("count", "sum"))
     print(f"throughput   {len(sources) / wall:.0f} sentences/s")
     print(f"latency      p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms")
-    print(f"batching     {rows / steps:.1f} rows per step on average")
-    print(f"quality      BLEU {bleu.score:.1f}")
+    print(f"batching     {rows / steps:.1f} hypotheses continued at once, on average over all steps")
+    print(f"quality      BLEU {bleu.score:.1f} of 100 against people's translations")
     if bleu.score < 50:
         raise RuntimeError(f"BLEU {bleu.score:.1f} is far below this model's 53: the answers are wrong")
-    say("some metrics")
+    say("some of the metrics that Prometheus reads")
     print("\n".join(line for line in server.scrape().splitlines() if line.startswith(METRICS)))
 
 
@@ -105,14 +106,15 @@ def main() -> int:
         bundle = Path(folder) / "fr-en"
         say("export the checkpoint to ONNX")
         calibrate = ["--calibrate", HERE / "calibration.txt"] if arguments.precision == "int8" else []
-        command("export", HERE, "-o", bundle, "--precision", arguments.precision, *calibrate)
+        expect = ["--expect", HERE / "expected.jsonl"]  # what PyTorch makes of 100 sentences
+        command("export", HERE, "-o", bundle, "--precision", arguments.precision, *calibrate, *expect)
         say("start the server")
         print("$ beamline serve", bundle, flush=True)
         began = time.monotonic()
         with ServerProcess(bundle) as server:
             server.wait_until_serving()
             print(f"SERVING after {time.monotonic() - began:.1f} s")
-            say("translate a few sentences, three hypotheses each")
+            say("translate a few sentences: three hypotheses each, after their scores (mean log-probability)")
             command("translate", "--server", server.target, "--n-best", 3, "--scores", *SENTENCES)
             measure(server)
             say("stop the server")

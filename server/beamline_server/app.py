@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
@@ -40,6 +41,8 @@ EXIT_BUNDLE = 3
 
 _LAST_WORDS_S = 1.0
 """Time for the last answers to be sent once all of them are known."""
+_MOST_FOREIGN = 8
+"""Names of foreign files in the log at most."""
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +128,7 @@ async def run(
     desk, health = Desk(asyncio.get_running_loop()), Health(metrics)
     with ExitStack() as resources:
         metrics_port = resources.enter_context(_metrics_server(metrics, settings)).port
-        bundle = await asyncio.to_thread(load_bundle, command.bundle)
+        bundle = await asyncio.to_thread(_load, command.bundle)
         tokenizer = load_tokenizer(bundle)
         _tell_ignored_settings(bundle)
         built = await asyncio.to_thread(build, bundle, settings, deliver=desk.deliver, observer=metrics)
@@ -161,6 +164,14 @@ def _tell_ignored_settings(bundle: Bundle) -> None:
     if ignored := bundle.manifest.generation_defaults.not_supported:
         message = "settings of the checkpoint would change answers and have no effect"
         _log.warning(message, extra={"event": "ignored_settings", "settings": ignored})
+
+
+def _load(path: Path) -> Bundle:
+    bundle = load_bundle(path)
+    if foreign := bundle.foreign_files():
+        told = {"event": "foreign_files", "files": foreign[:_MOST_FOREIGN], "count": len(foreign)}
+        _log.warning("files beside the manifest that are no part of the bundle are ignored", extra=told)
+    return bundle
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,17 @@ A bundle is a folder:
     weights.bin         every weight once; both graphs point into it
     tokenizer files     as the manifest names them
 
-The server refuses what it cannot verify and says which file and why. It verifies and ignores files that it does not
-know, as old exports wrote them.
+The server refuses what it cannot verify and says which file and why. It holds what it serves in memory: files that
+change later change nothing, so a file may be a link to wherever a store keeps the content. Files that it does not know,
+as old exports wrote them, are verified and ignored.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -249,6 +253,29 @@ class Bundle:
             raise BundleError(self.path / name, "is not listed in the manifest")
         return self.path / name
 
+    def read(self, name: str) -> bytes:
+        """Content of one of the files that the manifest lists, verified as it is read.
+
+        Raises:
+            BundleError: it is missing or damaged by now.
+        """
+        file = self.file(name)
+        with _opened(file, self.manifest.files[name]) as stream:
+            content = stream.read()
+        _check_digest(file, self.manifest.files[name], hashlib.sha256(content).hexdigest())
+        return content
+
+    def foreign_files(self) -> list[str]:
+        """Names beside the manifest that it does not list, as a fresh volume has one (lost+found).
+
+        But for names with a leading dot, which are the bookkeeping of ConfigMap and image volumes.
+        """
+        try:
+            names = sorted(file.name for file in self.path.iterdir())
+        except OSError:  # a folder may let its files be read and not be listed
+            return []
+        return [n for n in names if n != MANIFEST and n not in self.manifest.files and not n.startswith(".")]
+
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:
     """Read and check a bundle's manifest alone; returns it with its fingerprint.
@@ -285,28 +312,32 @@ def load_bundle(path: Path) -> Bundle:
     """Read a bundle and verify every file against the manifest.
 
     Raises:
-        BundleError: names the first file that is missing, damaged, foreign or no plain file.
+        BundleError: names the first file that is missing, damaged or no file.
     """
     manifest, fingerprint = read_manifest(path)
     for name, entry in manifest.files.items():
-        _verify(path / name, entry)
-    # ConfigMap and image volumes put bookkeeping entries with a leading dot beside the files.
-    for file in sorted(path.iterdir()):
-        if file.name not in manifest.files and file.name != MANIFEST and not file.name.startswith("."):
-            raise BundleError(file, "is not listed in the manifest; remove it or export again")
+        with _opened(path / name, entry) as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        _check_digest(path / name, entry, digest)
     return Bundle(path, manifest, fingerprint)
 
 
-def _verify(file: Path, entry: FileEntry) -> None:
-    if file.is_symlink() or not file.is_file():
-        raise BundleError(file, "is missing or no plain file; copy the bundle again")
+@contextmanager
+def _opened(file: Path, entry: FileEntry) -> Iterator[BufferedReader]:
+    """The file, open; a link is followed, since what counts is the content."""
+    # Asked first: opening a pipe would wait for ever.
+    if not file.is_file():
+        raise BundleError(file, "is missing or no file; copy the bundle again")
     try:
-        size = file.stat().st_size
-        if size != entry.bytes:
-            raise BundleError(file, f"has {size} bytes, the manifest says {entry.bytes}; copy the bundle again")
         with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            size = os.fstat(stream.fileno()).st_size
+            if size != entry.bytes:
+                raise BundleError(file, f"has {size} bytes, the manifest says {entry.bytes}; copy the bundle again")
+            yield stream
     except OSError as error:
         raise BundleError(file, f"cannot be read ({error.strerror})") from error
+
+
+def _check_digest(file: Path, entry: FileEntry, digest: str) -> None:
     if digest != entry.sha256:
         raise BundleError(file, "does not match its checksum; copy the bundle again")

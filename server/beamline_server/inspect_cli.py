@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from beamline_server.bundle import BundleError, Manifest, load_bundle, read_manifest
+from beamline_server.bundle import Bundle, BundleError, Manifest, load_bundle, read_manifest
 
 EXIT_BUNDLE = 3
+_MOST_FOREIGN = 8
 
 Row = tuple[str, str]
 
@@ -24,17 +25,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON, with the fingerprint")
     arguments = parser.parse_args(argv)
     try:
-        manifest, fingerprint = read_manifest(arguments.bundle)
-        if arguments.verify:
+        bundle = (
             load_bundle(arguments.bundle)
+            if arguments.verify
+            else Bundle(arguments.bundle, *read_manifest(arguments.bundle))
+        )
     except BundleError as error:
         sys.stderr.write(f"beamline inspect: {error}\n")
         return EXIT_BUNDLE
+    if foreign := bundle.foreign_files():
+        names = ", ".join(ascii(name) for name in foreign[:_MOST_FOREIGN])
+        more = f" and {len(foreign) - _MOST_FOREIGN} more" if len(foreign) > _MOST_FOREIGN else ""
+        sys.stderr.write(f"beamline inspect: no part of the bundle, ignored: {names}{more}\n")
     if arguments.json:
-        content = {"fingerprint": fingerprint, **manifest.model_dump(mode="json")}
+        content = {"fingerprint": bundle.fingerprint, **bundle.manifest.model_dump(mode="json")}
         sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     else:
-        rows = [*description(manifest, fingerprint), ("files verified", "yes" if arguments.verify else "no; --verify")]
+        verified = ("files verified", "yes" if arguments.verify else "no; --verify")
+        rows = [*description(bundle.manifest, bundle.fingerprint), verified]
         sys.stdout.write(aligned(rows))
     return 0
 

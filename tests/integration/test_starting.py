@@ -86,7 +86,6 @@ def change_manifest(folder: Path, change: Callable[[dict[str, object]], object])
         pytest.param("weights.bin", lambda folder: flip_a_byte(folder / "weights.bin"), id="a byte of the weights"),
         pytest.param("encoder.onnx", lambda folder: flip_a_byte(folder / "encoder.onnx"), id="a byte of a graph"),
         pytest.param("source.spm", lambda folder: (folder / "source.spm").unlink(), id="no tokenizer"),
-        pytest.param("notes.txt", lambda folder: (folder / "notes.txt").write_text("hi"), id="a file too many"),
         pytest.param(MANIFEST, lambda folder: (folder / MANIFEST).unlink(), id="no manifest"),
         pytest.param(MANIFEST, lambda folder: (folder / MANIFEST).write_text('{"a": 1'), id="half a manifest"),
         pytest.param(

@@ -105,7 +105,7 @@ def build_runner(bundle: Bundle, device: str, threads: int) -> StepRunner:
     """A runner on a device.
 
     Raises:
-        BundleError: a graph cannot be loaded.
+        BundleError: a file has changed, or a graph cannot be loaded.
         DeviceError: the device does not start.
     """
     from beamline_server.engine.ort.device import DeviceRunner
@@ -116,6 +116,8 @@ def build_runner(bundle: Bundle, device: str, threads: int) -> StepRunner:
         if device == "cuda" or bundle.manifest.precision == "fp16":
             return DeviceRunner(bundle, device=device, threads=threads)
         return HostRunner(bundle, threads=threads)
+    except BundleError:  # a file that has changed since it was verified; it says which
+        raise
     except Exception as error:  # onnxruntime raises many kinds; all mean that the graphs or the device are unusable
         reason = str(error).splitlines()[0]
         if device == "cuda":

@@ -153,9 +153,22 @@ def test_invalid_options_are_told_before_anything_is_read(
         export(tmp_path / "nowhere", tmp_path / "bundle", options, silent)
 
 
-def test_the_parent_of_the_target_must_exist(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
-    with pytest.raises(ExportError, match="does not exist; create it first"):
-        export(checkpoint.folder, tmp_path / "no" / "bundle", ExportOptions(), silent)
+def test_parents_of_the_target_are_made_and_gone_again_if_the_export_fails(
+    checkpoint: Any, tmp_path: Path, silent: Progress
+) -> None:
+    target = tmp_path / "no" / "such" / "bundle"
+    with pytest.raises(ExportError, match="does not agree"):
+        export_checkpoint(detect(checkpoint.folder), checkpoint.folder, target, ExportOptions(), silent, WrongStore())
+    assert left_in(tmp_path) == {"checkpoint"}
+    assert export(checkpoint.folder, target, ExportOptions(), silent).path == target
+    assert left_in(target.parent) == {"bundle"}
+    assert load_bundle(target).manifest.precision == "fp32"
+
+
+def test_a_parent_that_is_a_file_is_named_before_anything_is_read(tmp_path: Path, silent: Progress) -> None:
+    (tmp_path / "file").write_text("dear")
+    with pytest.raises(ExportError, match=r"/file is no folder, so .* cannot be made; choose another folder"):
+        export(tmp_path / "nowhere", tmp_path / "file" / "a" / "bundle", ExportOptions(), silent)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Calibration: which sentences are read, what is measured on them, and that it is what PyTorch's modules see."""
 
+import hashlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ from beamline_export.progress import Progress
 from beamline_export.reference import HuggingFaceReference
 from beamline_export.spec import ExportError
 from beamline_export.testing import DECODER_START, EOS, write_hugging_face
-from beamline_server.bundle import DECODER_STEP, ENCODER, WEIGHTS, Bundle, GenerationDefaults, load_bundle
+from beamline_server.bundle import DECODER_STEP, ENCODER, WEIGHTS, Bundle, FileEntry, GenerationDefaults, load_bundle
 from beamline_server.engine.build import build_runner, model_rules
 from beamline_server.engine.ort.sessions import session_options
 from beamline_server.engine.request import EarlyStopping, SearchOptions
@@ -172,7 +173,9 @@ def with_ranges(checkpoint: Path, target: Path) -> Bundle:
         graphs = {name: build(read, RangeStore(), weights) for name, build in BUILD.items()}
     for name, graph in graphs.items():
         (target / name).write_bytes(graph.SerializeToString())
-    return bundle
+    contents = {name: (target / name).read_bytes() for name in bundle.manifest.files}
+    files = {n: FileEntry(sha256=hashlib.sha256(c).hexdigest(), bytes=len(c)) for n, c in contents.items()}
+    return Bundle(target, bundle.manifest.model_copy(update={"files": files}), bundle.fingerprint)
 
 
 BUILD = {ENCODER: build_encoder, DECODER_STEP: build_decoder_step}

@@ -77,7 +77,8 @@ def test_a_bundle_is_written_told_and_replaced(
     command = [str(checkpoint.folder), "-o", str(target), "--name", "tiny"]
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert "parity with PyTorch (cpu)" in captured.out
+    assert "compared with the PyTorch model (cpu)" in captured.out
+    assert "check it with outputs of your own model: --expect FILE" in captured.out
     assert f"wrote {target}: fp32" in captured.out
     assert [line.split(":")[0].strip() for line in captured.err.splitlines()] == [
         "read the checkpoint",
@@ -150,19 +151,47 @@ def test_sentences_that_are_not_usable_are_one_line_and_status_2(
     assert sorted(tmp_path.iterdir()) == before
 
 
+FORCED = {"sources": 12, "steps": 12, "relative_rms": 0.0, "same_top_token": 1.0, "max_difference": 0.0}
+
+
 @pytest.mark.parametrize(
-    ("precision", "parted", "told"),
+    ("precision", "same", "told"),
     [
-        ("int8", 5, "5 differ beyond near-ties (as int8 may, on random sources);"),
-        ("int8", 0, "0 differ beyond near-ties;"),
-        ("fp32", 1, "1 differ beyond near-ties;"),
+        ("int8", 1, "1 of 6 identical; int8 need not be: "),
+        ("fp16", 5, "5 of 6 identical; fp16 need not be: "),
+        ("fp32", 5, "5 of 6 identical, 1 parted at a near-tie"),
+        ("fp32", 6, "6 of 6 identical"),
     ],
 )
-def test_searches_that_differ_are_no_alarm_where_they_may(precision: str, parted: int, told: str) -> None:
-    figures = dict.fromkeys(("max_difference", "max_difference_first_step", "max_difference_last_step"), 0.0)
-    forced = {"sources": 12, "steps": 144, "relative_rms": 0.0, "same_top_token": 1.0, **figures}
-    search = {"same": 6 - parted, "searches": 6, "parted_beyond_near_ties": parted, "max_score_difference": 0.0}
-    assert told in report({"device": "cpu", "forced_decode": forced, "beam_search": search}, precision)
+def test_searches_that_differ_are_explained(precision: str, same: int, told: str) -> None:
+    search = {"same": same, "searches": 6, "parted_beyond_near_ties": 0, "max_score_difference": 0.0}
+    lines = report({"device": "cpu", "forced_decode": FORCED, "beam_search": search}, precision).splitlines()
+    assert lines[-1].split(maxsplit=2)[2].startswith(told)
+    assert lines[-1].endswith(told if precision == "fp32" else "its rounding decides between close choices")
+    limit = {
+        "fp32": "at most 0.0e+00 (allowed: 1e-03)",
+        "fp16": "at most 0.0e+00 (allowed: 2e-02)",
+        "int8": "0.0% of their spread (allowed: 10%)",
+    }
+    assert f"differ by {limit[precision]}, over 12 steps each" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected", "told"),
+    [
+        ("fp32", {"examples": 9, "same": 9, "near_ties": 0}, "9 of 9 given in fp32"),
+        ("fp32", {"examples": 9, "same": 8, "near_ties": 1}, "8 of 9 given in fp32, 1 but for a near-tie"),
+        (
+            "int8",
+            {"examples": 9, "same": 9, "near_ties": 0, "same_in_int8": 8},
+            "9 of 9 given in fp32; 8 in int8, which rounds",
+        ),
+    ],
+)
+def test_expected_outputs_are_told(precision: str, expected: dict[str, int], told: str) -> None:
+    search = {"same": 6, "searches": 6, "parted_beyond_near_ties": 0, "max_score_difference": 0.0}
+    figures = {"device": "cpu", "forced_decode": FORCED, "beam_search": search, "expected": expected}
+    assert report(figures, precision).splitlines()[-1] == f"  your outputs       {told}"
 
 
 @pytest.mark.parametrize("arguments", [[], ["folder"], ["folder", "-o", "x", "--precision", "int4"]])

@@ -77,3 +77,20 @@ def test_a_folder_that_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([str(tmp_path)]) == 3
     [line] = capsys.readouterr().err.splitlines()
     assert "is this a bundle?" in line
+
+
+@pytest.mark.parametrize("flags", [[], ["--verify"]])
+def test_what_is_no_part_of_the_bundle_is_told_on_the_side(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bundle(tmp_path)
+    (tmp_path / "lost+found").mkdir()
+    assert main([str(tmp_path), "--json", *flags]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "beamline inspect: no part of the bundle, ignored: 'lost+found'\n"
+    assert json.loads(captured.out)["name"] == "test-model"
+    for i in range(10):
+        (tmp_path / f"note {i}\n").write_bytes(b"")
+    assert main([str(tmp_path), *flags]) == 0
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith("'note 6\\n' and 3 more")

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from beamline_server.bundle import DECODER_STEP, ENCODER, Bundle
+from beamline_server.bundle import DECODER_STEP, ENCODER, WEIGHTS, Bundle
 from beamline_server.engine.runner import EncoderBatch, StepBatch
 
 CUDA = "CUDAExecutionProvider"
@@ -66,15 +66,21 @@ def _processor() -> str:
     return file.read_text("utf-8", errors="replace") if file.exists() else ""
 
 
-def open_session(bundle: Bundle, name: str, providers: Sequence[Any], threads: int) -> ort.InferenceSession:
-    """A session of one graph of a bundle."""
+def open_session(
+    bundle: Bundle, name: str, weights: bytes, providers: Sequence[Any], threads: int
+) -> ort.InferenceSession:
+    """A session of one graph of a bundle, which keeps what it needs of the content of the weights' file.
+
+    Given a path, onnxruntime would map that file, and the process would die when somebody cuts it short.
+    """
     options = session_options(threads)
+    options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
     # On CPU the fused kernel is several times slower than its parts (onnxruntime 1.31).
     options.add_session_config_entry(
         "optimization.disable_specified_optimizers", "SkipLayerNormFusion;BiasSkipLayerNormFusion"
     )
     # Without fallback: it would print, and compute on the CPU what was meant for the GPU.
-    return ort.InferenceSession(str(bundle.file(name)), options, providers=list(providers), enable_fallback=0)
+    return ort.InferenceSession(bundle.read(name), options, providers=list(providers), enable_fallback=0)
 
 
 _ELEMENT_TYPES = {
@@ -106,8 +112,9 @@ class Sessions:
         self.width = bundle.manifest.dimensions.d_model
         self.self_names = [f"self_{kind}_{i}" for i in layers for kind in ("k", "v")]
         self.cross_names = [f"cross_{kind}_{i}" for i in layers for kind in ("k", "v")]
-        self.encoder = open_session(bundle, ENCODER, providers, threads)
-        self.decoder = open_session(bundle, DECODER_STEP, providers, threads)
+        weights = bundle.read(WEIGHTS)
+        self.encoder = open_session(bundle, ENCODER, weights, providers, threads)
+        self.decoder = open_session(bundle, DECODER_STEP, weights, providers, threads)
         types = {value.name: value.type for value in self.decoder.get_inputs()}
         self.dtype = np.float16 if types[self.self_names[0]] == "tensor(float16)" else np.float32
         self._counts: dict[int, NDArray[np.int64]] = {}

@@ -1,0 +1,196 @@
+"""Compares an exported model with what the user's own model answered: shows that its config.json is the right one.
+
+The comparison is in fp32, whatever the bundle's precision: rounding may change an output, a wrong config changes most.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from beamline_export.agreement import NEAR_TIE, Tokens, search_all
+from beamline_export.expectations import Example, Expectations, resolve, same_up_to
+from beamline_export.parity import TOLERANCES, Progress, all_logprobs
+from beamline_export.reference_search import processed
+from beamline_export.spec import ExportError
+from beamline_server.bundle import Bundle
+from beamline_server.engine.build import model_rules
+from beamline_server.engine.request import Hypothesis
+from beamline_server.engine.runner import StepRunner
+from beamline_server.tokenizer import load_tokenizer
+
+_AT_ONCE = 16
+"""Searches in one batch; bounds the memory for their caches."""
+_MOST_SHOWN = 200
+"""Characters of a text in a message."""
+_OWN_FIELDS = (
+    "nhead, norm_first, activation, positions, scale_embedding, layer_norm_eps, tie_embeddings, the special tokens"
+)
+_OTHER_CAUSES = "or the outputs were made with other weights, without model.eval(), or in half precision"
+
+
+class ExpectedOutputs:
+    """Expected outputs, as a model is to give them.
+
+    Args:
+        expectations: What was read from a file.
+        bundle: Of the model; its manifest and its tokenizer are used.
+
+    Raises:
+        ExportError: names the lines that the model cannot read.
+    """
+
+    def __init__(self, expectations: Expectations, bundle: Bundle) -> None:
+        self._file, self._examples = expectations.file, resolve(expectations, bundle)
+        self._tokenizer = load_tokenizer(bundle)
+        self._rules = model_rules(bundle.manifest)
+        self._own_config = bundle.manifest.architecture == "nn_transformer"
+
+    def count_same(self, runner: StepRunner, progress: Progress) -> int:
+        """How many outputs this runner gives as expected."""
+        outputs = self._search(runner, progress, "expected outputs")
+        return sum(self._is_same(e, found[0].tokens) for e, found in zip(self._examples, outputs, strict=True))
+
+    def check(self, runner: StepRunner, progress: Progress) -> dict[str, Any]:
+        """Compare the outputs and log-probabilities of an fp32 runner; returns the figures for the manifest.
+
+        Raises:
+            ExportError: one differs by more than a near-tie; says which is the first.
+        """
+        outputs = self._search(runner, progress, "expected outputs in fp32")
+        pairs = list(zip(self._examples, outputs, strict=True))
+        different = [(example, found) for example, found in pairs if not self._is_same(example, found[0].tokens)]
+        count = f"{len(pairs) - len(different)} of {len(pairs)} outputs are as expected"
+        for example, found in different:
+            where = self._parting(runner, example, found)
+            if where is not None:
+                told = self._told(example, found[0].tokens, where)
+                raise ExportError(f"{self._file}: {count}; {told}; {self._causes()}")
+        if len(different) == len(pairs):
+            raise ExportError(f"{self._file}: {count}, all others are near-ties; give inputs that decide something")
+        figures = {"examples": len(pairs), "same": len(pairs) - len(different), "near_ties": len(different)}
+        return figures | self._check_logprobs(runner, progress)
+
+    def _search(self, runner: StepRunner, progress: Progress, name: str) -> list[tuple[Hypothesis, ...]]:
+        outputs: list[tuple[Hypothesis, ...]] = []
+        for i in progress(name, -(-len(self._examples) // _AT_ONCE)):
+            searches = [(e.source, e.options) for e in self._examples[i * _AT_ONCE : (i + 1) * _AT_ONCE]]
+            outputs += [done.hypotheses for done in search_all(runner, self._rules, searches)]
+        return outputs
+
+    def _is_same(self, example: Example, output: Tokens) -> bool:
+        if example.target is not None:
+            return same_up_to(output, example.target) == len(example.target)
+        assert example.text is not None
+        return self._decoded(output) == example.text.strip()
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        assert self._tokenizer is not None
+        return self._tokenizer.decode(tokens).strip()
+
+    def _parting(self, runner: StepRunner, example: Example, found: Sequence[Hypothesis]) -> "_Parting | None":
+        """Where an output that differs does so; None if a near-tie explains it."""
+        output, target = found[0].tokens, example.target
+        if target is not None and example.options.beam_size == 1:
+            return self._greedy_parting(runner, example, target)
+        if target is None and example.options.beam_size == 1:
+            near_tie = self._closest_choice(runner, example, output) <= NEAR_TIE
+        else:
+            close = [h.tokens for h in found if found[0].score - h.score <= NEAR_TIE]
+            near_tie = any(self._is_same(example, tokens) for tokens in close)
+        if near_tie:
+            return None
+        return _Parting(None if target is None else same_up_to(output, target))
+
+    def _closest_choice(self, runner: StepRunner, example: Example, output: Tokens) -> float:
+        """The least difference between the best token and the next one, along an output."""
+        rows = enumerate(self._forced(runner, example.source, output))
+        best = [np.sort(processed(row, step, self._rules.search, example.options))[-2:] for step, row in rows]
+        return min(float(first - second) for second, first in best)
+
+    def _greedy_parting(self, runner: StepRunner, example: Example, target: Tokens) -> "_Parting | None":
+        """The first expected token that this model does not prefer, on the way that the expected ones go."""
+        for step, row in enumerate(self._forced(runner, example.source, target)):
+            row = processed(row, step, self._rules.search, example.options)  # noqa: PLW2901 - the same row, with bans
+            best = int(row.argmax())
+            if not row[best] - row[target[step]] <= NEAR_TIE:
+                return _Parting(step, best, float(row[target[step]]), float(row[best]))
+        return None
+
+    def _forced(self, runner: StepRunner, source: Tokens, target: Tokens) -> NDArray[np.float32]:
+        """Log-probabilities along the target, (T, V)."""
+        inputs = np.array([[self._rules.decoder_start, *target[:-1]]])
+        rows: NDArray[np.float32] = all_logprobs(runner, [source], inputs, self._rules.vocabulary)[0]
+        return rows
+
+    def _told(self, example: Example, output: Tokens, where: "_Parting") -> str:
+        begin = f"the first that differs is in line {example.line}"
+        if example.target is None:
+            return f"{begin}: expected {_shown(str(example.text).strip())}, got {_shown(self._decoded(output))}"
+        assert where.step is not None
+        begin += f", at token {where.step + 1}"
+        if where.got is not None:
+            wanted = f"expected {example.target[where.step]} (log-probability {where.expected_logprob:.3f})"
+            begin += f": {wanted}, got {where.got} ({where.got_logprob:.3f})"
+            output = (*example.target[: where.step], where.got)
+        else:
+            begin += f": expected {_token(example.target, where.step)}, got {_token(output, where.step)}"
+        if self._tokenizer is None:
+            return begin
+        return f"{begin}; expected {_shown(self._decoded(example.target))}, got {_shown(self._decoded(output))}"
+
+    def _causes(self) -> str:
+        fields = f"config.json is probably wrong in one of {_OWN_FIELDS}, " if self._own_config else ""
+        searches = "the search differs (beam_size, length_penalty, max_new_tokens, generation settings), "
+        return f"{fields}{searches}{_OTHER_CAUSES}"
+
+    def _check_logprobs(self, runner: StepRunner, progress: Progress) -> dict[str, Any]:
+        """The largest difference of a log-probability, if any were given."""
+        given = [example for example in self._examples if example.logprobs]
+        if not given:
+            return {}
+        allowed = TOLERANCES["fp32"].logprob
+        assert allowed is not None
+        worst = 0.0
+        for i in progress("expected log-probabilities", len(given)):
+            example = given[i]
+            assert example.target is not None
+            rows = self._forced(runner, example.source, example.target)
+            found = rows[np.arange(len(rows)), list(example.target)]
+            difference = np.abs(found - np.array(example.logprobs, np.float32))
+            if (wrong := np.flatnonzero(~(difference <= allowed))).size:
+                at = int(wrong[0])
+                raise ExportError(
+                    f"{self._file}: line {example.line}: the log-probability of token {at + 1} "
+                    f"({example.target[at]}) is {found[at]:.4f}, expected {example.logprobs[at]:.4f} (allowed "
+                    f"difference: {allowed:g}); {self._causes()}"
+                )
+            worst = max(worst, float(difference.max()))
+        return {"with_logprobs": len(given), "max_logprob_difference": worst}
+
+
+@dataclass(frozen=True, slots=True)
+class _Parting:
+    """Where an output differs.
+
+    Attributes:
+        step: The first token that does, from 0; None for text.
+        got: The token that the model prefers there, of a greedy search.
+        expected_logprob: Log-probability of the expected token there.
+        got_logprob: That of the preferred one.
+    """
+
+    step: int | None
+    got: int | None = None
+    expected_logprob: float = 0.0
+    got_logprob: float = 0.0
+
+
+def _token(tokens: Tokens, step: int) -> str:
+    return str(tokens[step]) if step < len(tokens) else "the end"
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 1]}…")
