@@ -36,6 +36,7 @@ from beamline_export.expectations import Expectations, read_expectations
 from beamline_export.families.registry import Family, detect
 from beamline_export.graph_writer import WeightsFile
 from beamline_export.graphs import GraphSpec, decoder_step_graph, encoder_graph
+from beamline_export.known_settings import bounded
 from beamline_export.parity import Probe, check_contract, check_parity, random_sources
 from beamline_export.precision import STORES, CalibratedInt8Store, WeightStore
 from beamline_export.progress import Progress
@@ -120,13 +121,15 @@ def export_checkpoint(
         for file in _TOKENIZER_FILES:  # whose readers would say no more than that they are broken
             refuse_lfs_pointer(source / file)
         checkpoint = family.read(source)
+        unsupported = checkpoint.generation["not_supported"]
+        assert isinstance(unsupported, dict)
+        generation = {**checkpoint.generation, "not_supported": bounded(unsupported)}
+        checkpoint = dataclasses.replace(checkpoint, generation=generation)
         check_weights(checkpoint)
         notices = [*checkpoint.notices, *check_vocabularies(checkpoint, source)]
     for notice in notices:
         progress.warn(notice)
-    unsupported = checkpoint.generation["not_supported"]
-    assert isinstance(unsupported, dict)
-    for setting, value in sorted(unsupported.items()):
+    for setting, value in bounded(unsupported).items():
         progress.warn(f"setting not supported: {setting} = {value}")
     in_fp32 = None
     if expectations is not None and options.precision != "fp32":

@@ -340,15 +340,17 @@ class Renamer:
         weight = self._state.get(f"{stem}weight")
         for kind, default in (
             ("weight", None),
-            ("bias", None if weight is None else np.zeros(len(weight), np.float32)),
+            ("bias", None if weight is None else np.zeros(weight.shape[:1], np.float32)),
         ):
             whole = self._state[f"{stem}{kind}"] if self.has(f"{stem}{kind}") else default
             self._taken.add(f"{stem}{kind}")
             for i, name in enumerate(canonical):
                 self.names[f"{name}.{kind}"] = self.origin(f"{stem}{kind}")
-                if whole is not None:
+                if whole is not None and whole.ndim:
                     third = -(-len(whole) // 3)
                     self.weights[f"{name}.{kind}"] = whole[i * third : (i + 1) * third]
+                elif whole is not None:  # a lone number: its shape will be told
+                    self.weights[f"{name}.{kind}"] = whole
 
     def ignore(self, pattern: str) -> None:
         """Tensors that carry no information of their own."""

@@ -4,11 +4,12 @@ An export compares the ONNX graphs with PyTorch, but both follow the same config
 wrong outputs. Only outputs of the model itself tell (`beamline export --expect`).
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,7 +19,7 @@ from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle, GenerationDefaults, Manifest
 from beamline_server.engine.admission import MAX_BEAMS
 from beamline_server.engine.request import MAX_LENGTH_PENALTY, EarlyStopping, LengthPenaltyKind, SearchOptions
-from beamline_server.likeness import closest
+from beamline_server.likeness import did_you_mean
 from beamline_server.tokenizer import Tokenizer, load_tokenizer
 
 MOST_LINES = 1000
@@ -62,6 +63,8 @@ class Line(BaseModel):
             given = [key for key in (name, f"{name}_ids") if getattr(self, key) is not None]
             if len(given) != 1:
                 yield f"give {name}_ids or {name}" + (", not both" if given else "")
+            if not _is_text(getattr(self, name)):
+                yield f"{name} has half of a surrogate pair, which is no character; write the text as UTF-8"
         if self.logprobs is not None:
             yield from self._logprob_problems(self.logprobs)
         if self.length_penalty is not None and self.beam_size == 1:
@@ -74,6 +77,11 @@ class Line(BaseModel):
             yield f"{len(logprobs)} logprobs for {len(self.target_ids)} target_ids; give one for each"
         if above := [value for value in logprobs if value > 1e-3]:
             yield f"logprobs has {above[0]:g}: natural logarithms of probabilities are not above 0"
+
+
+def _is_text(text: str | None) -> bool:
+    """Whether a tokenizer can read it: JSON may escape what is no character."""
+    return text is None or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +128,7 @@ def read_expectations(file: Path) -> Expectations:
     problems: list[str] = []
     try:
         with file.open("rb") as stream:
-            for line in read_lines(iter(lambda: stream.readline(_MOST_LINE_BYTES), b"")):
+            for line in read_lines(_bounded(stream, file)):
                 if line.number > MOST_LINES:
                     raise ExportError(f"{file} has more than {MOST_LINES:,} lines; a hundred settle it, leave some out")
                 try:
@@ -138,6 +146,17 @@ def read_expectations(file: Path) -> Expectations:
     return Expectations(file, tuple(lines))
 
 
+def _bounded(stream: BinaryIO, file: Path) -> Iterator[bytes]:
+    """The lines of a file as they stand there; ends at one that is too long to be read at all."""
+    for number in itertools.count(1):
+        raw = stream.readline(_MOST_LINE_BYTES + 1)
+        if len(raw) > _MOST_LINE_BYTES:
+            raise ExportError(f"{file}: line {number} is longer than {_MOST_LINE_BYTES:,} bytes; leave it out")
+        if not raw:
+            return
+        yield raw
+
+
 def _check(file: Path, problems: Sequence[str]) -> None:
     if problems:
         more = f"; and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
@@ -146,8 +165,6 @@ def _check(file: Path, problems: Sequence[str]) -> None:
 
 def _parsed(text: TextLine) -> Line:
     """The line; raises ValueError with all that is wrong with it."""
-    if len(text.content) == _MOST_LINE_BYTES:
-        raise ValueError(f"is longer than {_MOST_LINE_BYTES:,} bytes")
     try:
         data = json.loads(text.text(), object_pairs_hook=_object)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -174,8 +191,7 @@ def _told(detail: Any) -> str:
         return "is no JSON object"
     name = ".".join(str(part) for part in detail["loc"])[:60]
     if detail["type"] == "extra_forbidden":
-        near = closest(name, Line.model_fields)
-        return f"{name!r} is unknown; " + (f"did you mean {near}?" if near else f"known: {', '.join(_KEYS)}")
+        return f"{name!r} is unknown" + (did_you_mean(name, _KEYS) or f"; known: {', '.join(_KEYS)}")
     return f"{name}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
 
 

@@ -13,6 +13,9 @@ READ = "read"
 ANY = "any"
 """Changes no answer, whatever its value."""
 
+_MOST_TOLD = 64
+_LONGEST_TOLD = 200
+
 Effect = str | tuple[Any, ...]
 """`READ`, `ANY`, or the only values that change no answer; null never does."""
 
@@ -132,6 +135,18 @@ def without_effect(settings: Mapping[str, Any], known: Mapping[str, Effect], *, 
         elif isinstance(effect, tuple) and value not in (None, [], {}, *effect):
             found[name] = json.dumps(value)
     return found
+
+
+def bounded(ignored: Mapping[str, str]) -> dict[str, str]:
+    """Settings without effect as they are told everywhere: some checkpoints hold lists of millions of ids."""
+    told = {_cut(name): _cut(value) for name, value in sorted(ignored.items())[:_MOST_TOLD]}
+    if (more := len(ignored) - _MOST_TOLD) > 0:
+        told["…"] = f"and {more} more"
+    return told
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_TOLD else f"{text[: _LONGEST_TOLD - 1]}…"
 
 
 def contradictions(config: Mapping[str, Any]) -> list[str]:

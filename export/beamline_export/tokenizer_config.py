@@ -79,14 +79,28 @@ def _read(folder: Path, data: Mapping[str, Any], family: str) -> TokenizerConfig
         extra=frozenset(special),
         added=frozenset(words) - {_text(data[name]) for name in _NAMED if data.get(name) is not None},
         flags={name: value for name, value in data.items() if isinstance(value, bool)},
-        tokenizer_class=data.get("tokenizer_class"),
+        tokenizer_class=tokenizer_class(data, CONFIG_FILE),
         without_effect=without_effect(
             data, {**TOKENIZER[family], **dict.fromkeys(models_own, READ)}, name_unknown=True
         ),
     )
 
 
+def tokenizer_class(data: Mapping[str, Any], file: str) -> str | None:
+    """The class in transformers that a config names, if it names one.
+
+    Raises:
+        ExportError: it is no name.
+    """
+    name = data.get("tokenizer_class")
+    if name is not None and not isinstance(name, str):
+        raise ExportError(f"{file}: tokenizer_class must be the name of a class, not {json.dumps(name)[:60]}")
+    return name
+
+
 def _texts(tokens: Any) -> Iterator[str]:
+    if isinstance(tokens, str):
+        raise TypeError(f"{tokens[:60]!r} is no list of tokens")
     return (_text(token) for token in (tokens.values() if isinstance(tokens, Mapping) else tokens) if token is not None)
 
 

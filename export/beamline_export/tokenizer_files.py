@@ -85,7 +85,7 @@ def read_marian_tokenizer(
 
 def _vocabulary(file: Path) -> dict[str, int]:
     try:
-        return read_vocabulary(file)
+        return read_vocabulary(file.name, file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable_tokenizer(file, error) from error
 
@@ -144,7 +144,7 @@ def load_json_tokenizer(file: Path) -> Any:
         ExportError: it is missing, or none.
     """
     try:
-        return read_json_tokenizer(file)
+        return read_json_tokenizer(file.read_bytes())
     except Exception as error:  # the library raises its own kinds; all mean the same to the user
         raise unreadable_tokenizer(file, error) from error
 

@@ -107,9 +107,10 @@ def _read(kind: str, file: Path, size: int) -> _Vocabulary:
     if kind == "tokenizers":
         return _read_json(file, size)
     try:
+        content = file.read_bytes()
         if kind == "marian":
-            return _Vocabulary(read_vocabulary(file))
-        model = read_sentencepiece(file)
+            return _Vocabulary(read_vocabulary(file.name, content))
+        model = read_sentencepiece(file.name, content)
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable_tokenizer(file, error) from error
     return _Vocabulary({model.id_to_piece(i): i for i in range(model.get_piece_size())})

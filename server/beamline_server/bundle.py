@@ -33,6 +33,8 @@ ENCODER = "encoder.onnx"
 DECODER_STEP = "decoder_step.onnx"
 WEIGHTS = "weights.bin"
 
+_LONGEST_MANIFEST = 16 * 1024 * 1024
+
 NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Precision = Literal["fp32", "fp16", "int8"]
@@ -284,11 +286,17 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
         BundleError: it is missing, of another format, or contradicts itself.
     """
     file = path / MANIFEST
+    hint = "is this a bundle? `beamline export` writes one"
     try:
-        raw = file.read_bytes()
+        # Asked first: opening a pipe would wait for ever, and some devices never end.
+        if file.exists() and not file.is_file():
+            raise BundleError(file, f"is no file; {hint}")
+        with file.open("rb") as stream:
+            raw = stream.read(_LONGEST_MANIFEST + 1)
     except OSError as error:
-        hint = "is this a bundle? `beamline export` writes one"
         raise BundleError(file, f"cannot be read ({error.strerror}); {hint}") from error
+    if len(raw) > _LONGEST_MANIFEST:
+        raise BundleError(file, f"is longer than {_LONGEST_MANIFEST:,} bytes; {hint}")
     try:
         data = json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -6,7 +6,6 @@ vocabulary has them as words. Marian's language code at the beginning of a text 
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from beamline_server.bundle import Bundle, BundleError, Manifest
@@ -25,6 +24,10 @@ _CLEAN_UP = {
     " 're": "'re",
 }
 """What transformers' `clean_up_tokenization` replaces, in its order."""
+
+
+Read = Callable[[str], bytes]
+"""Gives the content of a file of the bundle, by its name."""
 
 
 class Tokenizer(Protocol):
@@ -57,13 +60,15 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
     kind = bundle.manifest.tokenizer.kind
     if kind == "none":
         return None
-    readers: dict[str, Callable[[Path, Manifest], Tokenizer]] = {
+    readers: dict[str, Callable[[Read, Manifest], Tokenizer]] = {
         "marian": _MarianTokenizer,
         "sentencepiece": _SentencePieceTokenizer,
         "tokenizers": _JsonTokenizer,
     }
     try:
-        tokenizer = readers[kind](bundle.path, bundle.manifest)
+        tokenizer = readers[kind](bundle.read, bundle.manifest)
+    except BundleError:  # a file has changed since it was verified; it says which
+        raise
     except Exception as error:  # the libraries raise many kinds; all mean that the files are no such tokenizer
         raise BundleError(bundle.path, f"its {kind} tokenizer cannot be read ({unreadable(error)})") from error
     return CleanedUp(tokenizer) if bundle.manifest.tokenizer.clean_up_spaces else tokenizer
@@ -127,34 +132,32 @@ def _cleaned_up(text: str) -> str:
     return text
 
 
-def read_sentencepiece(file: Path) -> Any:
-    """A SentencePiece model.
+def read_sentencepiece(name: str, content: bytes) -> Any:
+    """A SentencePiece model, of a file of this name.
 
     Raises:
-        OSError: it is missing.
         ValueError: it is none.
     """
     import sentencepiece
 
-    model = file.read_bytes()
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
+        return sentencepiece.SentencePieceProcessor(model_proto=content or b"\0")
     except RuntimeError as error:  # the library's text names a line of its own source
-        raise ValueError(f"{file.name} is no SentencePiece model") from error
+        raise ValueError(f"{name} is no SentencePiece model") from error
 
 
 class _MarianTokenizer:
     """Two SentencePiece models and a vocabulary that maps their pieces to ids (MarianMT)."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, read: Read, manifest: Manifest) -> None:
         own = "target_vocab.json" in manifest.tokenizer.files
-        self._source = read_sentencepiece(folder / "source.spm")
-        target = read_sentencepiece(folder / "target.spm")
+        self._source = read_sentencepiece("source.spm", read("source.spm"))
+        target = read_sentencepiece("target.spm", read("target.spm"))
         # As transformers.
         self._target = target if own else self._source
-        self._ids = read_vocabulary(folder / "vocab.json")
+        self._ids = read_vocabulary("vocab.json", read("vocab.json"))
         _check_size(max(self._ids.values()) + 1, manifest.dimensions.source_vocabulary)
-        target_ids = read_vocabulary(folder / "target_vocab.json") if own else self._ids
+        target_ids = read_vocabulary("target_vocab.json", read("target_vocab.json")) if own else self._ids
         self._unknown = self._ids["<unk>"]
         special = _special_ids(manifest) | {target_ids.get("<unk>")}
         self._pieces = {number: piece for piece, number in target_ids.items() if number not in special}
@@ -176,26 +179,25 @@ class _MarianTokenizer:
         return whole_characters(self.decode(ids))
 
 
-def read_vocabulary(file: Path) -> dict[str, int]:
-    """A JSON object of pieces and their ids.
+def read_vocabulary(name: str, content: bytes) -> dict[str, int]:
+    """A JSON object of pieces and their ids, of a file of this name.
 
     Raises:
-        OSError: it is missing.
         ValueError: it is none.
     """
-    vocabulary = json.loads(file.read_text("utf-8"))
+    vocabulary = json.loads(content.decode())
     numbers = vocabulary.values() if isinstance(vocabulary, dict) else [None]
     if not vocabulary or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in numbers):
-        raise ValueError(f"{file.name} is no object of pieces and their ids")
+        raise ValueError(f"{name} is no object of pieces and their ids")
     return dict(vocabulary)
 
 
 class _SentencePieceTokenizer:
     """Two SentencePiece models whose piece numbers are the ids."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._source = read_sentencepiece(folder / "source.spm")
-        self._target = read_sentencepiece(folder / "target.spm")
+    def __init__(self, read: Read, manifest: Manifest) -> None:
+        self._source = read_sentencepiece("source.spm", read("source.spm"))
+        self._target = read_sentencepiece("target.spm", read("target.spm"))
         _check_size(self._source.get_piece_size(), manifest.dimensions.source_vocabulary)
         self._bos, self._eos = manifest.special_tokens.source_bos, manifest.special_tokens.source_eos
         self._control = {self._bos, self._eos, *map(self._source.piece_to_id, ("<s>", "</s>", "<pad>"))}
@@ -220,10 +222,10 @@ class _JsonTokenizer:
     Special ids that its post-processor does not add are added here.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, read: Read, manifest: Manifest) -> None:
         own = "target_tokenizer.json" in manifest.tokenizer.files
-        self._source = read_json_tokenizer(folder / "tokenizer.json")
-        self._target = read_json_tokenizer(folder / "target_tokenizer.json") if own else self._source
+        self._source = read_json_tokenizer(read("tokenizer.json"))
+        self._target = read_json_tokenizer(read("target_tokenizer.json")) if own else self._source
         tokens, vocabulary = manifest.special_tokens, manifest.dimensions.source_vocabulary
         self._bos, self._eos = tokens.source_bos, tokens.source_eos
         self._special = _special_ids(manifest)
@@ -248,7 +250,7 @@ class _JsonTokenizer:
         return whole_characters(self.decode(ids))
 
 
-def read_json_tokenizer(file: Path) -> Any:
+def read_json_tokenizer(content: bytes) -> Any:
     """A tokenizer.json, for text of any length in which special tokens are nothing special.
 
     Raises:
@@ -256,7 +258,7 @@ def read_json_tokenizer(file: Path) -> Any:
     """
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer = tokenizers.Tokenizer.from_buffer(content)
     # Length limits are the server's to apply and to tell.
     tokenizer.no_truncation()
     tokenizer.no_padding()

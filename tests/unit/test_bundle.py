@@ -178,6 +178,21 @@ def test_a_manifest_that_is_no_json_is_named(content: bytes, bundle: Path) -> No
     assert (error.path.name, error.problem.startswith("is not JSON")) == (MANIFEST, True)
 
 
+@pytest.mark.parametrize("target", ["pipe", "folder", "/dev/zero"])
+def test_a_manifest_that_is_no_file_is_found(target: str, bundle: Path) -> None:
+    os.mkfifo(bundle.parent / "pipe")
+    (bundle.parent / "folder").mkdir()
+    (bundle / MANIFEST).unlink()
+    (bundle / MANIFEST).symlink_to(bundle.parent / target)
+    error = refused(bundle)
+    assert (error.path.name, error.problem.startswith("is no file; is this a bundle?")) == (MANIFEST, True)
+
+
+def test_a_manifest_of_any_length_is_not_read(bundle: Path) -> None:
+    (bundle / MANIFEST).write_bytes(b" " * (16 * 1024 * 1024 + 1))
+    assert refused(bundle).problem.startswith("is longer than 16,777,216 bytes")
+
+
 @pytest.mark.parametrize("content", [b"[]", b"null", b'"x"', b"{}"])
 def test_json_that_is_no_manifest_is_named(content: bytes, bundle: Path) -> None:
     (bundle / MANIFEST).write_bytes(content)

@@ -1,6 +1,7 @@
 """Text to ids and back: as transformers do it, and without a trace of special tokens."""
 
 import gzip
+import hashlib
 import io
 import json
 import shutil
@@ -53,12 +54,18 @@ def bundle_of(folder: Path, kind: str, files: list[str], **tokens: Any) -> Bundl
         "max_target_tokens": 64,
     }
     manifest = make_manifest(
+        files={name: file_entry(folder / name) for name in files},
         tokenizer={"kind": kind, "files": files},
         dimensions=dimensions,
         special_tokens={"decoder_start": PAD, "eos": [EOS], "source_eos": EOS, "pad": PAD, **tokens},
         generation_defaults={"max_new_tokens": 32},
     )
     return Bundle(folder, manifest, "")
+
+
+def file_entry(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
 
 def loaded(bundle: Bundle) -> Tokenizer:
@@ -368,10 +375,6 @@ def test_a_model_without_tokenizer_has_none() -> None:
     assert load_tokenizer(bundle_of(MODEL, "none", [])) is None
 
 
-def missing(folder: Path) -> None:
-    (folder / "target.spm").unlink()
-
-
 def garbage(folder: Path) -> None:
     (folder / "source.spm").write_bytes(b"garbage")
 
@@ -390,7 +393,6 @@ def vocabulary(content: object) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        pytest.param(missing, r"target\.spm", id="missing"),
         pytest.param(garbage, r"source\.spm is no SentencePiece model", id="garbage"),
         pytest.param(empty, r"target\.spm is no SentencePiece model", id="empty"),
         pytest.param(vocabulary([1, 2]), r"vocab\.json is no object of pieces", id="list"),
@@ -413,6 +415,26 @@ def test_a_broken_tokenizer_json_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(BundleError, match="its tokenizers tokenizer cannot be read"):
         load_tokenizer(bundle_of(tmp_path, "tokenizers", ["tokenizer.json"]))
+
+
+@pytest.mark.parametrize("name", MARIAN_FILES)
+def test_a_file_that_has_changed_since_it_was_verified_is_not_used(name: str, tmp_path: Path) -> None:
+    for file in MARIAN_FILES:
+        shutil.copy(MODEL / file, tmp_path)
+    bundle = bundle_of(tmp_path, "marian", MARIAN_FILES)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[:-2] + b" " + content[-1:])
+    with pytest.raises(BundleError, match=rf"{name}: does not match its checksum"):
+        load_tokenizer(bundle)
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    for file in MARIAN_FILES:
+        shutil.copy(MODEL / file, tmp_path)
+    bundle = bundle_of(tmp_path, "marian", MARIAN_FILES)
+    (tmp_path / "target.spm").unlink()
+    with pytest.raises(BundleError, match=r"target\.spm: is missing"):
+        load_tokenizer(bundle)
 
 
 def test_a_sentencepiece_model_larger_than_the_model_is_named(pieces: Path) -> None:

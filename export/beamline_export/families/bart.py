@@ -12,7 +12,7 @@ from beamline_export.generation import read_generation
 from beamline_export.known_settings import CONFIG, contradictions, without_effect
 from beamline_export.reference import HuggingFaceReference, Reference
 from beamline_export.spec import Array, Checkpoint, ExportError, SpecialTokenIds, TransformerSpec
-from beamline_export.tokenizer_config import read_tokenizer_config
+from beamline_export.tokenizer_config import read_tokenizer_config, tokenizer_class
 from beamline_export.tokenizer_files import TokenizerFiles, read_bart_tokenizer, without_tokenizer
 
 _POSITION_OFFSET = 2
@@ -40,7 +40,7 @@ def read(folder: Path) -> Checkpoint:
     generation = read_generation(
         config, read_optional_json(folder / "generation_config.json"), max_positions=spec.max_target_positions
     )
-    tokenizer = _tokenizer(folder, generation.tokens, config.get("tokenizer_class"), source_bos)
+    tokenizer = _tokenizer(folder, generation.tokens, tokenizer_class(config, "config.json"), source_bos)
     names = _rename(spec, Ties(head=tied, sides=tied), read_state_dict(folder))
     return Checkpoint(
         spec,
@@ -81,7 +81,7 @@ def _rename(spec: TransformerSpec, ties: Ties, state: Mapping[str, Array]) -> Re
     names.ignore(r"model\.(encoder|decoder)\.version")
     for side, positions in (("encoder", "source_positions"), ("decoder", "target_positions")):
         names.take(positions, f"model.{side}.embed_positions.weight")
-        if positions in names.weights:
+        if names.weights.get(positions, np.float32(0)).ndim:
             names.weights[positions] = names.weights[positions][_POSITION_OFFSET:]
         names.module(f"{side}.embedding_norm", f"model.{side}.layernorm_embedding")
     take_layers(names, spec)

@@ -227,6 +227,22 @@ def test_a_git_lfs_pointer_in_place_of_a_tokenizer_file_is_told_as_one(
         export(folder, tmp_path / "bundle", ExportOptions(), silent)
 
 
+def test_settings_without_effect_are_told_in_short(make_checkpoint: Any, tmp_path: Path) -> None:
+    """They are in the manifest, in the log at every start and in every GetInfo."""
+    folder = make_checkpoint("marian").folder
+    odd = {f"unknown_{number:03}": "x" * 10_000 for number in range(100)}
+    generation = {"decoder_start_token_id": 2, "eos_token_id": 1, "forced_decoder_ids": [[1, 2]] * 100_000}
+    (folder / "generation_config.json").write_text(json.dumps({**generation, **odd}))
+    told = io.StringIO()
+    bundle = export(folder, tmp_path / "bundle", ExportOptions(), Progress(told))
+    ignored = bundle.manifest.generation_defaults.not_supported
+    assert ignored["forced_decoder_ids"].startswith("[[1, 2], [1, 2]")
+    assert max(map(len, ignored.values())) == 200
+    assert len(ignored) == 65
+    assert ignored["…"] == "and 37 more"
+    assert len(told.getvalue()) < 20_000
+
+
 def test_notices_about_a_checkpoint_are_told(checkpoint: Any, tmp_path: Path) -> None:
     told = io.StringIO()
     export(checkpoint.config(tie_embeddings=True), tmp_path / "bundle", ExportOptions(), Progress(told))

@@ -40,7 +40,7 @@ def refused(file: Path) -> str:
         ("{}", "give source_ids or source, give target_ids or target"),
         ({**GOOD, "source": "x"}, "give source_ids or source, not both"),
         ({**GOOD, "target": "x"}, "give target_ids or target, not both"),
-        ({**GOOD, "souce_ids": [1]}, "'souce_ids' is unknown; did you mean source_ids?"),
+        ({**GOOD, "souce_ids": [1]}, "'souce_ids' is unknown (did you mean source_ids?)"),
         ({**GOOD, "colour": 1}, "'colour' is unknown; known: source, source_ids, target, target_ids, logprobs, "),
         ({**GOOD, "source_ids": "5 6"}, "source_ids: input should be a valid list"),
         ({**GOOD, "source_ids": [5, 6.5]}, "source_ids.1: input should be a valid integer"),
@@ -56,12 +56,22 @@ def refused(file: Path) -> str:
         ({**GOOD, "logprobs": [-1.0, -2.0, float("nan")]}, "logprobs.2: input should be a finite number"),
         ({**GOOD, "logprobs": [0.5, -1.0, -1.0]}, "logprobs has 0.5: natural logarithms of probabilities are not"),
         ({"source_ids": [1], "target": "x", "logprobs": [-1.0]}, "logprobs belong to target_ids"),
-        ("x" * (1 << 20), "is longer than 1,048,576 bytes"),
+        ({"source": "a\ud800", "target_ids": [1]}, "source has half of a surrogate pair"),
+        ({"source_ids": [1], "target": "\udc00b"}, "target has half of a surrogate pair"),
     ],
 )
 def test_what_is_wrong_with_a_line_is_told(line: object, problem: str, tmp_path: Path) -> None:
     file = written(tmp_path, GOOD, line)
     assert refused(file).startswith(f"{file}: line 2: {problem}")
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "with-a-mark"])
+def test_a_line_that_is_too_long_ends_the_reading(mark: str, tmp_path: Path) -> None:
+    file = tmp_path / "expected.jsonl"
+    file.write_text(f"{mark}{json.dumps(GOOD)}\n{' ' * (3 << 20)}\n{{\n", "utf-8")
+    assert refused(file) == f"{file}: line 2 is longer than 1,048,576 bytes; leave it out"
+    file.write_text(f"{mark}{' ' * (1 << 20)}\n", "utf-8")
+    assert refused(file).startswith(f"{file}: line 1 is longer")
 
 
 def test_all_lines_are_told_at_once_up_to_a_count(tmp_path: Path) -> None:

@@ -246,11 +246,25 @@ def test_a_space_before_texts_is_as_tokenizer_json_has_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "config", [{"eos_token": 7}, {"added_tokens_decoder": {"0": 1}}, {"extra_special_tokens": [{"a": 1}]}]
+    "config",
+    [
+        {"eos_token": 7},
+        {"added_tokens_decoder": {"0": 1}},
+        {"extra_special_tokens": [{"a": 1}]},
+        {"extra_special_tokens": "abc"},
+    ],
 )
 def test_tokens_that_are_none_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"tokenizer_config\.json holds tokens that are none"):
         read(write_marian(tmp_path / "m", config))
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_the_class_of_a_tokenizer_is_a_name(file: str, tmp_path: Path) -> None:
+    folder = write_bart(tmp_path / "b", {})
+    edit(folder / file, tokenizer_class=["BartTokenizer"])
+    with pytest.raises(ExportError, match=rf"{file}: tokenizer_class must be the name of a class, not \["):
+        read(folder)
 
 
 def test_flags_are_true_or_false(tmp_path: Path) -> None:
