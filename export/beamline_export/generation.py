@@ -1,6 +1,6 @@
 """Reads Hugging Face generation settings: search defaults and special tokens, and what of them is not supported."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,8 @@ def read_generation(
     if start is None or (needs_eos and not eos):
         ids.problems.append("names no decoder_start_token_id or no eos_token_id; add them")
     ids.check()
+    if generation_config is not None:
+        unsupported |= _not_in_generation_config(given, start, eos)
 
     forced_bos, forced_eos = settings.optional_id("forced_bos_token_id"), settings.ids("forced_eos_token_id")
     if generation_config is None and settings.flag("force_bos_token_to_be_generated", False):
@@ -98,6 +100,19 @@ def read_generation(
     )
     ids.check()
     return Generation({**defaults, "not_supported": unsupported}, tokens, tokens.banned if renormalize else ())
+
+
+def _not_in_generation_config(given: Mapping[str, Any], start: int | None, eos: Sequence[int]) -> dict[str, str]:
+    """Ids of config.json that stand in for those that `generate`, which reads one file alone, would go without."""
+    used = {"decoder_start_token_id": start, "eos_token_id": list(eos)}
+    bos = given.get("bos_token_id")
+    if "decoder_start_token_id" not in given and bos == start:
+        del used["decoder_start_token_id"]
+    return {
+        name: f"absent from generation_config.json; {value} is used, of config.json, which `generate` does not do"
+        for name, value in used.items()
+        if name not in given
+    }
 
 
 def _search_defaults(settings: Fields, unsupported: dict[str, str], max_positions: int) -> dict[str, object]:

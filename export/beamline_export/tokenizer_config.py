@@ -68,7 +68,7 @@ def read_tokenizer_config(folder: Path, family: str) -> TokenizerConfig:
 def _read(folder: Path, data: Mapping[str, Any], family: str) -> TokenizerConfig:
     beside = list((data.get("added_tokens_decoder") or {}).values())
     words = {_text(token) for token in beside if not token.get("special")}
-    models_own = {name: value for name, value in data.items() if name.endswith("_token") and name not in _NAMED}
+    models_own = {name: value for name, value in data.items() if _is_models_own(name, value)}
     models_own |= data.get("model_specific_special_tokens") or {}
     extra: Any = next((data[name] for name in _EXTRA if data.get(name)), [])
     special = [*_texts(extra), *_texts(models_own), *(_text(token) for token in beside if token.get("special"))]
@@ -96,6 +96,11 @@ def tokenizer_class(data: Mapping[str, Any], file: str) -> str | None:
     if name is not None and not isinstance(name, str):
         raise ExportError(f"{file}: tokenizer_class must be the name of a class, not {json.dumps(name)[:60]}")
     return name
+
+
+def _is_models_own(name: str, value: object) -> bool:
+    """Whether a setting is a special token that this model alone has; `add_bos_token`, for one, says yes or no."""
+    return name.endswith("_token") and name not in _NAMED and isinstance(value, str | Mapping)
 
 
 def _texts(tokens: Any) -> Iterator[str]:

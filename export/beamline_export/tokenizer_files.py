@@ -20,6 +20,10 @@ _CLEAN_UP = "clean_up_tokenization_spaces"
 _FORCED = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 _PREFIX_SPACE = "add_prefix_space"
 _PROBE = "a"
+_OTHER_KIND = (
+    "tokenizer.json is read as it is; transformers' BartTokenizer would make byte pairs of it, without a normalizer: "
+    f"name another tokenizer_class in {CONFIG_FILE}, such as PreTrainedTokenizerFast"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,8 @@ def read_bart_tokenizer(
     known: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     roberta = (config.tokenizer_class or _ROBERTA_CLASSES[0]).removesuffix("Fast") in _ROBERTA_CLASSES
     before, after, notices = _around_bart(tokenizer, config, known, roberta=roberta)
+    if roberta and not _is_byte_level(tokenizer):
+        notices.append(_OTHER_KIND)
     added = tokenizer.get_added_tokens_decoder()
     flagged = {i for i, token in added.items() if token.special}
     matched = {token.content for token in added.values() if not token.special}
@@ -135,6 +141,12 @@ def _around_bart(
     if missing := [token for token in own if token not in known]:
         raise ExportError(f"tokenizer.json has no {missing[0]}, which BART has around a text; add it")
     return [known[own[0]]], [known[own[1]]], [_nothing_around(own)]
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    """Whether a tokenizer.json is of the only kind that transformers' BartTokenizer knows."""
+    splits_bytes = type(tokenizer.pre_tokenizer).__name__ == "ByteLevel"
+    return type(tokenizer.model).__name__ == "BPE" and splits_bytes and tokenizer.normalizer is None
 
 
 def load_json_tokenizer(file: Path) -> Any:

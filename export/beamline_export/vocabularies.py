@@ -9,6 +9,7 @@ from beamline_export.tokenizer_files import added_around, load_json_tokenizer, u
 from beamline_server.tokenizer import read_sentencepiece, read_vocabulary, unknown_id
 
 _MOST_SHOWN = 5
+_LIKE_TOKENIZERS = ("*.spm", "*.model", "vocab*", "merges.txt", "tokenizer.json", "sentencepiece*")
 _FILES = {
     "marian": ("vocab.json", "target_vocab.json"),
     "tokenizers": ("tokenizer.json", "target_tokenizer.json"),
@@ -49,7 +50,7 @@ def check_vocabularies(checkpoint: Checkpoint, folder: Path) -> list[str]:
     if problems := list(_special_tokens_outside(checkpoint)):
         raise ExportError(f"config.json or generation_config.json: {'; '.join(problems)}")
     if checkpoint.tokenizer_kind == "none":
-        return []
+        return list(_not_read(folder))
     source, target = _FILES[checkpoint.tokenizer_kind]
     target = target if target in checkpoint.tokenizer_files else source
     spec = checkpoint.spec
@@ -61,6 +62,15 @@ def check_vocabularies(checkpoint: Checkpoint, folder: Path) -> list[str]:
         *_outside(read[target], folder / target, "target", spec.target_vocabulary),
         *_without_text(read[target], target, spec.target_vocabulary),
     ]
+
+
+def _not_read(folder: Path) -> Iterator[str]:
+    """Of a checkpoint without a tokenizer that its family reads: files that look like one."""
+    if found := sorted({file.name for pattern in _LIKE_TOKENIZERS for file in folder.glob(pattern)}):
+        yield (
+            f"{_listed(found)}: no tokenizer that is read with this kind of checkpoint, so requests carry token ids; "
+            "docs/bring-your-model.md lists the files that are"
+        )
 
 
 def _special_tokens_outside(checkpoint: Checkpoint) -> Iterator[str]:

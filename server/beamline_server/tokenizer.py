@@ -120,10 +120,15 @@ class CleanedUp:
 
     def settled(self, ids: Sequence[int]) -> str:
         """As `Tokenizer.settled`: without an end that might become something to replace."""
-        text = self._inner.settled(ids)
-        while " " in text and any(spaced.startswith(text[text.rindex(" ") :]) for spaced in _CLEAN_UP):
-            text = text[: text.rindex(" ")]
-        return _cleaned_up(text)
+        # Once more when it is clean: what has been replaced may begin another one.
+        return _without_a_begun_one(_cleaned_up(_without_a_begun_one(self._inner.settled(ids))))
+
+
+def _without_a_begun_one(text: str) -> str:
+    """A text without an end that might become something to replace."""
+    while " " in text and any(spaced.startswith(text[text.rindex(" ") :]) for spaced in _CLEAN_UP):
+        text = text[: text.rindex(" ")]
+    return text
 
 
 def _cleaned_up(text: str) -> str:

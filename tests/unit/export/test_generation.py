@@ -11,7 +11,7 @@ IDS = {"decoder_start_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 
 
 def read(settings: dict[str, Any], config: dict[str, Any] | None = None, positions: int = 100) -> Generation:
-    return read_generation({**IDS, **(config or {})}, settings, max_positions=positions)
+    return read_generation({**IDS, **(config or {})}, {**IDS, **settings}, max_positions=positions)
 
 
 def test_nothing_set_means_what_generate_does() -> None:
@@ -162,6 +162,28 @@ def test_ids_may_stand_in_either_file_and_the_generation_config_wins() -> None:
     tokens = read({"eos_token_id": [7, 8], "forced_bos_token_id": 5, "forced_eos_token_id": [7]}).tokens
     assert (tokens.eos, tokens.decoder_start, tokens.pad) == ((7, 8), 2, 0)
     assert (tokens.forced_bos, tokens.forced_eos) == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"decoder_start_token_id": 2, "eos_token_id": 1}, set()),
+        ({"bos_token_id": 2, "eos_token_id": 1}, set()),
+        ({"bos_token_id": 5, "eos_token_id": 1}, {"decoder_start_token_id"}),
+        ({"decoder_start_token_id": None, "bos_token_id": 5, "eos_token_id": 1}, {"decoder_start_token_id"}),
+        ({"decoder_start_token_id": 2}, {"eos_token_id"}),
+        ({}, {"decoder_start_token_id", "eos_token_id"}),
+    ],
+)
+def test_ids_that_generate_would_go_without_are_named(settings: dict[str, Any], named: set[str]) -> None:
+    """It reads generation_config.json alone, and would begin with another token, or never end."""
+    read = read_generation(IDS, settings, max_positions=100)
+    assert (read.tokens.decoder_start, read.tokens.eos) == (2, (1,))
+    assert read.defaults["not_supported"] == {
+        name: f"absent from generation_config.json; {IDS[name] if 'start' in name else [1]} is used, of config.json, "
+        "which `generate` does not do"
+        for name in named
+    }
 
 
 def test_decoding_starts_with_bos_where_no_start_is_given() -> None:

@@ -18,6 +18,8 @@ from beamline_export.vocabularies import check_vocabularies
 FR_EN = Path(__file__).parents[3] / "models" / "fr-en"
 MARIAN_FILES = ("source.spm", "target.spm", "vocab.json")
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "a", "b", "c", "[CLS]", "[SEP]"]
+LOWERCASE = tokenizers.normalizers.Lowercase()
+METASPACE = tokenizers.pre_tokenizers.Metaspace()
 PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
@@ -164,11 +166,33 @@ def test_barts_source_stands_between_what_its_tokenizer_adds(
 ) -> None:
     checkpoint = read(write_bart(tmp_path / "b", config, around=around))
     assert (checkpoint.special_tokens.source_bos, checkpoint.special_tokens.source_eos) == (bos, eos)
+    notices = [told for told in checkpoint.notices if "byte pairs" not in told]
     if notice is None:
-        assert checkpoint.notices == ()
+        assert notices == []
     else:
-        [told] = checkpoint.notices
+        [told] = notices
         assert re.search(notice, told)
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "told"),
+    [
+        pytest.param(lambda tokenizer: None, None, False, id="byte-level"),
+        pytest.param(lambda tokenizer: setattr(tokenizer, "normalizer", LOWERCASE), None, True, id="lowercase"),
+        pytest.param(lambda tokenizer: setattr(tokenizer, "normalizer", LOWERCASE), PLAIN, False, id="named-class"),
+        pytest.param(lambda tokenizer: setattr(tokenizer, "pre_tokenizer", METASPACE), {}, True, id="metaspace"),
+    ],
+)
+def test_what_barts_own_class_would_read_otherwise_is_told(
+    change: Callable[[Any], None], config: dict[str, Any] | None, told: bool, tmp_path: Path
+) -> None:
+    folder = write_bart(tmp_path / "b", config)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(WORDS)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 2)])
+    change(tokenizer)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    assert any("would make byte pairs of it" in notice for notice in read(folder).notices) == told
 
 
 def test_a_bart_without_what_stands_around_a_text_is_refused(tmp_path: Path) -> None:
@@ -205,6 +229,7 @@ def test_the_map_of_special_tokens_counts_for_old_tokenizers_alone(tmp_path: Pat
         ({"unk_token": "[UNK]"}, "unk_token", '"[UNK]"; <unk> is used'),
         ({"tokenizer_class": "T5Tokenizer"}, "tokenizer_class", '"T5Tokenizer"; read as by MarianTokenizer'),
         ({"clean_up_spaces": True}, "clean_up_spaces", "true (an unknown name)"),
+        ({"language_token": 3}, "language_token", "3 (an unknown name)"),
         (
             {"added_tokens_decoder": {"6000": {"content": "<new>", "special": False}}},
             "added_tokens_decoder",
@@ -224,6 +249,7 @@ def test_a_tokenizers_settings_without_effect_are_named(
         {"source_lang": "fra", "target_lang": "eng", "model_max_length": 256, "sp_model_kwargs": {}},
         {"split_special_tokens": True, "spaces_between_special_tokens": False, "do_lower_case": False},
         {"tokenizer_class": "MarianTokenizer", "unk_token": "<unk>", "image_token": "<image>"},
+        {"add_bos_token": False, "add_eos_token": True},
         {"added_tokens_decoder": {"0": {"content": "</s>", "special": True}}, "extra_special_tokens": ["<eop>"]},
     ],
 )
@@ -392,3 +418,14 @@ def test_files_that_are_no_tokenizers_are_named(nn_folder: Callable[..., Path]) 
         (folder / name).write_bytes(b"garbage")
     with pytest.raises(ExportError, match=r"(source|target)\.spm cannot be read as a tokenizer .*; download it again"):
         check_vocabularies(read(folder), folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("bart", "vocab.txt"), ("bart", "sentencepiece.bpe.model"), ("marian", "tokenizer.json")]
+)
+def test_a_tokenizer_that_is_not_read_is_told(family: str, name: str, tmp_path: Path) -> None:
+    folder = write_hugging_face(tmp_path / "checkpoint", family, {}, {})
+    assert check_vocabularies(read(folder), folder) == []
+    (folder / name).write_text("{}")
+    [told] = check_vocabularies(read(folder), folder)
+    assert told.startswith(f"{name}: no tokenizer that is read with this kind of checkpoint, so requests carry")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from beamline_server.engine.request import Finish, Hypothesis
@@ -53,6 +53,7 @@ def test_any_bytes_in_any_pieces_add_up_to_the_whole(tokens: list[int], cuts: li
 
 
 @given(text=st.text(alphabet=" .,'ntvresma", max_size=30))
+@example(text="a  ' ve a a")  # clean, it has another one to replace
 def test_text_that_is_cleaned_up_is_told_once_it_is_settled(text: str) -> None:
     """Spaces that punctuation takes away are not told before it is known what follows."""
     tokenizer = CleanedUp(ByteTokenizer())
