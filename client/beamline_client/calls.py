@@ -25,7 +25,7 @@ class CallOptions(TypedDict, total=False):
     search: SearchOptions | None
     """How to search; the same for all inputs. Default: the served model's defaults."""
     token_ids: bool
-    """Return the generated token ids. Default: False."""
+    """Return the generated token ids. Default: only if the model has no tokenizer, and so no text to return."""
     token_logprobs: bool
     """Return the log-probability of each generated token. Default: False."""
     truncate: bool
@@ -127,9 +127,7 @@ def require_result(last: Piece | Result | None) -> None:
 
 
 def _output(options: CallOptions) -> pb.OutputOptions:
-    return pb.OutputOptions(
-        token_ids=options.get("token_ids", False), token_logprobs=options.get("token_logprobs", False)
-    )
+    return pb.OutputOptions(token_ids=options.get("token_ids"), token_logprobs=options.get("token_logprobs", False))
 
 
 def _checked_request_id(request_id: str) -> str:

@@ -152,8 +152,12 @@ class RequestReader:
         sources = [self._source(path, entry, request.truncate_source, violations) for path, entry in inputs]
         if violations:
             raise InvalidRequest(tuple(violations))
-        output = Output(request.output.token_ids, request.output.token_logprobs)
+        output = Output(self._wants_ids(request.output), request.output.token_logprobs)
         return Order(tuple(sources), options, output)
+
+    def _wants_ids(self, output: pb.OutputOptions) -> bool:
+        """Without a tokenizer there is nothing else to return, so ids are left out only on request."""
+        return output.token_ids if output.HasField("token_ids") else self._tokenizer is None
 
     def _source(self, path: str, entry: pb.Input, truncate: bool, violations: list[Violation]) -> Source:
         """The source of one input; an empty one where there are violations."""

@@ -78,13 +78,14 @@ async def test_large_texts_give_the_same_answer() -> None:
 async def test_a_model_without_tokenizer_takes_and_gives_ids() -> None:
     manifest = make_manifest(tokenizer={"kind": "none"})
     async with serving(manifest=manifest, tokenizer=None) as service:
-        request = pb.GenerateRequest(
-            inputs=[pb.Input(token_ids=pb.TokenIds(ids=[97, EOS]))], output=pb.OutputOptions(token_ids=True)
-        )
-        response = await service.stub.Generate(request)
+        inputs = [pb.Input(token_ids=pb.TokenIds(ids=[97, EOS]))]
+        response = await service.stub.Generate(pb.GenerateRequest(inputs=inputs))
+        output = pb.OutputOptions(token_ids=False)
+        without = await service.stub.Generate(pb.GenerateRequest(inputs=inputs, output=output))
         info = await service.stub.GetInfo(pb.GetInfoRequest())
     [hypothesis] = response.results[0].hypotheses
     assert (hypothesis.text, list(hypothesis.token_ids)) == ("", [65, EOS])
+    assert not without.results[0].hypotheses[0].token_ids
     assert not info.model.has_tokenizer
 
 

@@ -114,11 +114,15 @@ async def test_the_servers_limit_ends_a_stream() -> None:
     assert error.code == grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_without_a_tokenizer_and_ids_there_is_only_the_result() -> None:
+async def test_without_a_tokenizer_pieces_are_ids_and_without_them_there_is_only_the_result() -> None:
     request = pb.GenerateStreamRequest(input=pb.Input(token_ids=pb.TokenIds(ids=[97, EOS])))
     async with serving(tokenizer=None) as service:
         events = [event async for event in service.stub.GenerateStream(request)]
-    assert [event.WhichOneof("event") for event in events] == ["result"]
+        request.output.token_ids = False
+        without = [event async for event in service.stub.GenerateStream(request)]
+    assert [token for event in events[:-1] for token in event.piece.token_ids] == [65, EOS]
+    assert list(events[-1].result.hypotheses[0].token_ids) == [65, EOS]
+    assert [event.WhichOneof("event") for event in without] == ["result"]
 
 
 async def test_a_reader_that_stands_still_holds_up_nobody() -> None:
