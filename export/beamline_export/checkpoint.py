@@ -20,6 +20,7 @@ MOST_POSITIONS = 1 << 16
 """More than this the engine's widest seat could not hold at its widest beam."""
 MOST_LAYERS = 1024
 _MOST = 1 << 24
+_MOST_ABSENT = 4
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
@@ -311,6 +312,17 @@ class Renamer:
                     self.weights[canonical] = self._state[name]
                     self.names[canonical] = self.origin(name)
                 self._taken.add(name)
+
+    def tell_absent_biases(self) -> None:
+        """Note those that are taken for zeros although the file has others: a model has all or none, as a rule."""
+        biases = sorted(name for name in self.known if name.endswith("bias"))
+        absent = [self.origin(name) for name in biases if name not in self._state]
+        if 0 < len(absent) < len(biases):
+            more = f" and {len(absent) - _MOST_ABSENT} more" if len(absent) > _MOST_ABSENT else ""
+            listed = f"{', '.join(absent[:_MOST_ABSENT])}{more}"
+            self.notices.append(
+                f"not in the file: {listed}; zeros are used, which is right if the model has none there"
+            )
 
     def compute_positions(self, positions: int, width: int, table: Callable[[int, int], Array]) -> None:
         """One table (positions, width) for both stacks, by a family's formula, where there is none yet.

@@ -151,6 +151,21 @@ def test_of_a_tie_that_is_none_each_table_is_used_and_told(checkpoint: Any) -> N
     assert untied.notices == ()
 
 
+def test_a_bias_that_is_forgotten_is_told(checkpoint: Any) -> None:
+    """A model without any has none, as its file shows."""
+
+    def forget(state: dict[str, torch.Tensor]) -> None:
+        del state["generator.bias"], state["transformer.encoder.layers.0.linear1.bias"]
+
+    (notice,) = read(checkpoint.tensors(forget)).notices
+    assert notice == (
+        "not in the file: generator.bias, transformer.encoder.layers.0.linear1.bias; zeros are used, which is right if "
+        "the model has none there"
+    )
+    checkpoint.tensors(lambda state: [state.pop(name) for name in list(state) if name.endswith("bias")])
+    assert read(checkpoint.folder).notices == ()
+
+
 @pytest.mark.parametrize("kept", ["tgt_embed.weight", "generator.weight"])
 def test_of_tied_weights_either_may_be_in_the_file(kept: str, checkpoint: Any) -> None:
     other = {"tgt_embed.weight", "generator.weight"} - {kept}
