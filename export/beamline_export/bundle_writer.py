@@ -30,7 +30,7 @@ from beamline_export.calibration import (
     measure_ranges,
     read_sentences,
 )
-from beamline_export.checkpoint import refuse_lfs_pointer
+from beamline_export.checkpoint import refuse_lfs_pointer, weight_files_not_read
 from beamline_export.expectation_check import ExpectedOutputs
 from beamline_export.expectations import Expectations, read_expectations
 from beamline_export.families.registry import Family, detect
@@ -126,7 +126,7 @@ def export_checkpoint(
         generation = {**checkpoint.generation, "not_supported": bounded(unsupported)}
         checkpoint = dataclasses.replace(checkpoint, generation=generation)
         check_weights(checkpoint)
-        notices = [*checkpoint.notices, *check_vocabularies(checkpoint, source)]
+        notices = [*weight_files_not_read(source), *checkpoint.notices, *check_vocabularies(checkpoint, source)]
     for notice in notices:
         progress.warn(notice)
     for setting, value in bounded(unsupported).items():

@@ -4,7 +4,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from beamline_server.likeness import did_you_mean
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pt")
 """In order of preference; the first two may also come in shards, with an index beside them."""
+
+_SUFFIXES = (".safetensors", ".pt")
 
 MOST_POSITIONS = 1 << 16
 """More than this the engine's widest seat could not hold at its widest beam."""
@@ -87,7 +89,16 @@ def _weight_files(folder: Path) -> list[Path]:
                 if not shard or Path(shard).name != shard:
                     raise ExportError(f"{index} names {shard!r}, which is no file of the folder")
             return [folder / shard for shard in sorted(set(shards.values()))]
-    raise ExportError(f"{folder} holds no weights; one of {', '.join(WEIGHT_FILES)} is expected")
+    like = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
+    hint = f"; if {like[0]} holds them, call it model{Path(like[0]).suffix}" if like else ""
+    raise ExportError(f"{folder} holds no weights; one of {', '.join(WEIGHT_FILES)} is expected{hint}")
+
+
+def weight_files_not_read(folder: Path) -> Iterator[str]:
+    """What the user should know of weights that stand beside those that are read."""
+    found = [name for name in WEIGHT_FILES if (folder / name).exists() or (folder / f"{name}.index.json").exists()]
+    if len(found) > 1:
+        yield f"the weights are those of {found[0]}; not read: {', '.join(found[1:])}"
 
 
 def _read_tensors(file: Path) -> dict[str, Array]:
@@ -211,7 +222,8 @@ class Fields:
         """One of the known values, by its name."""
         value = self._value(name, default)
         if not isinstance(value, str) or value not in known:
-            self.problems.append(f"{name} {_shown(value)} is not known (known: {', '.join(known)})")
+            wrong = "is missing" if value is None else f"{_shown(value)} is not known"
+            self.problems.append(f"{name} {wrong} (known: {', '.join(known)})")
             return next(iter(known.values()))
         return known[value]
 

@@ -227,6 +227,20 @@ def test_a_git_lfs_pointer_in_place_of_a_tokenizer_file_is_told_as_one(
         export(folder, tmp_path / "bundle", ExportOptions(), silent)
 
 
+def test_weights_that_are_not_read_are_told(checkpoint: Any, tmp_path: Path) -> None:
+    """A file of yesterday in the folder must not win over today's without a word."""
+    told = io.StringIO()
+    (checkpoint.folder / "model.pt").write_bytes(b"")
+    export(checkpoint.folder, tmp_path / "bundle", ExportOptions(), Progress(told))
+    assert "warning: the weights are those of model.safetensors; not read: model.pt\n" in told.getvalue()
+
+
+def test_weights_of_another_name_are_named(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    (checkpoint.folder / "model.safetensors").rename(checkpoint.folder / "mine.safetensors")
+    with pytest.raises(ExportError, match=r"; if mine\.safetensors holds them, call it model\.safetensors$"):
+        export(checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent)
+
+
 def test_settings_without_effect_are_told_in_short(make_checkpoint: Any, tmp_path: Path) -> None:
     """They are in the manifest, in the log at every start and in every GetInfo."""
     folder = make_checkpoint("marian").folder

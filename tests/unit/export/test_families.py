@@ -74,7 +74,8 @@ def test_no_value_of_a_config_field_is_worse_than_an_export_error(
 
 @pytest.mark.parametrize("model_type", ["t5", None, 3, ["marian"], {"marian": 1}, "../marian"])
 def test_an_unknown_model_type_lists_the_known_ones(model_type: object, checkpoint: Any) -> None:
-    with pytest.raises(ExportError, match=r"is not known \(known: marian, bart, nn_transformer\)"):
+    wrong = "is missing" if model_type is None else "is not known"
+    with pytest.raises(ExportError, match=rf"{wrong} \(known: marian, bart, nn_transformer\)"):
         detect(checkpoint.config(model_type=model_type))
 
 
