@@ -202,11 +202,11 @@ class Fields:
             return []
         return list(value)
 
-    def number(self, name: str, default: float, *, most: float = 1e30) -> float:
-        """A number from -`most` to `most`."""
-        value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= most:
-            self.problems.append(f"{name} must be a number from {-most:g} to {most:g}, not {_shown(value)}")
+    def number(self, name: str, default: float, *, least: float | None = None, most: float = 1e30) -> float:
+        """A number from `least`, or -`most`, to `most`."""
+        value, least = self._value(name, default), -most if least is None else least
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            self.problems.append(f"{name} must be a number from {least:g} to {most:g}, not {_shown(value)}")
             return default
         return float(value)
 
@@ -257,10 +257,15 @@ class Fields:
         """Names that nobody has asked for; those that begin with an underscore are their owner's notes."""
         return {name for name in self._data if name not in self._asked and not name.startswith("_")}
 
-    def refuse_unasked(self, known: Collection[str], within: str = "") -> None:
-        """Names that nobody has asked for are problems, but for `known` ones; `within` says what they are in."""
+    def refuse_unasked(self, known: Collection[str], within: str = "", meant: Mapping[str, str] | None = None) -> None:
+        """Names that nobody has asked for are problems, but for `known` ones.
+
+        `within` says what they are in; `meant` what some of them are called here, which likeness would not find.
+        """
         for name in sorted(self.unasked() - set(known)):
-            self.problems.append(f"{within}{name} is not known{did_you_mean(name, self._asked | set(known))}")
+            like = did_you_mean(name, self._asked | set(known))
+            hint = f" (did you mean {meant[name]}?)" if meant and name in meant else like
+            self.problems.append(f"{within}{name} is not known{hint}")
 
     def check(self) -> None:
         """Raise ExportError with all problems found so far, if any."""
@@ -394,11 +399,11 @@ class Renamer:
                     break
 
     def tell_untied(self, setting: str, *canonical: str) -> None:
-        """Say so where the file holds different tables although a setting of the config makes them one."""
+        """Say so where the file holds different tables although a setting ("X is true") makes them one."""
         tables = {id(self.weights[name]): self.names[name] for name in canonical if name in self.weights}
         if len(tables) > 1:
             found = " and ".join(tables.values())
-            self.notices.append(f"{setting} is true, but {found} differ in the file; each is used as it is")
+            self.notices.append(f"{setting}, but {found} differ in the file; each is used as it is")
 
     def left(self) -> dict[str, Array]:
         """What nothing has taken."""

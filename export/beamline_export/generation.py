@@ -65,8 +65,9 @@ def read_generation(
     if start is None:
         start = ids.optional_id("bos_token_id")
     eos = ids.ids("eos_token_id")
-    if start is None or (needs_eos and not eos):
-        ids.problems.append("names no decoder_start_token_id or no eos_token_id; add them")
+    lacks = ["decoder_start_token_id"] * (start is None) + ["eos_token_id"] * (needs_eos and not eos)
+    if lacks:
+        ids.problems.append(f"names no {' and no '.join(lacks)}; add {'it' if len(lacks) == 1 else 'them'}")
     ids.check()
     if generation_config is not None:
         unsupported |= _not_in_generation_config(given, start, eos)

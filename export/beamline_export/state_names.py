@@ -25,11 +25,13 @@ class NamedState:
     Attributes:
         tensors: New name -> array.
         origins: New name -> name in the file.
-        notices: What was left off or out.
+        left_out: Name in the file of what the translation leaves out -> what it would be called otherwise.
+        notices: What was left off.
     """
 
     tensors: dict[str, Array]
     origins: dict[str, str]
+    left_out: dict[str, str]
     notices: tuple[str, ...]
 
 
@@ -38,23 +40,30 @@ def name_state(state: Mapping[str, Array], translation: Translation) -> NamedSta
 
     Args:
         state: As read from the file.
-        translation: Its names may be written with or without what is left off.
+        translation: Its names may be written with or without what is left off; what fits without, is without.
 
     Raises:
-        ExportError: an entry of the translation fits no name, or two tensors would have one name.
+        ExportError: an entry of the translation fits no name, two are the same, or two tensors would have one name.
     """
     names = {origin: _unwrapped(origin) for origin, array in state.items() if origin != _COUNTER or array.ndim}
     prefix = _common_prefix(names.values())
     bare = {origin: name.removeprefix(prefix) for origin, name in names.items()}
-    entries = {_unwrapped(entry).removeprefix(prefix): new for entry, new in translation.items()}
+    written = {entry: _as_bare(entry, bare.values(), prefix) for entry in translation}
+    entries = {written[entry]: new for entry, new in translation.items()}
     fitting = {origin: _fitting(name, entries) for origin, name in bare.items()}
     new = {origin: _translated(bare[origin], entry, entries) for origin, entry in fitting.items()}
     unused = entries.keys() - fitting.values()
-    if problems := [*_no_names(unused, bare.values()), *_doubles(new)]:
+    if problems := [*_no_names(unused, bare.values()), *_same_entries(written), *_doubles(new)]:
         raise ExportError(f"config.json: names: {'; '.join(problems)}")
     origins = {name: origin for origin, name in new.items() if name is not None}
     tensors = {name: state[origin] for name, origin in origins.items()}
-    return NamedState(tensors, origins, tuple(_left_off(state, prefix)))
+    kept = {entry: new for entry, new in entries.items() if new is not None}
+    left_out = {
+        origin: str(_translated(bare[origin], _fitting(bare[origin], kept), kept))
+        for origin, name in new.items()
+        if name is None
+    }
+    return NamedState(tensors, origins, left_out, tuple(_left_off(state, prefix)))
 
 
 def unknown_targets(translation: Translation, known: Collection[str]) -> Iterator[str]:
@@ -87,9 +96,20 @@ def _left_off(state: Mapping[str, Array], prefix: str) -> Iterator[str]:
         yield f"names in the file begin with {prefix!r}; it is left off"
 
 
+def _as_bare(entry: str, names: Collection[str], prefix: str) -> str:
+    """An entry without what is left off of all names, unless it fits some of them as it is."""
+    # Inside the common prefix, there may be a module of the same name.
+    whole = _unwrapped(entry)
+    return whole if any(_fits(whole, name) for name in names) else whole.removeprefix(prefix)
+
+
+def _fits(entry: str, name: str) -> bool:
+    return entry == name or (entry.endswith(".") and name.startswith(entry))
+
+
 def _fitting(name: str, entries: Translation) -> str | None:
     """The entry that is the name, or the longest that it begins with."""
-    beginnings = [entry for entry in entries if entry == name or (entry.endswith(".") and name.startswith(entry))]
+    beginnings = [entry for entry in entries if _fits(entry, name)]
     # What was written as the common prefix is empty by now, and fits all.
     return max(beginnings, key=len, default="" if "" in entries else None)
 
@@ -105,6 +125,13 @@ def _no_names(unused: Collection[str], names: Collection[str]) -> Iterator[str]:
     for entry in sorted(unused):
         kind = "no name in the file begins with" if entry.endswith(".") else "no name in the file is"
         yield f"{kind} {entry!r}{did_you_mean(entry, names)}"
+
+
+def _same_entries(written: Mapping[str, str]) -> Iterator[str]:
+    first: dict[str, str] = {}
+    for entry, bare in written.items():
+        if first.setdefault(bare, entry) != entry:
+            yield f"{first[bare]!r} and {entry!r} are one name; keep one of the two"
 
 
 def _doubles(new: Mapping[str, str | None]) -> Iterator[str]:

@@ -104,6 +104,8 @@ class TinyTransformer(nn.Module):
         self.generator = nn.Linear(width, config["target_vocab_size"], bias=config.get("bias", True))
         if config.get("tie_embeddings"):
             self.generator.weight = self.tgt_embed.weight
+        if config.get("tie_embeddings") == "all":
+            self.src_embed.weight = self.tgt_embed.weight
 
 
 def nn_config(**changes: Any) -> dict[str, Any]:

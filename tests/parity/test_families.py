@@ -132,6 +132,7 @@ NN_TRANSFORMER = [
         "model.safetensors",
         id="tied-odd-width",
     ),
+    pytest.param(6, {"tie_embeddings": "all", "source_vocab_size": 120}, "model.safetensors", id="tied-all"),
     pytest.param(4, {"norm_first": True, "nhead": 1, "forced_eos_token_id": EOS}, "model.safetensors", id="one-head"),
     pytest.param(
         5,

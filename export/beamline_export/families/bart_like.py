@@ -62,7 +62,9 @@ def take_embeddings(names: Renamer, ties: Ties) -> None:
         names.take(canonical, name, *(other for other in _tied_to(ties) if name in _tied_to(ties) and other != name))
     names.share_equal(*tables)
     if ties.head:
-        names.tell_untied("tie_word_embeddings", *(tables if ties.sides else ("target_embedding", "head.weight")))
+        names.tell_untied(
+            "tie_word_embeddings is true", *(tables if ties.sides else ("target_embedding", "head.weight"))
+        )
     if ties.head and ties.sides and not tables.keys() & names.weights.keys():
         names.names |= dict.fromkeys(tables, _SHARED)
     elif tables.keys() <= names.weights.keys():

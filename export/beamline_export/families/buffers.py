@@ -1,16 +1,22 @@
 """Buffers in a state dict that are no weights: position tables, masks and numberings, known by their values."""
 
 import re
+from collections.abc import Collection
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from beamline_export.checkpoint import Renamer
+from beamline_export.families.nn_layouts import SHARED_POSITIONS, SOURCE_POSITIONS, TARGET_POSITIONS
 from beamline_export.families.positions import FORMULAS, interleaved_positions
 from beamline_export.spec import Array, TransformerSpec
 
 _LIKE_A_TABLE = r"pe|pos|(.*_)?positions?|.*pos(ition(al|s)?)?_?(enc|emb|table).*|.*sinusoid.*"
+_SIDES = {
+    SOURCE_POSITIONS: r"(^|[._])(src|source|encoder)([._]|$)|(^|\.)enc[._]",  # an "enc" at an end is an encoding
+    TARGET_POSITIONS: r"(^|[._])(tgt|trg|target|decoder)([._]|$)|(^|\.)dec[._]",
+}
 _FIRST_POSITIONS = (0, 1, 2)
 _ROWS_TO_TELL_BY = 64
 
@@ -20,6 +26,11 @@ def take_sinusoids(names: Renamer, spec: TransformerSpec) -> None:
 
     A buffer that holds something else although it is called like a table gets a remark.
     """
+    tables = [
+        names.origin(n)
+        for n, a in names.left().items()
+        if _is_like_a_table(n) and as_table(a, spec.d_model) is not None
+    ]
     names.compute_positions(spec.max_source_positions, spec.d_model, interleaved_positions)
     expected = names.weights.get("source_positions")
     for name, array in names.left().items():
@@ -29,8 +40,8 @@ def take_sinusoids(names: Renamer, spec: TransformerSpec) -> None:
             rows = min(len(table), len(expected))
             expected[:rows] = table[:rows]
             names.leave_out(name)
-        elif any(re.fullmatch(_LIKE_A_TABLE, part) for part in name.split(".")):
-            names.remark(name, _no_sinusoids(table, names.origin(name)))
+        elif _is_like_a_table(name):
+            names.remark(name, _no_sinusoids(table, _how_to_use(names.origin(name), tables)))
 
 
 def leave_out_masks(names: Renamer) -> None:
@@ -68,8 +79,22 @@ def _half_step(table: Array) -> float:
     return 2.0**-12 if (table.astype(np.float16) == table).all() else 0.0
 
 
-def _no_sinusoids(table: Array | None, name: str) -> str:
-    as_it_is = f'to use it as it is, set "positions": "learned" and "names": {{"{name}": "positions.weight"}}'
+def _is_like_a_table(name: str) -> bool:
+    return any(re.fullmatch(_LIKE_A_TABLE, part) for part in name.split("."))
+
+
+def _how_to_use(name: str, tables: Collection[str]) -> str:
+    """What to set for a table of another formula, where the file has these tables in all."""
+    sides = {table: [side for side, words in _SIDES.items() if re.search(words, table)] for table in tables}
+    new, otherwise = SHARED_POSITIONS, ""
+    if name in sides and sorted(sides.values()) == [[SOURCE_POSITIONS], [TARGET_POSITIONS]]:
+        (new,) = sides[name]
+    elif len(tables) > 1:
+        new, otherwise = SOURCE_POSITIONS, f', or "{TARGET_POSITIONS}" if it is the target\'s'
+    return f'to use it as it is, set "positions": "learned" and "names": {{"{name}": "{new}"}}{otherwise}'
+
+
+def _no_sinusoids(table: Array | None, as_it_is: str) -> str:
     formula = None if table is None else _formula(table[:_ROWS_TO_TELL_BY])
     if formula is None:
         return f"not the sinusoidal table that the config asks for; {as_it_is}"

@@ -16,6 +16,19 @@ _ACTIVATIONS = {"relu": Activation.RELU, "gelu": Activation.GELU, "gelu_tanh": A
 _LEARNED = {"sinusoidal": False, "learned": True}
 _FINAL_NORMS = {"true": (True, True), "false": (False, False), '"encoder"': (True, False), '"decoder"': (False, True)}
 
+_TABLES = ("target_embedding", "head.weight", "source_embedding")
+TIES = {"false": (), "true": _TABLES[:2], '"all"': _TABLES}
+"""The JSON text of `tie_embeddings` -> the tables that are one then."""
+
+OTHER_NAMES = {
+    **dict.fromkeys(("num_heads", "n_heads", "n_head", "num_attention_heads"), "nhead"),
+    **dict.fromkeys(("hidden_size", "embed_dim", "emb_size"), "d_model"),
+    **dict.fromkeys(("ffn_dim", "ffn_hid_dim", "dim_ff", "d_ff", "intermediate_size"), "dim_feedforward"),
+    **dict.fromkeys(("num_layers", "n_layers", "num_hidden_layers"), "num_encoder_layers and num_decoder_layers"),
+    "vocab_size": "source_vocab_size and target_vocab_size",
+}
+"""What other configs call keys of this one, if the two names are not alike."""
+
 _NEUTRAL = {
     "model_type",  # has chosen the family
     "architectures", "transformers_version", "torch_dtype", "dtype",  # written by transformers for itself
@@ -33,7 +46,7 @@ class Config:
         layout: What tensors are called.
         norm_epsilon: As the model has it; the spec has what the graphs need.
         learned_positions: Whether position tables are read rather than computed.
-        tied: Whether the generator's weight is the target embedding.
+        tied: Canonical names of the tables that are one; one that the file lacks is the first of these that it has.
         source_bos: What stands before each source, if anything.
         source_eos: What stands after each source, if anything.
         names: Names in the file -> names of the layout.
@@ -44,11 +57,22 @@ class Config:
     layout: Layout
     norm_epsilon: float
     learned_positions: bool
-    tied: bool
+    tied: tuple[str, ...]
     source_bos: int | None
     source_eos: int | None
     names: Translation
     generation: Generation
+
+    def tables(self) -> dict[str, tuple[str, ...]]:
+        """Canonical name of each table of tokens -> names in the layout, the first of which that exists holds it."""
+        own = {
+            "source_embedding": self.layout.source_embedding,
+            "target_embedding": self.layout.target_embedding,
+            "head.weight": f"{self.layout.generator}.weight",
+        }
+        # Of tied weights, some ways of saving keep only one.
+        others = {table: self.tied if table in self.tied else () for table in own}
+        return {table: (name, *(own[o] for o in others[table] if o != table)) for table, name in own.items()}
 
 
 def read_config(data: Mapping[str, Any]) -> Config:
@@ -59,9 +83,9 @@ def read_config(data: Mapping[str, Any]) -> Config:
     """
     fields = Fields(data, "config.json")
     layout: Layout = fields.choice("layout", LAYOUTS, "beamline")
-    epsilon = fields.number("layer_norm_eps", layout.norm_epsilon)
+    epsilon = fields.number("layer_norm_eps", layout.norm_epsilon, least=0)
     spec = _read_spec(fields, layout, epsilon)
-    learned, tied = fields.choice("positions", _LEARNED, "sinusoidal"), fields.flag("tie_embeddings", False)
+    learned, tied = fields.choice("positions", _LEARNED, "sinusoidal"), _read_ties(fields, spec)
     bos, eos = fields.optional_id("source_bos_token_id"), fields.optional_id("source_eos_token_id")
     names, settings = _read_names(fields), _read_settings(fields, data)
     try:
@@ -101,6 +125,18 @@ def _read_spec(fields: Fields, layout: Layout, epsilon: float) -> TransformerSpe
     )
 
 
+def _read_ties(fields: Fields, spec: TransformerSpec) -> tuple[str, ...]:
+    tied: tuple[str, ...] = fields.json_choice("tie_embeddings", TIES, "false")
+    source, target = spec.source_vocabulary, spec.target_vocabulary
+    # A size that is wrong by itself has been told.
+    if tied == _TABLES and source != target and not fields.problems:
+        sizes = f"source_vocab_size is {source} and target_vocab_size is {target}"
+        fields.problems.append(
+            f'tie_embeddings is "all", but {sizes}; one table has one size: correct one of the three'
+        )
+    return tied
+
+
 def _read_names(fields: Fields) -> Translation:
     names = fields.mapping("names")
     for name, new in names.items():
@@ -118,7 +154,7 @@ def _read_settings(fields: Fields, data: Mapping[str, Any]) -> Mapping[str, Any]
     """
     own = fields.mapping("generation")
     inner = Fields(own, "generation")
-    fields.refuse_unasked(GENERATION.keys() | _NEUTRAL)
+    fields.refuse_unasked(GENERATION.keys() | _NEUTRAL, meant=OTHER_NAMES)
     inner.refuse_unasked(GENERATION.keys(), "generation: ")
     fields.problems.extend([*inner.problems, *_told_twice(own, data)])
     return {**data, **own}

@@ -38,10 +38,9 @@ class NnReference:
         layout, spec = config.layout, config.spec
         self._scale, self._removed = spec.embedding_scale, list(removed)
         tensors = {name: torch.from_numpy(array) for name, array in state.items()}
-        head = f"{layout.generator}.weight"
-        self._source = tensors[layout.source_embedding]
-        self._target = tensors[layout.target_embedding if layout.target_embedding in tensors else head]
-        self._generator = tensors.get(head, self._target)
+        self._source, self._target, self._generator = (
+            next(tensors[name] for name in names if name in tensors) for names in config.tables().values()
+        )
         self._bias = tensors.get(f"{layout.generator}.bias")
         self._source_positions, self._target_positions = _positions(config, state)
         self._stacks = (_annotated_stacks if layout.unbiased_norms else _torch_stacks)(config, tensors)
@@ -69,7 +68,7 @@ def _positions(config: Config, state: Mapping[str, Array]) -> "tuple[Tensor, Ten
         source, target = (torch.from_numpy(table).view(-1, config.spec.d_model) for table in both)
         return source, target
     names = Renamer(state)
-    names.take("source_embedding", config.layout.source_embedding)
+    names.take("source_embedding", *config.tables()["source_embedding"])
     take_sinusoids(names, config.spec)
     table = torch.from_numpy(names.weights["source_positions"])
     return table, table

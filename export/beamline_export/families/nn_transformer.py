@@ -4,14 +4,14 @@ The folder holds `model.safetensors` or `model.pt` and a `config.json`; docs/bri
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import numpy as np
 
 from beamline_export.checkpoint import Renamer, read_json, read_state_dict
 from beamline_export.families.buffers import as_table, leave_out_masks, take_sinusoids
-from beamline_export.families.nn_config import Config, read_config
+from beamline_export.families.nn_config import TIES, Config, read_config
 from beamline_export.families.nn_layouts import LEARNED_POSITIONS, SHARED_POSITIONS, SOURCE_POSITIONS, TARGET_POSITIONS
 from beamline_export.families.nn_reference import NnReference
 from beamline_export.reference import Reference
@@ -19,12 +19,15 @@ from beamline_export.spec import Checkpoint, ExportError
 from beamline_export.state_names import NamedState, name_state, unknown_targets
 
 _ADVICE = (
-    'where names differ, "names" or "layout" in config.json tell which is which; where parts differ, correct the config'
+    'where names differ, "names" or "layout" in config.json tell which is which; '
+    'where one table serves as several, "tie_embeddings" does; where parts differ, correct the config'
 )
 _NO_END = (
     "config.json names no eos_token_id: no output ever ends by itself, each has max_new_tokens tokens; "
     "add it if the model has one"
 )
+_MOST_LEFT_OUT = 5
+"""Names in one notice."""
 _FILES_OF_TRANSFORMERS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -39,7 +42,8 @@ def read(folder: Path) -> Checkpoint:
     kind, files = _tokenizer(folder)
     state = name_state(read_state_dict(folder), config.names)
     names = _rename(config, state)
-    notices = [*state.notices, *names.notices, *([] if generation.tokens.eos else [_NO_END]), *_not_read(folder)]
+    notices = [*state.notices, *_left_out(state, names.known), *names.notices]
+    notices += [*([] if generation.tokens.eos else [_NO_END]), *_not_read(folder)]
     return Checkpoint(
         config.spec,
         names.weights,
@@ -70,16 +74,29 @@ def _rename(config: Config, state: NamedState) -> Renamer:
     return names
 
 
+def _left_out(state: NamedState, known: Set[str]) -> Iterator[str]:
+    """What the user should know of what `names` leaves out: a bias that the model has is zero then."""
+    zeros = [o for o, name in state.left_out.items() if name in known - state.tensors.keys() and name.endswith("bias")]
+    for origins, effect in (
+        (zeros, "; the model has zeros there"),
+        ([origin for origin in state.left_out if origin not in zeros], ""),
+    ):
+        more = f" and {len(origins) - _MOST_LEFT_OUT} more" if len(origins) > _MOST_LEFT_OUT else ""
+        verb = "is" if len(origins) == 1 else "are"
+        if origins:
+            shown = ", ".join(origins[:_MOST_LEFT_OUT])
+            yield f"{shown}{more} {verb} left out, as names in config.json says{effect}"
+
+
 def _take_embeddings(names: Renamer, config: Config) -> None:
-    layout, head = config.layout, f"{config.layout.generator}.weight"
-    names.take("source_embedding", layout.source_embedding)
-    # Of tied weights, some ways of saving keep only one.
-    names.take("target_embedding", layout.target_embedding, *([head] if config.tied else []))
-    names.take("head.weight", head, *([layout.target_embedding] if config.tied else []))
-    names.share_equal("source_embedding", "target_embedding", "head.weight")
+    tables = config.tables()
+    for table, candidates in tables.items():
+        names.take(table, *candidates)
+    names.share_equal(*tables)
     if config.tied:
-        names.tell_untied("tie_embeddings", "target_embedding", "head.weight")
-    names.take("head.bias", f"{layout.generator}.bias")
+        said = next(text for text, tied in TIES.items() if tied == config.tied)
+        names.tell_untied(f"tie_embeddings is {said}", *config.tied)
+    names.take("head.bias", f"{config.layout.generator}.bias")
     names.weights.setdefault("head.bias", np.zeros(config.spec.target_vocabulary, np.float32))
 
 

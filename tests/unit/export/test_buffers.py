@@ -118,3 +118,43 @@ def test_other_squares_are_no_masks(mask: torch.Tensor, checkpoint: Any) -> None
 def test_counters_are_told_as_such(checkpoint: Any) -> None:
     with pytest.raises(ExportError, match=r"bn\.num_batches_tracked \[\] \(a single number, as counters are\)"):
         read(checkpoint.tensors(holding("bn.num_batches_tracked", torch.tensor(5))))
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("src_pos.pe", "tgt_pos.pe"), ("encoder.pos_enc.pe", "decoder.pos_enc.pe"), ("source_pe.pos", "target_pe.pos")],
+)
+def test_of_two_tables_each_is_advised_for_its_side(source: str, target: str, checkpoint: Any) -> None:
+    first, second = (torch.flip(table(48), [1]) * factor for factor in (1, 0.5))
+    checkpoint.tensors(lambda state: state.update({source: first.contiguous(), target: second.contiguous()}))
+    advised = {source: "src_positions.weight", target: "tgt_positions.weight"}
+    with pytest.raises(ExportError) as caught:
+        read(checkpoint.folder)
+    for name, meant in advised.items():
+        assert f'"names": {{"{name}": "{meant}"}}' in str(caught.value)
+    weights = read(checkpoint.config(positions="learned", names=advised)).weights
+    assert (weights["source_positions"] == first.numpy()).all()
+    assert (weights["target_positions"] == second.numpy()).all()
+
+
+def test_of_one_side_that_has_the_papers_table_the_other_is_told_as_its_own(checkpoint: Any) -> None:
+    checkpoint.tensors(lambda state: state.update({"src_pos.pe": table(48), "tgt_pos.pe": torch.zeros(48, 32)}))
+    with pytest.raises(ExportError, match=r'"names": \{"tgt_pos\.pe": "tgt_positions\.weight"\}'):
+        read(checkpoint.folder)
+
+
+@pytest.mark.parametrize("names", [("a.pe", "b.pe"), ("src_a.pe", "src_b.pe"), ("src_tgt.pe", "tgt.pe")])
+def test_of_two_tables_whose_names_tell_no_side_both_are_advised(names: tuple[str, str], checkpoint: Any) -> None:
+    checkpoint.tensors(lambda state: state.update({name: torch.zeros(48, 32) for name in names}))
+    with pytest.raises(ExportError) as caught:
+        read(checkpoint.folder)
+    for name in names:
+        wanted = f'"names": {{"{name}": "src_positions.weight"}}, or "tgt_positions.weight" if it is the target\'s'
+        assert wanted in str(caught.value)
+
+
+def test_beside_two_tables_what_is_only_called_one_is_told_as_well(checkpoint: Any) -> None:
+    tables = {"src_pos.pe": torch.zeros(48, 32), "tgt_pos.pe": torch.ones(48, 32), "pe": torch.ones(3)}
+    checkpoint.tensors(lambda state: state.update(tables))
+    with pytest.raises(ExportError, match=r"model: pe \[3\] \(not the sinusoidal table that the config asks for"):
+        read(checkpoint.folder)

@@ -258,3 +258,29 @@ def test_the_reference_is_built_from_the_file_alone(checkpoint: Any) -> None:
     assert (reference.logprobs([4, 1], [[2, 5]]) == before).all()
     assert np.exp(before).sum(-1) == pytest.approx(1, abs=1e-5)
     assert read_state_dict(checkpoint.folder)["generator.bias"].any()
+
+
+TABLES = ("src_embed.weight", "tgt_embed.weight", "generator.weight")
+
+
+@pytest.mark.parametrize("kept", TABLES)
+def test_of_three_tied_tables_any_may_be_in_the_file(kept: str, checkpoint: Any) -> None:
+    one = torch.rand(120, 32)
+    checkpoint.tensors(lambda state: [[state.pop(name) for name in TABLES], state.update({kept: one})])
+    checkpoint.config(source_vocab_size=120)
+    with pytest.raises(ExportError, match='where one table serves as several, "tie_embeddings"'):
+        read(checkpoint.folder)
+    found = read(checkpoint.config(tie_embeddings="all"))
+    for name in ("source_embedding", "target_embedding", "head.weight"):
+        assert found.weights[name] is found.weights["source_embedding"]
+        assert (found.weights[name] == one.numpy()).all()
+    assert found.notices == ()
+
+
+def test_of_three_tied_tables_that_differ_each_is_used_and_told(checkpoint: Any) -> None:
+    checkpoint.tensors(lambda state: state.pop("src_embed.weight"))
+    found = read(checkpoint.config(tie_embeddings="all", source_vocab_size=120))
+    assert found.weights["source_embedding"] is found.weights["target_embedding"]
+    assert found.notices == (
+        'tie_embeddings is "all", but tgt_embed.weight and generator.weight differ in the file; each is used as it is',
+    )

@@ -190,10 +190,19 @@ def test_decoding_starts_with_bos_where_no_start_is_given() -> None:
     assert read_generation({"bos_token_id": 4, "eos_token_id": 1}, None, max_positions=9).tokens.decoder_start == 4
 
 
-@pytest.mark.parametrize("config", [{}, {"eos_token_id": 1}, {"decoder_start_token_id": 1}, {"eos_token_id": []}])
-def test_start_and_end_are_needed(config: dict[str, Any]) -> None:
-    with pytest.raises(ExportError, match="names no decoder_start_token_id or no eos_token_id"):
-        read_generation(config, None, max_positions=9)
+@pytest.mark.parametrize(
+    ("config", "needs_eos", "lacks"),
+    [
+        ({}, True, "decoder_start_token_id and no eos_token_id; add them"),
+        ({"eos_token_id": []}, True, "decoder_start_token_id and no eos_token_id; add them"),
+        ({"eos_token_id": 1}, True, "decoder_start_token_id; add it"),
+        ({"decoder_start_token_id": 1}, True, "eos_token_id; add it"),
+        ({}, False, "decoder_start_token_id; add it"),
+    ],
+)
+def test_what_is_missing_of_start_and_end_is_told(config: dict[str, Any], needs_eos: bool, lacks: str) -> None:
+    with pytest.raises(ExportError, match=rf"config\.json: names no {lacks}$"):
+        read_generation(config, None, max_positions=9, needs_eos=needs_eos)
 
 
 def test_bans_come_from_single_bad_words_and_suppressed_tokens() -> None:

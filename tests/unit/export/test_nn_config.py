@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from beamline_export.families.nn_config import read_config
+from beamline_export.families.nn_config import OTHER_NAMES, read_config
 from beamline_export.families.registry import detect
 from beamline_export.spec import ExportError, NormPlacement
 from beamline_export.testing import nn_config
@@ -22,6 +22,19 @@ PAGE = (Path(__file__).parents[3] / "docs" / "bring-your-model.md").read_text("u
         ({"eos_token_ids": 1}, r"eos_token_ids is not known \(did you mean eos_token_id\?\)"),
         ({"num_beam": 4}, r"num_beam is not known \(did you mean num_beams\?\)"),
         ({"zzz": None}, "zzz is not known"),
+        ({"num_heads": 4}, r"num_heads is not known \(did you mean nhead\?\)"),
+        ({"num_attention_heads": 4}, r"num_attention_heads is not known \(did you mean nhead\?\)"),
+        ({"hidden_size": 32}, r"hidden_size is not known \(did you mean d_model\?\)"),
+        ({"dim_ff": 48}, r"dim_ff is not known \(did you mean dim_feedforward\?\)"),
+        ({"num_layers": 2}, r"num_layers is not known \(did you mean num_encoder_layers and num_decoder_layers\?\)"),
+        ({"layer_norm_eps": -1}, r"layer_norm_eps must be a number from 0 to 1e\+30, not -1"),
+        ({"layer_norm_eps": -1e-9, "layout": "annotated_transformer"}, "layer_norm_eps must be a number from 0"),
+        ({"decoder_start_token_id": None}, "names no decoder_start_token_id; add it$"),
+        ({"tie_embeddings": "both"}, r'tie_embeddings \'both\' is not known \(known: false, true, "all"\)'),
+        (
+            {"tie_embeddings": "all"},
+            r'tie_embeddings is "all", but source_vocab_size is 90 and target_vocab_size is 120; one table',
+        ),
         ({"generation": {"num_beam": 4}}, r"generation: num_beam is not known \(did you mean num_beams\?\)"),
         ({"generation": {"norm_first": True}}, "generation: norm_first is not known"),
         ({"num_beams": 4, "generation": {"num_beams": 2}}, "num_beams is 4 at the top level and 2 in generation"),
@@ -51,6 +64,8 @@ def test_all_of_it_is_told_at_once() -> None:
         {"num_beams": 4, "length_penalty": 0.6, "temperature": 0.7, "use_cache": True, "top_k": 5},
         {"num_beams": 4, "generation": {"num_beams": 4, "max_new_tokens": 9, "eos_token_id": 1}},
         {"layout": "annotated_transformer", "norm_first": True, "final_norm": True, "positions": "learned"},
+        {"layer_norm_eps": 0},
+        {"tie_embeddings": "all", "source_vocab_size": 120},
     ],
 )
 def test_what_changes_nothing_or_belongs_there_is_accepted(changes: dict[str, Any]) -> None:
@@ -97,3 +112,10 @@ def test_settings_that_are_for_other_families_are_told(checkpoint: Any) -> None:
     assert read.generation["beam_size"] == 1
     (notice,) = read.notices
     assert notice.startswith("generation_config.json, tokenizer_config.json: not read;")
+
+
+def test_every_other_name_leads_to_keys_of_the_config() -> None:
+    asked = set(nn_config())
+    for meant in OTHER_NAMES.values():
+        assert asked >= set(meant.split(" and "))
+    assert not OTHER_NAMES.keys() & asked

@@ -1,5 +1,6 @@
 """Names in a state dict: what wrappers put before them is left off, and config.json translates the rest."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,59 @@ def test_all_wrong_entries_are_told_at_once() -> None:
     state = {"a.x": np.ones(1, np.float32), "b.x": np.ones(1, np.float32)}
     with pytest.raises(ExportError, match=r"no name in the file is 'c'; no name in the file begins with 'd\.'"):
         name_state(state, {"d.": "e.", "c": "f"})
+
+
+@pytest.mark.parametrize("second", [None, "generator.bias"])
+@pytest.mark.parametrize(
+    "other", ["module.generator.bias", "module._orig_mod.generator.bias", "_orig_mod.generator.bias"]
+)
+def test_two_entries_for_one_name_are_both_named(other: str, second: str | None, checkpoint: Any) -> None:
+    """With and without what is left off, one name; neither entry may win unseen."""
+    checkpoint.tensors(renamed(lambda name: f"module.{name}"))
+    names = {"generator.bias": "generator.bias", other: second}
+    with pytest.raises(ExportError, match=rf"names: 'generator\.bias' and '{re.escape(other)}' are one name; keep one"):
+        read(checkpoint.config(names=names))
+
+
+BIAS = "is left out, as names in config.json says; the model has zeros there"
+
+
+@pytest.mark.parametrize("bias", ["generator.bias", "transformer.encoder.layers.0.self_attn.in_proj_bias"])
+def test_a_bias_that_is_left_out_is_zero_and_told(bias: str, checkpoint: Any) -> None:
+    whole = read(checkpoint.folder)
+    without = read(checkpoint.config(names={bias: None}))
+    assert without.notices == (f"{bias} {BIAS}",)
+    changed = {name for name, weight in whole.weights.items() if (weight != without.weights[name]).any()}
+    assert changed
+    assert not any(without.weights[name].any() for name in changed)
+
+
+def test_a_bias_that_is_left_out_by_a_longer_entry_is_told_too(checkpoint: Any) -> None:
+    checkpoint.tensors(renamed(lambda name: name.replace("generator.", "out.")))
+    without = read(checkpoint.config(names={"out.": "generator.", "out.bias": None}))
+    assert without.notices == (f"out.bias {BIAS}",)
+
+
+def test_what_the_model_does_without_is_left_out_and_told(checkpoint: Any) -> None:
+    plain = read(checkpoint.folder)
+    checkpoint.tensors(lambda state: state.update({f"criterion.{i}.bias": torch.ones(3) for i in range(7)}))
+    read_so = read(checkpoint.config(names={"criterion.": None}))
+    assert same_weights(read_so, plain)
+    (notice,) = read_so.notices
+    assert notice.startswith("criterion.0.bias, criterion.1.bias, ")
+    assert notice.endswith("criterion.4.bias and 2 more are left out, as names in config.json says")
+
+
+def test_another_tensor_may_stand_for_one_that_is_left_out(checkpoint: Any) -> None:
+    checkpoint.tensors(lambda state: state.update({"averaged": torch.full((120,), 0.5)}))
+    averaged = read(checkpoint.config(names={"generator.bias": None, "averaged": "generator.bias"}))
+    assert (averaged.weights["head.bias"] == 0.5).all()
+    assert averaged.notices == ("generator.bias is left out, as names in config.json says",)
+
+
+@pytest.mark.parametrize("beginning", ["model.", "model.model."])
+def test_an_inner_name_that_is_the_prefix_as_well_is_translated(beginning: str, checkpoint: Any) -> None:
+    """As Lightning's `self.model` around a module that has a `self.model` itself."""
+    plain = read(checkpoint.folder)
+    checkpoint.tensors(renamed(lambda name: f"model.{name.replace('transformer.', 'model.', 1)}"))
+    assert same_weights(read(checkpoint.config(names={beginning: "transformer."})), plain)
