@@ -330,9 +330,13 @@ class Renamer:
                     self.names[canonical] = self.origin(name)
                 self._taken.add(name)
 
-    def tell_absent_biases(self) -> None:
-        """Note those that are taken for zeros although the file has others: a model has all or none, as a rule."""
-        biases = sorted(name for name in self.known if name.endswith("bias"))
+    def tell_absent_biases(self, told: Collection[str] = ()) -> None:
+        """Note those that are taken for zeros although the file has others: a model has all or none, as a rule.
+
+        Args:
+            told: Names that were left out on purpose.
+        """
+        biases = sorted(name for name in self.known if name.endswith("bias") and name not in told)
         absent = [self.origin(name) for name in biases if name not in self._state]
         if 0 < len(absent) < len(biases):
             more = f" and {len(absent) - _MOST_ABSENT} more" if len(absent) > _MOST_ABSENT else ""

@@ -35,10 +35,12 @@ def take_sinusoids(names: Renamer, spec: TransformerSpec) -> None:
     expected = names.weights.get("source_positions")
     for name, array in names.left().items():
         table = as_table(array, spec.d_model)
-        if table is not None and expected is not None and _same(table, expected):
+        # Without an embedding there is nothing to compute, and the file is refused; the table is still no reason.
+        paper = expected if table is None or expected is not None else interleaved_positions(*table.shape)
+        if table is not None and paper is not None and _same(table, paper):
             # A file in half precision, say, has its own rounding.
-            rows = min(len(table), len(expected))
-            expected[:rows] = table[:rows]
+            rows = min(len(table), len(paper))
+            paper[:rows] = table[:rows]
             names.leave_out(name)
         elif _is_like_a_table(name):
             names.remark(name, _no_sinusoids(table, _how_to_use(names.origin(name), tables)))

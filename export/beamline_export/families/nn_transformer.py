@@ -70,7 +70,7 @@ def _rename(config: Config, state: NamedState) -> Renamer:
     if not config.learned_positions:
         take_sinusoids(names, config.spec)
     leave_out_masks(names)
-    names.tell_absent_biases()
+    names.tell_absent_biases(state.left_out.values())
     return names
 
 

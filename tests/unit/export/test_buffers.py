@@ -46,6 +46,14 @@ def test_the_papers_table_is_known_under_any_name_and_shape(name: str, shape: tu
     assert buffered.notices == ()
 
 
+def test_the_papers_table_is_no_reason_where_the_embeddings_have_other_names(checkpoint: Any) -> None:
+    checkpoint.tensors(lambda state: state.update({"table": table(40), "in_tok.weight": state.pop("src_embed.weight")}))
+    with pytest.raises(ExportError) as caught:
+        read(checkpoint.folder)
+    assert "not part of the model: in_tok.weight [90, 32]; missing: " in str(caught.value)
+    assert "sinusoidal" not in str(caught.value)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_table_in_half_precision_is_used_as_it_is(dtype: torch.dtype, checkpoint: Any) -> None:
     """As the model itself reads it: rounding included, where the file has it; the other rows are computed."""
