@@ -23,6 +23,8 @@ from beamline_server.tokenizer import load_tokenizer
 
 _AT_ONCE = 16
 """Searches in one batch; bounds the memory for their caches."""
+_MOST_WAYS = 16
+"""Outputs that near-ties lead to and that are followed at once, of a text."""
 _MOST_SHOWN = 200
 """Characters of a text in a message."""
 _OWN_FIELDS = (
@@ -82,7 +84,7 @@ class ExpectedOutputs:
 
     def _is_same(self, example: Example, output: Tokens) -> bool:
         if example.target is not None:
-            return same_up_to(output, example.target) == len(example.target)
+            return output == example.target or (output[:-1] == example.target and output[-1] in self._rules.search.eos)
         assert example.text is not None
         return self._decoded(output) == example.text.strip()
 
@@ -96,7 +98,7 @@ class ExpectedOutputs:
         if target is not None and example.options.beam_size == 1:
             return self._greedy_parting(runner, example, target)
         if target is None and example.options.beam_size == 1:
-            near_tie = self._closest_choice(runner, example, output) <= NEAR_TIE
+            near_tie = self._leads_to_text(runner, example)
         else:
             close = [h.tokens for h in found if found[0].score - h.score <= NEAR_TIE]
             near_tie = any(self._is_same(example, tokens) for tokens in close)
@@ -104,20 +106,48 @@ class ExpectedOutputs:
             return None
         return _Parting(None if target is None else same_up_to(output, target))
 
-    def _closest_choice(self, runner: StepRunner, example: Example, output: Tokens) -> float:
-        """The least difference between the best token and the next one, along an output."""
-        rows = enumerate(self._forced(runner, example.source, output))
-        best = [np.sort(processed(row, step, self._rules.search, example.options))[-2:] for step, row in rows]
-        return min(float(first - second) for second, first in best)
+    def _leads_to_text(self, runner: StepRunner, example: Example) -> bool:
+        """Whether a greedy search comes to the expected text if near-ties are decided in its favour."""
+        ways: list[Tokens] = [()]
+        while ways:
+            further = [way for begin in ways for way in self._next(runner, example, begin)]
+            if any(self._is_over(way, example) and self._is_same(example, way) for way in further):
+                return True
+            ways = [way for way in further if not self._is_over(way, example) and self._begins(way, example)]
+            ways = ways[:_MOST_WAYS]
+        return False
+
+    def _next(self, runner: StepRunner, example: Example, begin: Tokens) -> list[Tokens]:
+        """The beginning of an output with each token that is as good as the best one after it."""
+        row = self._rows(runner, example, begin)[-1]
+        return [(*begin, int(token)) for token in np.flatnonzero(row.max() - row <= NEAR_TIE)]
+
+    def _begins(self, tokens: Tokens, example: Example) -> bool:
+        """Whether the expected text may still come of an output that begins with these tokens."""
+        assert self._tokenizer is not None
+        assert example.text is not None
+        return example.text.strip().startswith(self._tokenizer.settled(tokens).strip())
+
+    def _is_over(self, tokens: Tokens, example: Example) -> bool:
+        ended = not set(tokens[-1:]).isdisjoint(self._rules.search.eos)
+        return ended or len(tokens) == example.options.max_new_tokens
 
     def _greedy_parting(self, runner: StepRunner, example: Example, target: Tokens) -> "_Parting | None":
-        """The first expected token that this model does not prefer, on the way that the expected ones go."""
-        for step, row in enumerate(self._forced(runner, example.source, target)):
-            row = processed(row, step, self._rules.search, example.options)  # noqa: PLW2901 - the same row, with bans
-            best = int(row.argmax())
-            if not row[best] - row[target[step]] <= NEAR_TIE:
-                return _Parting(step, best, float(row[target[step]]), float(row[best]))
+        """The first expected token, or end, that this model does not prefer, on the way that the expected ones go."""
+        wanted: list[Tokens] = [(token,) for token in target]
+        if not self._is_over(target, example):
+            wanted.append(self._rules.search.eos)
+        for step, (row, tokens) in enumerate(zip(self._rows(runner, example, target), wanted, strict=True)):
+            best, likely = int(row.argmax()), float(max(row[list(tokens)], default=-np.inf))
+            if not row[best] - likely <= NEAR_TIE:
+                return _Parting(step, best, likely, float(row[best]))
         return None
+
+    def _rows(self, runner: StepRunner, example: Example, tokens: Tokens) -> list[NDArray[np.float32]]:
+        """Log-probabilities, with bans and forced tokens, at each token, and after them unless the output is over."""
+        along = tokens if self._is_over(tokens, example) else (*tokens, 0)  # the last is not looked at
+        rows = self._forced(runner, example.source, along)
+        return [processed(row, step, self._rules.search, example.options) for step, row in enumerate(rows)]
 
     def _forced(self, runner: StepRunner, source: Tokens, target: Tokens) -> NDArray[np.float32]:
         """Log-probabilities along the target, (T, V)."""
@@ -132,14 +162,21 @@ class ExpectedOutputs:
         assert where.step is not None
         begin += f", at token {where.step + 1}"
         if where.got is not None:
-            wanted = f"expected {example.target[where.step]} (log-probability {where.expected_logprob:.3f})"
+            wanted = f"expected {_token(example.target, where.step)} (log-probability {where.expected_logprob:.3f})"
             begin += f": {wanted}, got {where.got} ({where.got_logprob:.3f})"
             output = (*example.target[: where.step], where.got)
         else:
             begin += f": expected {_token(example.target, where.step)}, got {_token(output, where.step)}"
+        if where.step == len(example.target):
+            begin += f"; {self._end_hint(example)}"
         if self._tokenizer is None:
             return begin
         return f"{begin}; expected {_shown(self._decoded(example.target))}, got {_shown(self._decoded(output))}"
+
+    def _end_hint(self, example: Example) -> str:
+        eos = ", ".join(str(token) for token in self._rules.search.eos) or "none"
+        ends = f"eos_token_id ({eos}) or after max_new_tokens ({example.options.max_new_tokens})"
+        return f"an output ends with {ends}: correct config.json, or give the max_new_tokens of the line"
 
     def _causes(self) -> str:
         fields = f"config.json is probably wrong in one of {_OWN_FIELDS}, " if self._own_config else ""

@@ -23,10 +23,11 @@ from beamline_server.likeness import did_you_mean
 from beamline_server.tokenizer import Tokenizer, load_tokenizer
 
 MOST_LINES = 1000
-"""Lines that a file may have: a hundred settle whether a config is right."""
+"""Lines that a file may have, empty ones apart: a hundred settle whether a config is right."""
 
 _MOST_LINE_BYTES = 1 << 20
 _MOST_PROBLEMS = 8
+_MOST_DIGITS = 18
 
 _Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -38,12 +39,11 @@ class Line(BaseModel):
         source: The input as text, or
         source_ids: as token ids, with what the model expects around a source.
         target: The output as text, or
-        target_ids: as token ids, without the decoder's start; with or without the end of sequence.
+        target_ids: as token ids, all of them but the decoder's start; with or without the end of sequence.
         logprobs: Natural log-probability of each of `target_ids`.
         beam_size: How the output was searched for: 1 is greedy.
         length_penalty: Of a beam search; by default the model's.
-        max_new_tokens: Where the search ended at the latest; by default the model's, and for greedy ids it does not
-            matter.
+        max_new_tokens: Where the search ended at the latest; by default the model's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -104,7 +104,7 @@ class Example:
     Attributes:
         line: Its number, from 1.
         source: Source ids.
-        target: Ids of the output, or None where `text` is given; compared as far as they go.
+        target: Ids of the output, its end of sequence there or not; None where `text` is given.
         text: Text of the output, or None.
         logprobs: Log-probability of each id of `target`; none if they were not given.
         options: The search that gave the output.
@@ -128,12 +128,12 @@ def read_expectations(file: Path) -> Expectations:
     problems: list[str] = []
     try:
         with file.open("rb") as stream:
-            for line in read_lines(_bounded(stream, file)):
-                if line.number > MOST_LINES:
+            written = (line for line in read_lines(_bounded(stream, file)) if line.content.strip())
+            for count, line in enumerate(written, 1):
+                if count > MOST_LINES:
                     raise ExportError(f"{file} has more than {MOST_LINES:,} lines; a hundred settle it, leave some out")
                 try:
-                    if line.content.strip():
-                        lines.append((line.number, _parsed(line)))
+                    lines.append((line.number, _parsed(line)))
                 except NotText as error:
                     problems.append(f"line {line.number}: {error.problem}")
                 except ValueError as error:
@@ -166,7 +166,7 @@ def _check(file: Path, problems: Sequence[str]) -> None:
 def _parsed(text: TextLine) -> Line:
     """The line; raises ValueError with all that is wrong with it."""
     try:
-        data = json.loads(text.text(), object_pairs_hook=_object)
+        data = json.loads(text.text(), object_pairs_hook=_object, parse_int=_integer)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"is not JSON ({str(error)[:80]}); write one object per line") from error
     try:
@@ -185,10 +185,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _integer(digits: str) -> int:
+    """An integer of any use here; Python itself converts no very long ones."""
+    count = len(digits.removeprefix("-"))
+    if count > _MOST_DIGITS:
+        raise ValueError(f"has an integer of {count:,} digits, which is no token id")
+    return int(digits)
+
+
 def _told(detail: Any) -> str:
     """A problem that pydantic found, in words."""
     if not detail["loc"]:
-        return "is no JSON object"
+        return "is no JSON object: write one object per line"
     name = ".".join(str(part) for part in detail["loc"])[:60]
     if detail["type"] == "extra_forbidden":
         return f"{name!r} is unknown" + (did_you_mean(name, _KEYS) or f"; known: {', '.join(_KEYS)}")
@@ -236,9 +244,6 @@ def _options(line: Line, manifest: Manifest) -> SearchOptions:
     """The search of a line: what it does not say is as the model's defaults have it."""
     defaults: GenerationDefaults = manifest.generation_defaults
     most = line.max_new_tokens or defaults.max_new_tokens
-    if line.beam_size == 1 and line.target_ids is not None:
-        # A greedy search is the same to any limit: one step more tells all that is compared.
-        most = min(len(line.target_ids) + 1, line.max_new_tokens or manifest.dimensions.max_target_tokens)
     penalty = defaults.length_penalty if line.length_penalty is None else line.length_penalty
     return SearchOptions(
         beam_size=line.beam_size,
@@ -271,7 +276,8 @@ def _target_problems(target: Tokens, options: SearchOptions, manifest: Manifest)
     if max(target) >= vocabulary:
         yield f"target_ids has {max(target)}, the target vocabulary ends before {vocabulary}"
     if ends := [token for token in target[:-1] if token in tokens.eos]:
-        yield f"target_ids goes on after the end of sequence ({ends[0]}); leave out what follows, padding too"
+        mend = "leave out what follows, padding too, or correct eos_token_id in config.json"
+        yield f"target_ids goes on after the end of sequence ({ends[0]}); {mend}"
     if len(target) > options.max_new_tokens:
         limit = f"the search ends at {options.max_new_tokens}; give max_new_tokens as your model had it"
         yield f"target_ids has {len(target)} tokens, {limit}"

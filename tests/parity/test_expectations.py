@@ -104,6 +104,36 @@ def test_a_wrong_config_makes_no_bundle(wrong: dict[str, Any], folder: Path, gre
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+@pytest.mark.parametrize("end", [True, False], ids=["with-end", "without-end"])
+def test_a_wrong_end_makes_no_bundle(end: bool, folder: Path, greedy: Path, tmp_path: Path) -> None:
+    """Of outputs that are right as far as they go: the model that is served would go on."""
+    wrong = write_nn_transformer(tmp_path / "wrong", {**RIGHT, "eos_token_id": 5})
+    lines = [json.loads(line) for line in greedy.read_text().splitlines()]
+    ended = [line for line in lines if len(line["target_ids"]) < LIMIT and 5 not in line["target_ids"]]
+    assert ended
+    for line in ended:
+        assert line["target_ids"].pop() == EOS
+        line["target_ids"] += [EOS] if end or not line["target_ids"] else []
+    file = tmp_path / "expected.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in ended))
+    with pytest.raises(ExportError, match=rf": 0 of {len(ended)} outputs are .*expected the end .*eos_token_id \(5\)"):
+        exported(wrong, tmp_path / "bundle", file)
+    expected: Any = exported(folder, tmp_path / "right", file).manifest.parity["expected"]
+    assert expected["same"] == len(ended)
+
+
+def test_outputs_that_the_models_own_limit_forces_to_end_are_expected(tmp_path: Path) -> None:
+    """Whether the lines say the limit or the config alone."""
+    forced = {**RIGHT, "generation": {"max_length": LIMIT + 1, "forced_eos_token_id": EOS}}
+    checkpoint = write_nn_transformer(tmp_path / "checkpoint", forced)
+    targets = [target if len(target) < LIMIT else [*target[:-1], EOS] for target in outputs(model_of(checkpoint), 1)]
+    assert any(len(target) == LIMIT for target in targets)
+    for name, fields in (("default", {}), ("said", {"max_new_tokens": LIMIT})):
+        file = written(tmp_path / f"{name}.jsonl", targets, **fields)
+        bundle = exported(checkpoint, tmp_path / name, file)
+        assert bundle.manifest.parity["expected"] == {"examples": 100, "same": 100, "near_ties": 0}
+
+
 def test_a_wrong_order_of_positions_makes_no_bundle(folder: Path, tmp_path: Path) -> None:
     """The user's model has all sines before all cosines, and config.json can only say that they take turns."""
     own = write_nn_transformer(tmp_path / "own", {**RIGHT, "positions": "learned"})

@@ -35,7 +35,10 @@ def refused(file: Path) -> str:
         (b"\xff", "is not UTF-8 text"),
         ("{", "is not JSON ("),
         ("[" * 99_999, "is not JSON ("),
-        ("[1]", "is no JSON object"),
+        ("[1]", "is no JSON object: write one object per line"),
+        ("7", "is no JSON object: write one object per line"),
+        (f'{{"source_ids": [{"9" * 5000}]}}', "has an integer of 5,000 digits, which is no token id"),
+        (f'{{"source_ids": [-{"9" * 20}]}}', "has an integer of 20 digits, which is no token id"),
         ('{"source_ids": [1], "source_ids": [2]}', "has a key twice"),
         ("{}", "give source_ids or source, give target_ids or target"),
         ({**GOOD, "source": "x"}, "give source_ids or source, not both"),
@@ -98,6 +101,12 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 def test_the_number_of_lines_is_bounded(tmp_path: Path) -> None:
     assert len(read_expectations(written(tmp_path, *[GOOD] * MOST_LINES)).lines) == MOST_LINES
     assert "has more than 1,000 lines" in refused(written(tmp_path, *[GOOD] * (MOST_LINES + 1)))
+    assert "has more than 1,000 lines" in refused(written(tmp_path, *["{"] * (MOST_LINES + 1)))
+
+
+def test_empty_lines_are_not_counted(tmp_path: Path) -> None:
+    file = written(tmp_path, "", *[GOOD, " "] * MOST_LINES, "")
+    assert [number for number, _ in read_expectations(file).lines] == list(range(2, 2 * MOST_LINES + 1, 2))
 
 
 def test_empty_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
@@ -120,11 +129,15 @@ def resolved(folder: Path, *lines: object, **changes: Any) -> list[Example]:
         ({**GOOD, "source_ids": [999]}, "source_ids has 999, the source vocabulary ends before "),
         ({**GOOD, "target_ids": [7, 999]}, "target_ids has 999, the target vocabulary ends before "),
         ({**GOOD, "source_ids": [5] * 513}, "the source has 513 tokens (the model takes 1 to 512)"),
-        ({**GOOD, "target_ids": [5] * 257}, "target_ids has 257 tokens, the search ends at 256; give max_new_tokens"),
+        ({**GOOD, "target_ids": [5] * 129}, "target_ids has 129 tokens, the search ends at 128; give max_new_tokens"),
         ({**GOOD, "target_ids": [5] * 129, "beam_size": 2}, "target_ids has 129 tokens, the search ends at 128;"),
         ({**GOOD, "max_new_tokens": 2}, "target_ids has 3 tokens, the search ends at 2; give max_new_tokens"),
         ({**GOOD, "max_new_tokens": 257}, "max_new_tokens 257 is beyond the model's 256 positions"),
-        ({**GOOD, "target_ids": [7, EOS, 0, 0]}, f"target_ids goes on after the end of sequence ({EOS}); leave out"),
+        (
+            {**GOOD, "target_ids": [7, EOS, 0, 0]},
+            f"target_ids goes on after the end of sequence ({EOS}); leave out what follows, padding too, or correct "
+            "eos_token_id in config.json",
+        ),
     ],
 )
 def test_what_a_model_cannot_read_is_told(line: object, problem: str, tmp_path: Path) -> None:
@@ -150,7 +163,7 @@ def test_a_line_says_how_to_search_and_the_model_the_rest(tmp_path: Path) -> Non
         {**GOOD, "beam_size": 2, "length_penalty": 2, "max_new_tokens": 30},
         generation_defaults=defaults,
     )
-    assert (greedy.options.beam_size, greedy.options.max_new_tokens) == (1, 4)
+    assert (greedy.options.beam_size, greedy.options.max_new_tokens) == (1, 90)
     options = beam.options
     assert (options.beam_size, options.length_penalty, options.max_new_tokens) == (4, 0.5, 90)
     assert options.early_stopping.value == "never"
