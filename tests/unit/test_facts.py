@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from beamline_client.cli import DEFAULT_SERVER
-from beamline_client.load.scrape import GRPC_PORT, METRICS_PORT
+from beamline_client.address import DEFAULT_SERVER, GRPC_PORT
+from beamline_client.load.scrape import METRICS_PORT
 from beamline_client.load.setup import LoadOptions
 from beamline_server.bundle import NAME_PATTERN
 from beamline_server.engine.admission import DEFAULT_ROWS
