@@ -17,7 +17,7 @@ _HINTS = (
 _OF_CONNECTING = ("failed to connect", "connections to all backends failing", "errors resolving")
 """Pieces of the messages of calls that have never left: a connection that breaks later was the right one."""
 _OUT_OF_TIME = "Deadline Exceeded"
-"""gRPC's own message when a call's time is up, whether it waits for a connection or for an answer; a server says more."""
+"""gRPC's own message when a call's time is up, before it has a connection or an answer; a server says more."""
 _NO_GRPC = (
     "no gRPC server answers there; a server's metrics have another port, and one that wants TLS is called with "
     "Client(root_certificates=...)"

@@ -98,7 +98,10 @@ def shouted(source: pb.Input, search: pb.SearchOptions, output: pb.OutputOptions
 
 
 def described() -> pb.GetInfoResponse:
-    """What the fake server tells about itself: the limits are a server's defaults."""
+    """What the fake server tells about itself.
+
+    The limits that no model decides are a server's defaults; of tokens there are 512, as many models have.
+    """
     info = pb.GetInfoResponse(
         model=pb.ModelInfo(name="shouting", has_tokenizer=True),
         limits=pb.Limits(
@@ -111,7 +114,7 @@ def described() -> pb.GetInfoResponse:
         ),
         default_search=pb.SearchOptions(beam_size=4, n_best=1),
     )
-    info.limits.max_duration.FromSeconds(60)
+    info.limits.max_duration.FromSeconds(30)
     return info
 
 
