@@ -207,6 +207,28 @@ def test_it_closes_with_connections_open_and_frees_its_port(registry: CollectorR
             assert again.port == address[1]
 
 
+def test_closing_twice_is_no_error(registry: CollectorRegistry) -> None:
+    with MetricsServer(registry, "127.0.0.1", 0) as server:
+        server.close()
+
+
+def test_a_thread_that_dies_is_told_in_the_log_and_leaves_a_server_that_can_be_closed(
+    registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Dying(MetricsServer):
+        async def _serve(self) -> None:
+            raise RuntimeError("no such file descriptor")
+
+    with Dying(registry, "127.0.0.1", 0) as server:
+        server._thread.join(10)
+        with pytest.raises(ConnectionError):
+            socket.create_connection(("127.0.0.1", server.port), timeout=10)
+
+    [record] = caplog.records
+    assert (record.levelname, getattr(record, "event", None)) == ("ERROR", "metrics_stopped")
+    assert "no such file descriptor" in caplog.text
+
+
 def test_a_taken_port_is_an_error(registry: CollectorRegistry, server: MetricsServer) -> None:
     with pytest.raises(OSError, match="in use"):
         MetricsServer(registry, "127.0.0.1", server.port)
