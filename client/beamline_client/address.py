@@ -10,8 +10,10 @@ _SCHEMES_OF_SOCKETS = ("unix", "unix-abstract", "vsock")
 _SCHEMES = (*_SCHEMES_OF_HOSTS, *_SCHEMES_OF_SOCKETS, "xds", "google-c2p")
 _BRACKETED = re.compile(r"\[([^\[\]]*)\](?::(.*))?", re.DOTALL)
 _NOT_IN_HOSTS = re.compile(r"[\s/?#@\[\]]")
-_USUAL_PORT = 8001
-_HOW_TO_WRITE = f"write HOST:PORT, such as localhost:{_USUAL_PORT}"
+GRPC_PORT = 8001
+"""The server's default."""
+DEFAULT_SERVER = f"localhost:{GRPC_PORT}"
+_HOW_TO_WRITE = f"write HOST:PORT, such as {DEFAULT_SERVER}"
 
 
 class AddressUnusable(ValueError):
@@ -23,6 +25,10 @@ class Endpoint(NamedTuple):
 
     host: str
     port: int
+
+    def __str__(self) -> str:
+        """As in a URL: an IPv6 address in brackets."""
+        return f"{_in_url(self.host)}:{self.port}"
 
 
 def endpoints(target: str) -> list[Endpoint]:
@@ -39,7 +45,7 @@ def endpoints(target: str) -> list[Endpoint]:
     scheme, rest = _split_scheme(target)
     if scheme is not None and scheme not in _SCHEMES:
         place = rest[2:].partition("/")[0]
-        better = place if ":" in place else f"{place}:{_USUAL_PORT}"
+        better = place if ":" in place else f"{place}:{GRPC_PORT}"
         raise AddressUnusable(f"{target} is a URL: write the host and the port of gRPC alone, such as {better}")
     if scheme is not None and scheme not in _SCHEMES_OF_HOSTS:
         return []
@@ -85,7 +91,7 @@ def _endpoint(text: str) -> Endpoint:
     if not host or _NOT_IN_HOSTS.search(host):
         raise AddressUnusable(f"{text} names no host: {_HOW_TO_WRITE}")
     if not port:
-        raise AddressUnusable(f"{text} names no port: write {text.removesuffix(':')}:{_USUAL_PORT}, or another port")
+        raise AddressUnusable(f"{text} names no port: write {text.removesuffix(':')}:{GRPC_PORT}, or another port")
     if not (port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65_536):
         raise AddressUnusable(f"{text} has no such port: ports are 1 to 65535")
     return Endpoint(host, int(port))
@@ -97,11 +103,16 @@ def _host_and_port(text: str) -> tuple[str, str]:
         return bracketed[1], bracketed[2] or ""
     host, _, port = text.rpartition(":")
     if _is_ipv6(text) or _is_ipv6(host):
-        better = f"[{host}]:{port}" if _is_ipv6(host) and port.isdecimal() else f"[{text}]:{_USUAL_PORT}"
+        is_whole = not (_is_ipv6(host) and port.isdecimal())
+        better = f"{_in_url(text)}:{GRPC_PORT}" if is_whole else f"{_in_url(host)}:{port}"
         raise AddressUnusable(f"{text} has an IPv6 address without brackets: write {better}")
     if ":" in host or bracketed is not None:
         raise AddressUnusable(f"{text} is no address: {_HOW_TO_WRITE}")
     return (host, port) if ":" in text else (text, "")
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -1,9 +1,10 @@
 """What one call sends and how long it may take, the same for both faces of the client."""
 
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypedDict, TypeVar
 
 import grpc
@@ -44,6 +45,8 @@ class Call(Generic[RequestT]):
     target: str
     timeout_s: float
     request_id: str
+    answered: threading.Event
+    """Set once anything has come from the target, by this call or another of the client."""
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -56,7 +59,10 @@ class Call(Generic[RequestT]):
         try:
             yield
         except grpc.RpcError as error:
-            raise from_rpc_error(error, target=self.target, request_id=self.request_id) from error
+            raise from_rpc_error(
+                error, target=self.target, request_id=self.request_id, answered=self.answered.is_set()
+            ) from error
+        self.answered.set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,8 @@ class CallBuilder:
     target: str
     timeout_s: float
     max_send_bytes: int
+    answered: threading.Event = field(default_factory=threading.Event, init=False)
+    """Set once anything has come from the target."""
 
     def generate(self, inputs: Sequence[Source], options: CallOptions) -> Call[pb.GenerateRequest]:
         """A call of GenerationService.Generate."""
@@ -105,6 +113,7 @@ class CallBuilder:
             target=self.target,
             timeout_s=self.timeout_s if timeout_s is None else timeout_s,
             request_id=_checked_request_id(options.get("request_id") or uuid.uuid4().hex),
+            answered=self.answered,
         )
 
     def _check_size(self, size: int) -> None:

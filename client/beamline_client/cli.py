@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from beamline_client.address import AddressUnusable, endpoints
+from beamline_client.address import DEFAULT_SERVER, AddressUnusable, endpoints
 from beamline_client.advice import EXIT_BAD_USAGE, advice, exit_status
 from beamline_client.bulk import Generated
 from beamline_client.calls import DEFAULT_TIMEOUT_S, CallOptions
@@ -15,7 +15,6 @@ from beamline_client.rendering import as_json, plain, scored, streamed
 from beamline_client.results import EarlyStopping, SearchOptions
 from beamline_client.translation import PROGRAM, Task, TextUnusable, translate
 
-DEFAULT_SERVER = "localhost:8001"
 EXIT_SKIPPED = 3
 
 _EPILOG = """\

@@ -118,6 +118,7 @@ class AsyncClient:
         try:
             with call.errors_mapped():
                 async for message in rpc:
+                    call.answered.set()
                     event = converters.event_from_pb(message)
                     yield event
         finally:
@@ -213,6 +214,7 @@ class Client:
         try:
             with call.errors_mapped():
                 for message in rpc:
+                    call.answered.set()
                     event = converters.event_from_pb(message)
                     yield event
         finally:

@@ -219,6 +219,7 @@ class _Report:
     request_id: str | None
     trailers: Mapping[str, str]
     details: status_pb2.Status
+    answered: bool
 
     def detail(self, kind: type[DetailT]) -> DetailT | None:
         """The first google.rpc detail of this kind, if there is one."""
@@ -229,29 +230,33 @@ class _Report:
         return None
 
 
-def from_rpc_error(error: grpc.RpcError, *, target: str, request_id: str | None = None) -> BeamlineError:
+def from_rpc_error(
+    error: grpc.RpcError, *, target: str, request_id: str | None = None, answered: bool = False
+) -> BeamlineError:
     """Turns an error of grpc or grpc.aio into the class that says what to do.
 
     Args:
         error: What the call raised.
         target: Where it was sent.
         request_id: The id that was sent; the server's own, if it tells one, takes precedence.
+        answered: Whether anything has come from there before.
     """
-    report = _read(error, target, request_id)
+    report = _read(error, target, request_id, answered)
     return _BY_CODE.get(report.code, _protocol_error)(report)
 
 
-def _read(error: grpc.RpcError, target: str, request_id: str | None) -> _Report:
+def _read(error: grpc.RpcError, target: str, request_id: str | None, answered: bool) -> _Report:
     failed: Any = error  # grpc and grpc.aio have the same methods, but no base class that says so
     if not hasattr(failed, "code"):  # grpc.RpcError itself promises nothing
-        return _Report(grpc.StatusCode.UNKNOWN, str(error), target, request_id, {}, status_pb2.Status())
+        return _Report(grpc.StatusCode.UNKNOWN, str(error), target, request_id, {}, status_pb2.Status(), answered)
     trailers = {key: value for key, value in failed.trailing_metadata() or () if isinstance(value, str)}
     try:
         details = rpc_status.from_call(failed) or status_pb2.Status()
     except (ValueError, DecodeError):  # contradicts the status, or is no google.rpc.Status: the status alone counts
         details = status_pb2.Status()
     message = failed.details() or failed.code().name
-    return _Report(failed.code(), message, target, trailers.get(REQUEST_ID_KEY, request_id), trailers, details)
+    request_id = trailers.get(REQUEST_ID_KEY, request_id)
+    return _Report(failed.code(), message, target, request_id, trailers, details, answered)
 
 
 def _plain(kind: type[BeamlineError]) -> Callable[[_Report], BeamlineError]:
@@ -261,7 +266,7 @@ def _plain(kind: type[BeamlineError]) -> Callable[[_Report], BeamlineError]:
 def _unreached(kind: type[BeamlineError]) -> Callable[[_Report], BeamlineError]:
     def convert(report: _Report) -> BeamlineError:
         # A server that tells its reason was reached.
-        hint = None if report.details.details else hint_for(report.message, report.target)
+        hint = None if report.details.details else hint_for(report.message, report.target, answered=report.answered)
         return kind(report.message, code=report.code, request_id=report.request_id, hint=hint)
 
     return convert

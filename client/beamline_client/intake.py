@@ -50,10 +50,7 @@ class Intake:
         return replace(result, source_truncated=result.source_truncated or self.cut(text) != text)
 
     def _problem(self, text: str) -> str | None:
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError as error:
-            return f"is not valid Unicode at character {error.start}; expected UTF-8"
+        size = len(text.encode())
         if size <= self.longest_text or self.truncate:
             return None
         return f"has {size} bytes; expected at most {self.longest_text}, or truncate_source"

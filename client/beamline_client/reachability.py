@@ -16,6 +16,8 @@ _HINTS = (
 
 _OF_CONNECTING = ("failed to connect", "connections to all backends failing", "errors resolving")
 """Pieces of the messages of calls that have never left: a connection that breaks later was the right one."""
+_OUT_OF_TIME = "Deadline Exceeded"
+"""gRPC's own message when a call's time is up, before it has a connection or an answer; a server says more."""
 _NO_GRPC = (
     "no gRPC server answers there; a server's metrics have another port, and one that wants TLS is called with "
     "Client(root_certificates=...)"
@@ -24,13 +26,21 @@ _OF_ONE_ADDRESS = ("Expected SETTINGS frame", "Connection refused", "Socket clos
 """A name such as localhost can have several addresses, and gRPC tells what it met at the last: not the one that is."""
 
 
-def hint_for(message: str, target: str) -> str | None:
-    """What is most likely wrong if a call to `target` failed with this message of gRPC; None if that is not known."""
+def hint_for(message: str, target: str, *, answered: bool = False) -> str | None:
+    """What is most likely wrong if a call failed before it reached a server; None if that is not known.
+
+    Args:
+        message: What gRPC says.
+        target: Where the call was sent.
+        answered: Whether anything has come from there before, so that a proxy on the way lets calls through.
+    """
     proxy = proxy_for(target)
-    if proxy is not None:  # then all that is known is about the proxy
-        return str(proxy)
+    if proxy is not None and not answered and message.startswith(_OUT_OF_TIME):
+        return f"nothing has come from there yet, and {proxy}"
     if not any(words in message for words in _OF_CONNECTING):
         return None
+    if proxy is not None:  # then all that is known is about the proxy
+        return str(proxy)
     if not is_numeric(target) and any(words in message for words in _OF_ONE_ADDRESS):
         return _NO_GRPC
     return next((hint for words, hint in _HINTS if words in message), None)

@@ -8,13 +8,18 @@ It "translates" to upper case, word by word, and scores hypothesis k (0, 1, …)
     with RecordingProxy() as proxy:  # and the variables of `proxy.environment` set
         ...
     assert proxy.requests == []
+
+    with FakeServer() as server, RecordingProxy(leads_to=server.target) as proxy:  # a call to anywhere is answered
+        ...
 """
 
+import socket
 import socketserver
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -93,7 +98,10 @@ def shouted(source: pb.Input, search: pb.SearchOptions, output: pb.OutputOptions
 
 
 def described() -> pb.GetInfoResponse:
-    """What the fake server tells about itself: the limits are a server's defaults."""
+    """What the fake server tells about itself.
+
+    The limits that no model decides are a server's defaults; of tokens there are 512, as many models have.
+    """
     info = pb.GetInfoResponse(
         model=pb.ModelInfo(name="shouting", has_tokenizer=True),
         limits=pb.Limits(
@@ -106,7 +114,7 @@ def described() -> pb.GetInfoResponse:
         ),
         default_search=pb.SearchOptions(beam_size=4, n_best=1),
     )
-    info.limits.max_duration.FromSeconds(60)
+    info.limits.max_duration.FromSeconds(30)
     return info
 
 
@@ -191,30 +199,70 @@ class FakeServer:
 
 
 class _ProxyServer(socketserver.ThreadingTCPServer):
-    def __init__(self, requests: list[str]) -> None:
-        super().__init__(("127.0.0.1", 0), _RefuseAndNote)
+    def __init__(self, requests: list[str], leads_to: str | None) -> None:
+        super().__init__(("127.0.0.1", 0), _NoteAndLead)
         self.requests = requests
+        self.leads_to = leads_to
+        self._connections: list[socket.socket] = []
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.append(request)
+        super().process_request(request, client_address)
+
+    def server_close(self) -> None:
+        for each in self._connections:  # gRPC keeps one for a while after its channel is closed
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        super().server_close()
 
 
-class _RefuseAndNote(socketserver.StreamRequestHandler):
+class _NoteAndLead(socketserver.StreamRequestHandler):
     server: _ProxyServer
 
     def handle(self) -> None:
         self.server.requests.append(self.rfile.readline().decode("latin-1").strip())
-        self.wfile.write(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
+        if self.server.leads_to is None:
+            self.wfile.write(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
+            return
+        while self.rfile.readline().strip():
+            pass
+        host, _, port = self.server.leads_to.rpartition(":")
+        with socket.create_connection((host, int(port))) as server:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            back = threading.Thread(target=_pass_on, args=(server, self.connection))
+            back.start()
+            _pass_on(self.connection, server)
+            back.join()
+
+
+def _pass_on(source: socket.socket, target: socket.socket) -> None:
+    """Until the source ends or the target has gone; then ends both."""
+    with suppress(OSError):
+        while received := source.recv(65_536):
+            target.sendall(received)
+    for each in (source, target):
+        with suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
 
 
 class RecordingProxy:
-    """An HTTP proxy on a free port of 127.0.0.1 that notes who comes and sends everybody away; for a `with` statement.
+    """An HTTP proxy on a free port of 127.0.0.1 that notes who comes; for a `with` statement.
+
+    It sends everybody away, or leads everybody to one server.
 
     Attributes:
         requests: The first line of each connection, such as `CONNECT host:8001 HTTP/1.1`.
         address: Its host and port.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leads_to: str | None = None) -> None:
+        """Prepares a proxy.
+
+        Args:
+            leads_to: Host and port of the server that answers whatever address is asked for; None is nobody.
+        """
         self.requests: list[str] = []
-        self._server = _ProxyServer(self.requests)
+        self._server = _ProxyServer(self.requests, leads_to)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self.address = f"127.0.0.1:{self._server.server_address[1]}"
 

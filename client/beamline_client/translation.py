@@ -216,11 +216,13 @@ def _write_pieces(events: Iterator[Piece | Result], output: TextIO) -> Result:
 
 
 def _texts(texts: Iterable[str]) -> Iterator[Line]:
-    return (Line(f"text {number}", text) for number, text in enumerate(texts, start=1))
+    # Python keeps the bytes of an argument that are not UTF-8 as lone surrogates.
+    contents = (text.encode(errors="surrogateescape") for text in texts)
+    return (_line(TextLine(number, content), "text") for number, content in enumerate(contents, start=1))
 
 
-def _line(line: TextLine) -> Line:
-    name = f"line {line.number}"
+def _line(line: TextLine, kind: str = "line") -> Line:
+    name = f"{kind} {line.number}"
     try:
         return Line(name, line.text())
     except NotText as error:

@@ -42,7 +42,7 @@ class TextLine:
         try:
             return self.content.decode()
         except UnicodeDecodeError as error:
-            problem = f"is not UTF-8 text (byte {error.start + 1} of it: {error.reason}): convert the file to UTF-8"
+            problem = f"is not UTF-8 text (byte {error.start + 1} of it: {error.reason}): convert it to UTF-8"
             raise NotText(self.number, problem) from error
 
 

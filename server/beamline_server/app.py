@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from beamline_server import logs
 from beamline_server.allocator import give_back_freed
-from beamline_server.bundle import Bundle, BundleError, load_bundle
+from beamline_server.bundle import EXIT_BUNDLE, MOST_FOREIGN_TOLD, Bundle, BundleError, load_bundle
 from beamline_server.engine.build import DeviceError, EngineOptions, build_engine, check_golden, choose_device, exercise
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
@@ -37,12 +37,9 @@ from beamline_server.tokenizer import load_tokenizer
 EXIT_STOPPED = 0
 EXIT_ENGINE_FAILED = 1
 EXIT_SETTINGS = 2
-EXIT_BUNDLE = 3
 
 _LAST_WORDS_S = 1.0
 """Time for the last answers to be sent once all of them are known."""
-_MOST_FOREIGN = 8
-"""Names of foreign files in the log at most."""
 
 _log = logging.getLogger(__name__)
 
@@ -169,7 +166,7 @@ def _tell_ignored_settings(bundle: Bundle) -> None:
 def _load(path: Path) -> Bundle:
     bundle = load_bundle(path)
     if foreign := bundle.foreign_files():
-        told = {"event": "foreign_files", "files": foreign[:_MOST_FOREIGN], "count": len(foreign)}
+        told = {"event": "foreign_files", "files": foreign[:MOST_FOREIGN_TOLD], "count": len(foreign)}
         _log.warning("files beside the manifest that are no part of the bundle are ignored", extra=told)
     return bundle
 

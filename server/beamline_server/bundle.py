@@ -33,6 +33,10 @@ ENCODER = "encoder.onnx"
 DECODER_STEP = "decoder_step.onnx"
 WEIGHTS = "weights.bin"
 
+EXIT_BUNDLE = 3
+"""Exit status of a command whose bundle cannot be served."""
+MOST_FOREIGN_TOLD = 8
+"""Files that are no part of a bundle are named up to so many."""
 _LONGEST_MANIFEST = 16 * 1024 * 1024
 
 NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"

@@ -6,10 +6,15 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from beamline_server.bundle import Bundle, BundleError, Manifest, load_bundle, read_manifest
-
-EXIT_BUNDLE = 3
-_MOST_FOREIGN = 8
+from beamline_server.bundle import (
+    EXIT_BUNDLE,
+    MOST_FOREIGN_TOLD,
+    Bundle,
+    BundleError,
+    Manifest,
+    load_bundle,
+    read_manifest,
+)
 
 Row = tuple[str, str]
 
@@ -34,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"beamline inspect: {error}\n")
         return EXIT_BUNDLE
     if foreign := bundle.foreign_files():
-        names = ", ".join(ascii(name) for name in foreign[:_MOST_FOREIGN])
-        more = f" and {len(foreign) - _MOST_FOREIGN} more" if len(foreign) > _MOST_FOREIGN else ""
+        names = ", ".join(ascii(name) for name in foreign[:MOST_FOREIGN_TOLD])
+        more = f" and {len(foreign) - MOST_FOREIGN_TOLD} more" if len(foreign) > MOST_FOREIGN_TOLD else ""
         sys.stderr.write(f"beamline inspect: no part of the bundle, ignored: {names}{more}\n")
     if arguments.json:
         content = {"fingerprint": bundle.fingerprint, **bundle.manifest.model_dump(mode="json")}

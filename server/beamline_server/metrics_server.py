@@ -70,15 +70,21 @@ class MetricsServer:
         self.close()
 
     def close(self) -> None:
-        """Drop all connections and free the port."""
-        self._loop.call_soon_threadsafe(self._stop.set)
+        """Drop all connections and free the port. Closing twice is allowed."""
+        with suppress(RuntimeError):  # the loop is closed, and with it everything
+            self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
     def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:  # cancels all tasks at its end
-            runner.run(self._serve())
-        for each in self._sockets:
-            each.close()
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:  # cancels all tasks at its end
+                runner.run(self._serve())
+        except Exception:
+            message = "the metrics are served no more; calls go on: restart the server to have them again"
+            _log.exception(message, extra={"event": "metrics_stopped"})
+        finally:
+            for each in self._sockets:
+                each.close()
 
     async def _serve(self) -> None:
         for each in self._sockets:

@@ -163,7 +163,14 @@ def test_a_taken_port_is_told_in_one_line(fr_en_int8: Bundle, taken_port: int, f
     assert all(line.startswith("{") for line in ended.logged), "a line that is no JSON"
 
 
-@pytest.mark.parametrize(("host", "target"), [("[::1]", "[::1]:"), ("::", "[::1]:"), ("localhost", "localhost:")])
+@pytest.mark.parametrize(
+    ("host", "target"),
+    [
+        pytest.param("[::1]", "[::1]:", marks=pytest.mark.ipv6),
+        pytest.param("::", "[::1]:", marks=pytest.mark.ipv6),
+        ("localhost", "localhost:"),
+    ],
+)
 def test_both_ports_answer_where_they_are_told_to(fr_en_int8: Bundle, host: str, target: str) -> None:
     with ServerProcess(fr_en_int8.path, "--host", host) as server, Client(server.target) as client:
         server.wait_until_serving()

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from beamline_client.cli import DEFAULT_SERVER
-from beamline_client.load.scrape import GRPC_PORT, METRICS_PORT
+from beamline_client.address import DEFAULT_SERVER, GRPC_PORT
+from beamline_client.load.scrape import METRICS_PORT
 from beamline_client.load.setup import LoadOptions
+from beamline_client.testing import described
 from beamline_server.bundle import NAME_PATTERN
 from beamline_server.engine.admission import DEFAULT_ROWS
 from beamline_server.engine.ort.captured_graphs import CAPTURED_FROM_USE
@@ -50,6 +51,17 @@ def test_a_client_knocks_where_a_server_listens() -> None:
     assert (GRPC_PORT, METRICS_PORT) == (GRPC, METRICS)
     assert f"localhost:{GRPC}" == DEFAULT_SERVER
     assert LoadOptions().server == DEFAULT_SERVER
+
+
+@pytest.mark.parametrize("name", ["max_inputs", "max_text_bytes", "max_beam_size", "max_message_bytes"])
+def test_the_fake_server_has_the_limits_of_a_real_one(name: str) -> None:
+    assert getattr(described().limits, name) == Settings.model_fields[name].default
+
+
+def test_the_fake_server_gives_as_much_time_as_a_real_one() -> None:
+    assert (
+        described().limits.max_duration.ToTimedelta().total_seconds() == Settings.model_fields["max_duration_s"].default
+    )
 
 
 @pytest.mark.parametrize(

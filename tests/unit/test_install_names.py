@@ -92,20 +92,25 @@ def test_the_project_and_its_extras_have_the_name() -> None:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/bring-your-model.md", "docs/load-testing.md"])
-def test_the_pages_tell_the_way_that_works_before_a_release(page: str) -> None:
-    told = re.findall(r"pip install '?(\.\[[\w,-]+\])", (REPOSITORY / page).read_text("utf-8"))
+def test_the_pages_tell_extras_that_there_are(page: str) -> None:
+    """A misspelt extra is a warning of pip's, and then nothing but the client is installed."""
+    told = re.findall(r"pip install '?\.\[([\w,-]+)\]", (REPOSITORY / page).read_text("utf-8"))
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
+
     assert told, "from a checkout"
-    for target in told:
-        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-build-isolation"]
-        ran = subprocess.run(
-            [*command, "--no-index", "--disable-pip-version-check", target],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
-        assert ran.returncode == 0, ran.stderr
-        assert f"Would install {DISTRIBUTION}-" in ran.stdout
-        # A misspelt extra is a warning of pip's, and then nothing but the client is installed.
-        assert "does not provide the extra" not in ran.stderr
+    assert {extra for extras in told for extra in extras.split(",")} <= project["optional-dependencies"].keys()
+
+
+def test_a_checkout_installs_under_this_name() -> None:
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-build-isolation", "--no-index"]
+    ran = subprocess.run(
+        [*command, "--disable-pip-version-check", ".[server]"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert f"Would install {DISTRIBUTION}-" in ran.stdout
+    assert "does not provide the extra" not in ran.stderr

@@ -86,6 +86,6 @@ def test_ends_of_files(content: bytes, lines: list[str]) -> None:
 def test_a_line_that_is_no_text_does_not_hide_the_others() -> None:
     first, second, third = read_lines(io.BytesIO(b"un\nd\xe9ux\ntrois"))
 
-    with pytest.raises(NotText, match=r"^line 2 is not UTF-8 text \(byte 2 of it: .*\): convert the file to UTF-8$"):
+    with pytest.raises(NotText, match=r"^line 2 is not UTF-8 text \(byte 2 of it: .*\): convert it to UTF-8$"):
         second.text()
     assert (first, third) == (TextLine(1, b"un"), TextLine(3, b"trois"))

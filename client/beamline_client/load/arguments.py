@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from beamline_client.cli import DEFAULT_SERVER
+from beamline_client.address import DEFAULT_SERVER, GRPC_PORT
 from beamline_client.load.find_max import WINDOWS_THAT_AGREE
 from beamline_client.load.notation import NotationUnusable, parse_duration_s, parse_share
+from beamline_client.load.scrape import METRICS_PORT
 from beamline_client.load.setup import LoadOptions
 from beamline_client.load.workload import WorkloadOptions
 
@@ -185,7 +186,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     checks = parser.add_argument_group("checks")
     checks.add_argument("--golden", type=Path, metavar="FILE", help="compare every answer with recorded ones")
     checks.add_argument(
-        "--metrics", metavar="URL", help="the server's /metrics, or off (default: port 8002 when the server's is 8001)"
+        "--metrics",
+        metavar="URL",
+        help=f"the server's /metrics, or off (default: port {METRICS_PORT} when the server's is {GRPC_PORT})",
     )
 
     generator = parser.add_argument_group("generator")

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from beamline_client.address import split_target
+from beamline_client.address import GRPC_PORT, split_target
 from beamline_client.load.report import ServerSample
 
-GRPC_PORT, METRICS_PORT = 8001, 8002
-"""The server's defaults."""
+METRICS_PORT = 8002
+"""The server's default."""
 LARGEST_PAGE_BYTES = 16 * 1024 * 1024
 _SCRAPE_WITHIN_S = 1.0  # the end of a run waits no longer for a scrape that is under way
 _ADVICE = "name the server's page with --metrics URL, or do without with --metrics off"
@@ -120,8 +120,7 @@ def default_url(target: str) -> str | None:
     split = split_target(target)
     if split is None or split.port != GRPC_PORT:
         return None
-    host = f"[{split.host}]" if ":" in split.host else split.host
-    return f"http://{host}:{METRICS_PORT}/metrics"
+    return f"http://{split._replace(port=METRICS_PORT)}/metrics"
 
 
 def restarted(before: Samples, after: Samples) -> bool:

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from beamline_client.address import AddressUnusable, endpoints
+from beamline_client.address import DEFAULT_SERVER, AddressUnusable, endpoints
 from beamline_client.advice import advice
 from beamline_client.client import Client
 from beamline_client.errors import BeamlineError
@@ -34,7 +34,7 @@ _ANSWER_WITHIN_S = 5.0
 class LoadOptions:
     """Everything that the user can say about a run."""
 
-    server: str = "localhost:8001"
+    server: str = DEFAULT_SERVER
     rate: str = "10"
     arrivals: str = "poisson"
     trace: Path | None = None

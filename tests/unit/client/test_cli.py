@@ -232,10 +232,24 @@ class TestTextsThatCannotBeTranslated:
         assert "problem" not in good
 
     def test_an_argument_can_be_one_too(self, server: FakeServer, translate: Translate) -> None:
-        status, out, err = translate("one", "lone \udc80 surrogate")
+        status, out, err = translate("one", "caf\udce9")
 
         assert (status, out) == (2, "ONE\n")
-        assert "text 2: is not valid Unicode at character 5" in err
+        assert "text 2: is not UTF-8 text (byte 4 of it: " in err
+
+    @pytest.mark.parametrize("flag", ["--stream", "--scores", "--json"])
+    def test_an_argument_that_is_skipped_can_be_printed(
+        self, server: FakeServer, flag: str, capsysbinary: pytest.CaptureFixture[bytes]
+    ) -> None:
+        line = ["translate", "--server", server.target, "--on-error", "skip", flag, "caf\udce9"]
+
+        status, (out, err) = main(line), capsysbinary.readouterr()
+
+        assert status == 3
+        assert out.startswith(
+            {"--stream": "", "--scores": "caf\ufffd", "--json": '{"source": "caf\ufffd"'}[flag].encode()
+        )
+        assert err.startswith(b"beamline translate: text 1 is skipped: is not UTF-8 text (byte 4 of it: ")
 
     def test_what_is_no_texts_fault_ends_everything(self, server: FakeServer, translate: Translate) -> None:
         server.generate = lambda _request, context: Failure(  # type: ignore[assignment,return-value]

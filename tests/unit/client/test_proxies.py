@@ -3,16 +3,21 @@
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
+import grpc
 import pytest
 
+from beamline.v1 import generation_pb2 as pb
 from beamline_client import Client, DeadlineExceeded, Unavailable
 from beamline_client.main import main
 from beamline_client.proxies import NO_PROXY_VARIABLES, PROXY_VARIABLES, proxy_for
-from beamline_client.testing import FakeServer, RecordingProxy
+from beamline_client.testing import Failure, FakeServer, RecordingProxy
 
 Call: TypeAlias = Callable[..., Any]
 
-ELSEWHERE = "server.invalid:8001"
+ELSEWHERE = "server.onion:8001"
+"""By RFC 7686 gRPC's resolver knows, without asking anybody, that such a name has no address."""
+UNREACHABLE = "233.252.0.7:8001"
+"""For documentation, and multicast: no TCP connection to it leaves the machine, it fails at once."""
 
 
 @pytest.fixture
@@ -74,7 +79,7 @@ class TestElsewhere:
 
         text = str(failed.value)
         assert f"through the proxy {proxy.address} of grpc_proxy" in text
-        assert "add server.invalid to no_grpc_proxy" in text
+        assert "add server.onion to no_grpc_proxy" in text
         assert "secret" not in text
         assert set(proxy.requests) == {f"CONNECT {ELSEWHERE} HTTP/1.1"}
 
@@ -101,6 +106,60 @@ class TestElsewhere:
             with pytest.raises((DeadlineExceeded, Unavailable), match=f"{silent.target} of http_proxy"):
                 call(ELSEWHERE, "generate_one", "x", timeout_s=0.5)
 
+    @pytest.mark.parametrize("method", ["generate_one", "stream"])
+    def test_a_server_that_gives_up_is_not_the_proxys_fault(
+        self, server: FakeServer, monkeypatch: pytest.MonkeyPatch, call: Call, method: str
+    ) -> None:
+        server.fail(Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "the search took longer than 30 s"))
+        with RecordingProxy(leads_to=server.target) as proxy:
+            monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
+            with pytest.raises(DeadlineExceeded, match="took longer") as failed:
+                call(ELSEWHERE, method, "x")
+
+        assert failed.value.hint is None
+
+    @pytest.mark.parametrize("first", ["info", "generate_one", "stream"])
+    def test_a_server_that_has_answered_and_becomes_slow_is_not_the_proxys_fault(
+        self, server: FakeServer, monkeypatch: pytest.MonkeyPatch, first: str
+    ) -> None:
+        with RecordingProxy(leads_to=server.target) as proxy:
+            monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
+            with Client(ELSEWHERE) as client:
+                answer = getattr(client, first)(*(() if first == "info" else ("x",)))
+                list(answer) if first == "stream" else None
+                server.generate = server.hang
+                with pytest.raises(DeadlineExceeded) as failed:
+                    client.generate_one("x", timeout_s=0.3)
+
+        assert failed.value.hint is None
+
+    def test_a_stream_that_stops_on_its_way_is_not_the_proxys_fault(
+        self, server: FakeServer, monkeypatch: pytest.MonkeyPatch, call: Call
+    ) -> None:
+        def one_piece(_request: pb.GenerateStreamRequest, _context: grpc.ServicerContext) -> Iterator[Any]:
+            yield pb.GenerateStreamResponse(piece=pb.Piece(text="X"))
+            server.stopping.wait(10)
+
+        server.stream = one_piece
+        with RecordingProxy(leads_to=server.target) as proxy:
+            monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
+            with pytest.raises(DeadlineExceeded) as failed:
+                call(ELSEWHERE, "stream", "x", timeout_s=2.0)
+
+        assert failed.value.hint is None
+
+    def test_translate_does_not_blame_it_for_a_slow_server(
+        self, server: FakeServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        server.generate = server.hang
+        with RecordingProxy(leads_to=server.target) as proxy:
+            monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
+            assert main(["translate", "x", "--server", ELSEWHERE, "--timeout", "1"]) == 1
+
+        err = capfd.readouterr().err
+        assert "raise --timeout" in err
+        assert "proxy" not in err.split("beamline translate: ", 1)[1]
+
 
 @pytest.mark.parametrize(
     ("variables", "target", "proxied"),
@@ -116,14 +175,14 @@ class TestElsewhere:
         ({"http_proxy": "https://{}"}, ELSEWHERE, False),
         ({"https_proxy": "", "http_proxy": "http://{}"}, ELSEWHERE, False),
         ({"http_proxy": "http://{}", "no_proxy": ""}, ELSEWHERE, True),
-        ({"http_proxy": "http://{}", "no_proxy": "a.example, server.invalid"}, ELSEWHERE, False),
-        ({"http_proxy": "http://{}", "no_proxy": ".INVALID"}, ELSEWHERE, False),
+        ({"http_proxy": "http://{}", "no_proxy": "a.example, server.onion"}, ELSEWHERE, False),
+        ({"http_proxy": "http://{}", "no_proxy": ".ONION"}, ELSEWHERE, False),
         ({"http_proxy": "http://{}", "no_proxy": "*"}, ELSEWHERE, True),
-        ({"http_proxy": "http://{}", "no_proxy": "server.invalid:8001"}, ELSEWHERE, True),
-        ({"http_proxy": "http://{}", "no_proxy": "invalid", "no_grpc_proxy": "example"}, ELSEWHERE, True),
-        ({"http_proxy": "http://{}", "no_grpc_proxy": "invalid"}, ELSEWHERE, False),
-        ({"http_proxy": "http://{}", "no_proxy": "192.0.2.0/24"}, "192.0.2.7:8001", False),
-        ({"http_proxy": "http://{}", "no_proxy": "192.0.3.0/24"}, "192.0.2.7:8001", True),
+        ({"http_proxy": "http://{}", "no_proxy": "server.onion:8001"}, ELSEWHERE, True),
+        ({"http_proxy": "http://{}", "no_proxy": "onion", "no_grpc_proxy": "example"}, ELSEWHERE, True),
+        ({"http_proxy": "http://{}", "no_grpc_proxy": "onion"}, ELSEWHERE, False),
+        ({"http_proxy": "http://{}", "no_proxy": "233.252.0.0/24"}, UNREACHABLE, False),
+        ({"http_proxy": "http://{}", "no_proxy": "233.252.1.0/24"}, UNREACHABLE, True),
         ({"http_proxy": "http://{}"}, "127.0.0.1:1", False),
         ({"http_proxy": "http://{}"}, "unix:///nowhere/socket", False),
     ],
@@ -137,7 +196,7 @@ def test_we_know_of_a_proxy_exactly_when_grpc_uses_it(
         for name, value in variables.items():
             monkeypatch.setenv(name, value.format(proxy.address))
 
-        with Client(target) as client, pytest.raises((Unavailable, DeadlineExceeded)):
-            client.info(timeout_s=1.0)
+        with Client(target) as client, pytest.raises(Unavailable):
+            client.info(timeout_s=30.0)  # whoever is asked refuses at once
 
         assert (bool(proxy.requests), proxy_for(target) is not None) == (proxied, proxied)
