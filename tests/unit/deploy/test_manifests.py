@@ -5,6 +5,7 @@ import shutil
 import tomllib
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,11 @@ def set_images(folder: Path, **images: str) -> None:
     path.write_text(yaml.safe_dump(content))
 
 
-@pytest.fixture(scope="session", params=[(overlay, edited) for overlay in OVERLAYS for edited in (False, True)], ids=str)
+@pytest.fixture(scope="session", params=product(OVERLAYS, (False, True)), ids=str)
 def neighbours(
     request: pytest.FixtureRequest, k8s: Path, kustomize: Render, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Resource]:
-    """A second model in the same namespace, made the way docs/deploy.md says: with its section 2 done before, or not."""
+    """A second model in the namespace, made the way docs/deploy.md says, with its section 2 done before or not."""
     overlay, edited = request.param
     copy = tmp_path_factory.mktemp("deploy") / "k8s"
     shutil.copytree(k8s, copy)
