@@ -8,6 +8,7 @@
 `AsyncClient` is the same for asyncio. Errors are drawn in `beamline_client.errors`.
 """
 
+from beamline_client.address import AddressUnusable
 from beamline_client.calls import CallOptions
 from beamline_client.client import AsyncClient, Client
 from beamline_client.errors import (
@@ -38,6 +39,7 @@ from beamline_client.results import (
 )
 
 __all__ = [
+    "AddressUnusable",
     "AsyncClient",
     "BeamlineError",
     "CallOptions",

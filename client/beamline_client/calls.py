@@ -1,5 +1,6 @@
 """What one call sends and how long it may take, the same for both faces of the client."""
 
+import difflib
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -105,7 +106,7 @@ class CallBuilder:
 
     def _call(self, request: RequestT, options: CallOptions) -> Call[RequestT]:
         if unknown := options.keys() - CallOptions.__annotations__.keys():
-            raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+            raise TypeError(f"unknown options: {', '.join(map(_with_likeliest, sorted(unknown)))}")
         self._check_size(request.ByteSize())
         timeout_s = options.get("timeout_s")
         return Call(
@@ -133,6 +134,11 @@ def require_result(last: Piece | Result | None) -> None:
     """
     if not isinstance(last, Result):
         raise ProtocolError("the server ended a stream without a result")
+
+
+def _with_likeliest(unknown: str) -> str:
+    meant = difflib.get_close_matches(unknown, CallOptions.__annotations__, n=1)
+    return f"{unknown} (did you mean {meant[0]}?)" if meant else unknown
 
 
 def _output(options: CallOptions) -> pb.OutputOptions:

@@ -18,10 +18,7 @@ _OF_CONNECTING = ("failed to connect", "connections to all backends failing", "e
 """Pieces of the messages of calls that have never left: a connection that breaks later was the right one."""
 _OUT_OF_TIME = "Deadline Exceeded"
 """gRPC's own message when a call's time is up, before it has a connection or an answer; a server says more."""
-_NO_GRPC = (
-    "no gRPC server answers there; a server's metrics have another port, and one that wants TLS is called with "
-    "Client(root_certificates=...)"
-)
+_NO_GRPC = "nothing listens there that speaks gRPC without TLS; a server's metrics have another port"
 _OF_ONE_ADDRESS = ("Expected SETTINGS frame", "Connection refused", "Socket closed")
 """A name such as localhost can have several addresses, and gRPC tells what it met at the last: not the one that is."""
 

@@ -66,6 +66,8 @@ def test_every_option_reaches_the_server(server: FakeServer, call: Call, method:
 def test_an_unknown_option_is_a_type_error(server: FakeServer, call: Call) -> None:
     with pytest.raises(TypeError, match="beams"):
         call(server.target, "generate", ["x"], beams=4)
+    with pytest.raises(TypeError, match=r"unknown options: timeout \(did you mean timeout_s\?\)$"):
+        call(server.target, "generate_one", "x", timeout=3)
 
     assert server.calls == []
 

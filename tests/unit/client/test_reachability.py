@@ -53,6 +53,18 @@ def test_a_port_where_nothing_listens(command: str, call: Call, capsys: pytest.C
 
 
 @pytest.mark.parametrize("command", ["translate", "load"])
+def test_a_port_of_localhost_where_nothing_listens(
+    command: str, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeServer() as stopped:
+        target = f"localhost:{stopped.target.rpartition(':')[2]}"
+
+    for text in (str(failure(call, target)), told(command, target, capsys)):
+        assert "nothing listens there that speaks gRPC without TLS" in text
+        assert "Client(" not in text  # of no use in a shell
+
+
+@pytest.mark.parametrize("command", ["translate", "load"])
 def test_a_host_that_nobody_knows(command: str, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     target = "no-such-host.onion:8001"  # gRPC's resolver asks nobody for such a name, by RFC 7686
 
@@ -104,10 +116,9 @@ def certificate(tmp_path: Path) -> tuple[bytes, bytes]:
 def test_tls_on_one_side_alone(call: Call, certificate: tuple[bytes, bytes], server: FakeServer) -> None:
     root, key = certificate
     with FakeServer(credentials=grpc.ssl_server_credentials([(key, root)])) as secure:
+        assert "Client(root_certificates=...)" in str(failure(call, secure.target))
         by_name = f"localhost:{secure.target.rpartition(':')[2]}"
-
-        for target in (secure.target, by_name):
-            assert "Client(root_certificates=...)" in str(failure(call, target))
+        assert "without TLS" in str(failure(call, by_name))
     assert "does not speak TLS" in str(failure(call, server.target, root_certificates=root))
 
 

@@ -1,15 +1,17 @@
 """What `kubectl apply -k` sends: valid for the API servers in use, and true to the server and to our policies."""
 
-import os
 import re
+import shutil
 import tomllib
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
 
 from beamline_server.settings import SettingsError, read_command
 
@@ -20,6 +22,7 @@ OVERLAYS = ("overlays/cpu", "overlays/gpu")
 KUBERNETES_VERSIONS = ("1.29", "1.32", "1.35", "1.37")
 # What the pod may still take after the drain to flush, close and exit.
 EXIT_MARGIN_S = 10
+NEIGHBOUR_IMAGE = "registry.example/beamline-bundle:en-de-int8"
 # The autoscaler ignores deviations from its target up to this share.
 AUTOSCALER_TOLERANCE = Decimal("0.1")
 
@@ -41,18 +44,34 @@ def gpu(k8s: Path, kustomize: Render) -> list[Resource]:
     return kustomize(k8s / "overlays/gpu")
 
 
-@pytest.fixture(scope="session")
-def neighbours(k8s: Path, kustomize: Render, tmp_path_factory: pytest.TempPathFactory) -> list[Resource]:
-    """A second model in the same namespace, made the way docs/deploy.md says."""
-    folder = tmp_path_factory.mktemp("en-de")
-    (folder / "kustomization.yaml").write_text(
-        f"resources: [{os.path.relpath(k8s / 'overlays/cpu', folder)}]\n"
-        "namePrefix: en-de-\n"
-        "labels:\n"
-        "  - pairs: {app.kubernetes.io/instance: en-de}\n"
-        "    includeSelectors: true\n"
-        "    includeTemplates: true\n"
-    )
+def set_images(folder: Path, **images: str) -> None:
+    """`kustomize edit set image NAME=IMAGE ...` in an overlay, which names all of them already."""
+    path = folder / "kustomization.yaml"
+    content = yaml.safe_load(path.read_text())
+    entries = {entry["name"]: entry for entry in content["images"]}
+    for name, image in images.items():
+        entry = entries[f"beamline-{name}"]
+        entry["newName"], _, entry["newTag"] = image.rpartition(":")
+    path.write_text(yaml.safe_dump(content))
+
+
+@pytest.fixture(scope="session", params=product(OVERLAYS, (False, True)), ids=str)
+def neighbours(
+    request: pytest.FixtureRequest, k8s: Path, kustomize: Render, tmp_path_factory: pytest.TempPathFactory
+) -> list[Resource]:
+    """A second model in the namespace, made the way docs/deploy.md says, with its section 2 done before or not."""
+    overlay, edited = request.param
+    copy = tmp_path_factory.mktemp("deploy") / "k8s"
+    shutil.copytree(k8s, copy)
+    if edited:
+        set_images(copy / overlay, server="registry.example/s:1", bundle="registry.example/b:fr-en")
+    folder = copy / "overlays" / "en-de"
+    shutil.copytree(copy / overlay, folder)
+    set_images(folder, bundle=NEIGHBOUR_IMAGE)
+    page = (k8s.parents[1] / "docs" / "deploy.md").read_text("utf-8")
+    [lines] = re.findall(r"^```yaml\n(namePrefix: .*?)^```", page, re.DOTALL | re.MULTILINE)
+    with (folder / "kustomization.yaml").open("a") as stream:
+        stream.write(lines)
     return kustomize(folder)
 
 
@@ -264,6 +283,13 @@ def test_a_second_model_in_the_namespace_stays_apart(manifests: list[Resource], 
     assert autoscaler["spec"]["scaleTargetRef"]["name"] == only(neighbours, "Deployment")["metadata"]["name"]
     # Callers carry the labels that the documentation tells them to, and none of ours.
     assert only(neighbours, "NetworkPolicy")["spec"]["ingress"] == only(manifests, "NetworkPolicy")["spec"]["ingress"]
+
+
+def test_a_second_model_is_the_one_that_was_named(neighbours: list[Resource], repository: Path) -> None:
+    assert bundle_copier(neighbours)["image"] == NEIGHBOUR_IMAGE
+    names = {resource["metadata"]["name"] for resource in neighbours if resource["kind"] == "Service"}
+    assert names == {"en-de-beamline", "en-de-beamline-headless"}
+    assert "dns:///en-de-beamline-headless." in (repository / "docs" / "deploy.md").read_text("utf-8")
 
 
 def test_a_rollout_never_takes_capacity_away(manifests: list[Resource]) -> None:

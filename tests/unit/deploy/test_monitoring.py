@@ -112,6 +112,31 @@ def test_every_alert_is_documented(repository: Path, alerts: list[dict[str, Any]
         assert f"| `{alert['alert']}` |" in page
 
 
+def documented(repository: Path, heading: str) -> dict[str, str]:
+    """Of the table below a heading of docs/deploy.md: each name of the first column, with the second column."""
+    page = (repository / "docs" / "deploy.md").read_text("utf-8")
+    section = page.partition(f"### {heading}\n")[2].partition("\n###")[0]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("| `")]
+    return {name: second.strip() for names, second in rows for name in re.findall("`([^`]+)`", names)}
+
+
+def test_every_metric_is_documented_and_no_other(repository: Path) -> None:
+    metrics = Metrics(CollectorRegistry())
+    metrics.watch_load(lambda: BUSY, clock=lambda: 0.0)
+    metrics.tell_constants({"model": "m"}, {"beamline": "1"})
+    found = {
+        family.name + ("_total" if family.type == "counter" else ""): family.type
+        for family in metrics.registry.collect()
+    }
+    assert documented(repository, "Metrics") == found
+
+
+def test_every_event_of_the_log_is_documented_and_no_other(repository: Path) -> None:
+    sources = (repository / "server" / "beamline_server").rglob("*.py")
+    logged = {name for source in sources for name in re.findall(r'"event": "(\w+)"', source.read_text("utf-8"))}
+    assert documented(repository, "Log").keys() == logged | {"message"}
+
+
 def test_the_adapter_makes_the_metric_that_the_gpu_overlay_scales_by(
     repository: Path, adapter: dict[str, Any], exposed: dict[str, Labels]
 ) -> None:
