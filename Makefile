@@ -14,6 +14,7 @@ export ORT_DISABLE_TELEMETRY := 1
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
+	@echo 'installing PyTorch and the rest into $(VENV); this takes some minutes'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@

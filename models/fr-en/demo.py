@@ -12,7 +12,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,9 @@ import sacrebleu
 from beamline_client import AsyncClient, BeamlineError, Result
 from beamline_server.process import BEAMLINE, ProcessFailed, ServerProcess
 
-HERE = Path(__file__).parent
-SENTENCES = ("je suis étudiant", "Où est la gare ?", "Il fait beau aujourd'hui, allons nous promener.")
+HERE = Path(os.path.relpath(Path(__file__).parent))
+BUNDLES = HERE / ".." / ".." / "build"
+SENTENCES = ("je suis étudiant", "Où est la gare ?", "Il fait beau, allons nous promener.")
 METRICS = ("beamline_requests_total", "beamline_running_rows", "beamline_row_capacity", "beamline_target_tokens_total")
 IN_FLIGHT = 64
 
@@ -33,10 +33,37 @@ def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
+def show(arguments: Sequence[object]) -> None:
+    """A command line as it can be typed here: of `beamline` and these arguments."""
+    print("$", shlex.join([os.path.relpath(BEAMLINE), *map(str, arguments)]), flush=True)
+
+
 def command(*arguments: object) -> None:
     """Run `beamline ...`; raises CalledProcessError if it fails."""
-    print("$ beamline", shlex.join(map(str, arguments)), flush=True)
+    show(arguments)
     subprocess.run([str(BEAMLINE), *map(str, arguments)], check=True)
+
+
+def export(precision: str) -> Path:
+    """Make the bundle, which stays in the folder of what is built; returns where it is."""
+    bundle = Path(os.path.normpath(BUNDLES / f"fr-en-{precision}"))
+    say("export the checkpoint to ONNX")
+    print("--expect: 100 inputs and what PyTorch answers to them; the bundle is asked the same.")
+    expect = ["--expect", HERE / "expected.jsonl"]
+    calibrate = []
+    if precision == "int8":
+        print("--calibrate: sentences like those to come, which tell int8 the ranges of its values.")
+        calibrate = ["--calibrate", HERE / "calibration.txt"]
+    command("export", HERE, "-o", bundle, "--precision", precision, *calibrate, *expect, "--replace")
+    return bundle
+
+
+def tell_next(bundle: Path) -> None:
+    """What to do after the demo, as commands that work."""
+    say("your turn")
+    print(f"$ . {shlex.quote(os.path.relpath(BEAMLINE.with_name('activate')))}")
+    print(f"$ beamline serve {shlex.quote(str(bundle))}")
+    print(f"$ beamline translate {shlex.quote(SENTENCES[0])}   # in another shell, after the same first line")
 
 
 def test_file() -> tuple[list[str], list[list[str]]]:
@@ -86,7 +113,7 @@ def measure(server: ServerProcess) -> None:
     p50, p95, p99 = (percentile(latencies, share) * 1e3 for share in (0.50, 0.95, 0.99))
     samples = server.samples()
     steps, rows = (samples[f'beamline_step_rows_{part}{{kind="decode"}}'] for part in ("count", "sum"))
-    print(f"throughput   {len(sources) / wall:.0f} sentences/s")
+    print(f"throughput   {len(sources) / wall:.0f} sentences/s on this machine")
     print(f"latency      p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms")
     print(f"batching     {rows / steps:.1f} hypotheses continued at once, on average over all steps")
     print(f"quality      BLEU {bleu.score:.1f} of 100 against people's translations")
@@ -100,29 +127,27 @@ def main() -> int:
     """Run the demo; returns the exit status."""
     parser = argparse.ArgumentParser(description="Export, serve and measure the embedded French-English model.")
     parser.add_argument("--precision", default="int8", choices=["fp32", "int8"])
-    arguments = parser.parse_args()
+    precision: str = parser.parse_args().precision
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(folder) / "fr-en"
-        say("export the checkpoint to ONNX")
-        calibrate = ["--calibrate", HERE / "calibration.txt"] if arguments.precision == "int8" else []
-        expect = ["--expect", HERE / "expected.jsonl"]  # what PyTorch makes of 100 sentences
-        command("export", HERE, "-o", bundle, "--precision", arguments.precision, *calibrate, *expect)
-        say("start the server")
-        print("$ beamline serve", bundle, flush=True)
+    bundle = export(precision)
+    say("start the server, on free ports")
+    began = time.monotonic()
+    with ServerProcess(bundle) as server:
+        arguments = server.process.args
+        assert isinstance(arguments, list)
+        show(arguments[1:])
+        server.wait_until_serving()
+        print(f"SERVING after {time.monotonic() - began:.1f} s")
+        say("translate a few sentences: three hypotheses each, after their scores (mean log-probability)")
+        command("translate", "--server", server.target, "--n-best", 3, "--scores", *SENTENCES)
+        measure(server)
+        say("stop the server")
         began = time.monotonic()
-        with ServerProcess(bundle) as server:
-            server.wait_until_serving()
-            print(f"SERVING after {time.monotonic() - began:.1f} s")
-            say("translate a few sentences: three hypotheses each, after their scores (mean log-probability)")
-            command("translate", "--server", server.target, "--n-best", 3, "--scores", *SENTENCES)
-            measure(server)
-            say("stop the server")
-            began = time.monotonic()
-            status = server.stop()
-            if status != 0:
-                raise RuntimeError(f"the server stopped with status {status}:\n{server.log.text()}")
-            print(f"stopped gracefully in {time.monotonic() - began:.1f} s, exit status 0")
+        status = server.stop()
+        if status != 0:
+            raise RuntimeError(f"the server stopped with status {status}:\n{server.log.text()}")
+        print(f"stopped gracefully in {time.monotonic() - began:.1f} s, exit status 0")
+    tell_next(bundle)
     return 0
 
 
