@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from beamline_export.checkpoint import Fields, Renamer, read_json, read_optional_json, read_state_dict
+from beamline_export.checkpoint import Fields, read_json, read_optional_json, read_state_dict
 from beamline_export.families.bart_like import Ties, read_spec, take_embeddings, take_layers
 from beamline_export.generation import read_generation
 from beamline_export.known_settings import CONFIG, contradictions, without_effect
 from beamline_export.reference import HuggingFaceReference, Reference
+from beamline_export.renamer import Renamer
 from beamline_export.spec import Array, Checkpoint, ExportError, SpecialTokenIds, TransformerSpec
 from beamline_export.tokenizer_config import read_tokenizer_config, tokenizer_class
 from beamline_export.tokenizer_files import TokenizerFiles, read_bart_tokenizer, without_tokenizer

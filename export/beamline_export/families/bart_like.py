@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from beamline_export.checkpoint import MOST_LAYERS, MOST_POSITIONS, Fields, Renamer
+from beamline_export.checkpoint import MOST_LAYERS, MOST_POSITIONS, Fields
 from beamline_export.families.activations import ACTIVATIONS
+from beamline_export.renamer import Renamer
 from beamline_export.spec import NormPlacement, TransformerSpec
 
 _SHARED = "model.shared.weight"

@@ -7,9 +7,9 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from beamline_export.checkpoint import Renamer
 from beamline_export.families.nn_layouts import SHARED_POSITIONS, SOURCE_POSITIONS, TARGET_POSITIONS
 from beamline_export.families.positions import FORMULAS, interleaved_positions
+from beamline_export.renamer import Renamer
 from beamline_export.spec import Array, TransformerSpec
 
 _LIKE_A_TABLE = r"pe|pos|(.*_)?positions?|.*pos(ition(al|s)?)?_?(enc|emb|table).*|.*sinusoid.*"

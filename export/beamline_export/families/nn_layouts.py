@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from beamline_export.checkpoint import Renamer
+from beamline_export.renamer import Renamer
 from beamline_export.spec import Array, TransformerSpec
 
 SOURCE_POSITIONS, TARGET_POSITIONS = "src_positions.weight", "tgt_positions.weight"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from beamline_export.checkpoint import Renamer
 from beamline_export.families.buffers import take_sinusoids
 from beamline_export.families.nn_config import Config
 from beamline_export.families.nn_layouts import SHARED_POSITIONS, SOURCE_POSITIONS, TARGET_POSITIONS
+from beamline_export.renamer import Renamer
 from beamline_export.spec import Activation, Array, NormPlacement, TransformerSpec
 
 if TYPE_CHECKING:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from beamline_export.checkpoint import Renamer, read_json, read_state_dict
+from beamline_export.checkpoint import read_json, read_state_dict
 from beamline_export.families.buffers import as_table, leave_out_masks, take_sinusoids
 from beamline_export.families.nn_config import TIES, Config, read_config
 from beamline_export.families.nn_layouts import LEARNED_POSITIONS, SHARED_POSITIONS, SOURCE_POSITIONS, TARGET_POSITIONS
 from beamline_export.families.nn_reference import NnReference
 from beamline_export.reference import Reference
+from beamline_export.renamer import Renamer
 from beamline_export.spec import Checkpoint, ExportError
 from beamline_export.state_names import NamedState, name_state, unknown_targets
 

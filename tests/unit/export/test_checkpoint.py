@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beamline_export.checkpoint import Fields, Renamer, read_json, read_state_dict
+from beamline_export.checkpoint import Fields, read_json, read_state_dict
+from beamline_export.renamer import Renamer
 from beamline_export.spec import ExportError
 
 
