@@ -194,7 +194,7 @@ def test_the_name_comes_from_the_folder(
         ({"source_eos_token_id": 100}, "source_eos_token_id 100 is outside the source vocabulary of 90"),
         ({"bad_words_ids": [[3], [777]]}, "bad_words_ids or suppress_tokens 777 is outside"),
         ({"min_length": 40, "max_length": 20}, r"config\.json: min_length 40 is more than max_length 20; lower"),
-        ({"layer_norm_eps": -1.0}, "no numbers in PyTorch itself"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps must be a number from 0 to"),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(
@@ -203,6 +203,12 @@ def test_settings_that_contradict_each_other_are_named(
     with pytest.raises(ExportError, match=problem):
         export(checkpoint.config(**changes), tmp_path / "bundle", ExportOptions(), silent)
     assert left_in(tmp_path) == {"checkpoint"}
+
+
+def test_a_model_without_numbers_is_told_as_one(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    folder = checkpoint.tensors(lambda state: state["generator.weight"].mul_(1e38))
+    with pytest.raises(ExportError, match="the model gives no numbers in PyTorch itself"):
+        export(folder, tmp_path / "bundle", ExportOptions(), silent)
 
 
 @pytest.mark.parametrize(
