@@ -25,7 +25,7 @@ from prometheus_client import disable_created_metrics
 
 from beamline_server import app, logs
 from beamline_server.bundle import Bundle
-from beamline_server.engine.build import usable_cores
+from beamline_server.engine.admission import RequestLevel
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import (
     Deliver,
@@ -35,7 +35,7 @@ from beamline_server.engine.request import (
     LengthPenaltyKind,
     SearchOptions,
 )
-from beamline_server.engine.scheduler import RequestLevel
+from beamline_server.models.load import usable_cores
 from beamline_server.settings import Settings, SettingsError, read_command
 
 COMPUTE_TYPES = {"fp32": "float32", "int8": "int8"}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
-from beamline_server.engine.core import logged_failure
+from beamline_server.engine.admission import RequestLevel, Waiting
 from beamline_server.engine.errors import (
     DeadlineExceeded,
     EngineStopped,
@@ -22,7 +22,6 @@ from beamline_server.engine.errors import (
     RequestTooLarge,
     SourceTooLong,
 )
-from beamline_server.engine.loop import EngineLoad
 from beamline_server.engine.request import (
     Completed,
     Deliver,
@@ -34,7 +33,8 @@ from beamline_server.engine.request import (
     SearchOptions,
     Timing,
 )
-from beamline_server.engine.scheduler import RequestLevel, Waiting
+from beamline_server.engine.step import logged_failure
+from beamline_server.engine.workers import EngineLoad
 
 _RETRY_AFTER_S = 0.1
 

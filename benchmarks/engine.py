@@ -18,9 +18,7 @@ from pathlib import Path
 from beamline_export.bundle_writer import ExportOptions, export
 from beamline_export.progress import Progress
 from beamline_server.bundle import Bundle
-from beamline_server.engine.beam import IntArray
-from beamline_server.engine.build import EngineOptions, build_runner, capacity, model_rules
-from beamline_server.engine.loop import Engine
+from beamline_server.engine.backend import Backend, Cache, Encoded, EncoderBatch, StepBatch
 from beamline_server.engine.observer import NullObserver
 from beamline_server.engine.request import (
     Completed,
@@ -30,8 +28,9 @@ from beamline_server.engine.request import (
     RequestId,
     SearchOptions,
 )
-from beamline_server.engine.runner import Cache, Encoded, EncoderBatch, StepBatch, StepRunner
-from beamline_server.engine.scoring import FloatArray
+from beamline_server.engine.table import FloatArray, IntArray
+from beamline_server.engine.workers import Engine
+from beamline_server.models.load import EngineOptions, build_backend, capacity, model_rules
 from beamline_server.tokenizer import load_tokenizer
 
 MODEL = Path(__file__).parent.parent / "models" / "fr-en"
@@ -40,7 +39,7 @@ MODEL = Path(__file__).parent.parent / "models" / "fr-en"
 class TimedRunner:
     """A runner that notes how long each call of another takes."""
 
-    def __init__(self, inner: StepRunner) -> None:
+    def __init__(self, inner: Backend) -> None:
         self._inner = inner
         self.device = inner.device
         self.encode_s: list[float] = []
@@ -111,7 +110,7 @@ def run(bundle: Bundle, sources: Sequence[str], *, workers: int, threads: int, b
     """One repetition; returns its line."""
     tokenizer = load_tokenizer(bundle)
     assert tokenizer is not None
-    runner = TimedRunner(build_runner(bundle, "cpu", threads))
+    runner = TimedRunner(build_backend(bundle, "cpu", threads))
     collector, tally = Collector(len(sources)), Tally()
     options = EngineOptions(workers=workers, threads=threads, rows=32 * beam)
     engine = Engine(

@@ -11,10 +11,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from beamline_server.bundle import load_bundle
-from beamline_server.engine.build import EngineOptions, build_engine
-from beamline_server.engine.loop import EngineLoad
 from beamline_server.engine.observer import NullObserver
 from beamline_server.engine.request import Deliver, Event, GenerationRequest, RequestId
+from beamline_server.engine.workers import EngineLoad
+from beamline_server.models.load import EngineOptions, build_engine
 
 
 def _compute(path: Path, workers: int, pipe: Connection) -> None:

@@ -23,8 +23,8 @@ from beamline_export.generate_oracle import Comparison, GenerateOracle
 from beamline_export.progress import Progress
 from beamline_export.reference import HuggingFaceReference
 from beamline_server.bundle import Bundle
-from beamline_server.engine.build import build_runner, model_rules, usable_cores
 from beamline_server.engine.request import EarlyStopping, SearchOptions
+from beamline_server.models.load import build_backend, model_rules, usable_cores
 from beamline_server.tokenizer import Tokenizer, load_tokenizer
 
 MODEL = Path(__file__).parent.parent / "models" / "fr-en"
@@ -62,7 +62,7 @@ def compare(bundle: Bundle, model: Path, sources: Sequence[Tokens], options: Sea
     """The engine beside `generate`, in order of the sources."""
     rules = model_rules(bundle.manifest)
     oracle = GenerateOracle(HuggingFaceReference("MarianMTModel", model).model, rules)
-    runner = build_runner(bundle, "cpu", threads=usable_cores())
+    runner = build_backend(bundle, "cpu", threads=usable_cores())
     # Sentences of like length side by side: `generate` computes their padding.
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     found: dict[int, Comparison] = {}
@@ -92,7 +92,7 @@ def bleu(bundle: Bundle, lines: Sequence[Sequence[str]]) -> float:
     import sacrebleu
 
     tokenizer, options = tokenizer_of(bundle), default_search(bundle, 4, 1)
-    runner, rules = build_runner(bundle, "cpu", threads=usable_cores()), model_rules(bundle.manifest)
+    runner, rules = build_backend(bundle, "cpu", threads=usable_cores()), model_rules(bundle.manifest)
     hypotheses: list[str] = []
     batches = [lines[i : i + 256] for i in range(0, len(lines), 256)]
     for batch in tqdm(batches, desc=f"translate, {bundle.manifest.precision}", leave=False, disable=None):

@@ -32,10 +32,10 @@ from beamline_export.bundle_writer import ExportOptions, export
 from beamline_export.progress import Progress
 from beamline_server import app
 from beamline_server.bundle import Bundle, load_bundle
-from beamline_server.engine.build import EngineOptions, build_runner, capacity, check_golden, model_rules
-from beamline_server.engine.loop import Engine
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
+from beamline_server.engine.workers import Engine
+from beamline_server.models.load import EngineOptions, build_backend, capacity, check_golden, model_rules
 from beamline_server.settings import Settings, read_command
 
 SEARCH = SearchOptions(beam_size=4, max_new_tokens=128, early_stopping=EarlyStopping.WHEN_FULL)
@@ -56,7 +56,7 @@ class Stopwatch:
         if self._engine_process:
             self._child = EngineProcess(bundle.path, workers, deliver)
             return app.BuiltEngine(self._child, "cpu", lambda: None)
-        self.runner = TimedRunner(build_runner(bundle, "cpu", 1))
+        self.runner = TimedRunner(build_backend(bundle, "cpu", 1))
         options = EngineOptions(rows=settings.max_rows)
         engine = Engine(
             [self.runner] * workers,

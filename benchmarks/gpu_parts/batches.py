@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from beamline_server.engine.batch import LEAST_QUERIES, encoder_batch, layout, step_batch
+from beamline_server.engine.ort.padding import fill_step
 
 from beamline_server.bundle import Bundle
-from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, layout, step_batch
-from beamline_server.engine.build import model_rules
-from beamline_server.engine.core import ENCODE_TOKENS
-from beamline_server.engine.ort.fixed_run import DeviceBuffer, FixedRun, concrete
-from beamline_server.engine.ort.padding import fill_step
-from beamline_server.engine.ort.shape_buckets import LEAST_SOURCE_WIDTH, StepShape, seat_count, step_shape
-from beamline_server.engine.runner import Cache, FromEncoder, StepBatch, StepRunner
+from beamline_server.engine.backend import Backend, Cache, FromEncoder, StepBatch
+from beamline_server.engine.ort.cuda.fixed_run import DeviceBuffer, FixedRun, concrete
+from beamline_server.engine.ort.cuda.shapes import LEAST_SOURCE_WIDTH, StepShape, seat_count, step_shape
+from beamline_server.engine.step import ENCODE_TOKENS
+from beamline_server.models.load import model_rules
 from gpu_parts.setting import Setting, Tokens
 
 SLOTS = 64
@@ -24,7 +24,7 @@ def busy_batch(bundle: Bundle, rows: int, beams: int, source_tokens: int) -> Ste
     sentences, beams = max(1, rows // beams), min(rows, beams)
     rng = np.random.default_rng(0)
     vocabulary = bundle.manifest.dimensions.target_vocabulary
-    ancestors = rng.random((sentences, 1, max(beams, LEAST_QUERY_LENGTH), SLOTS)) < 0.4
+    ancestors = rng.random((sentences, 1, max(beams, LEAST_QUERIES), SLOTS)) < 0.4
     ancestors[..., :beams] = True
     return step_batch(
         layout(np.ones((sentences, beams), np.bool_)),
@@ -37,7 +37,7 @@ def busy_batch(bundle: Bundle, rows: int, beams: int, source_tokens: int) -> Ste
     )
 
 
-def seated(runner: StepRunner, sources: Sequence[Tokens]) -> Cache:
+def seated(runner: Backend, sources: Sequence[Tokens]) -> Cache:
     """A cache with these sentences in it."""
     width = max(map(len, sources))
     at_once = max(1, ENCODE_TOKENS // width)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from beamline_server.bundle import DECODER_STEP, Bundle
-from beamline_server.engine.ort.device import providers
+from beamline_server.engine.ort.cuda.backend import providers
 from gpu_parts.batches import bare_step
 from gpu_parts.setting import Setting
 

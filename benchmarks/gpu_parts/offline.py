@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from beamline_server.engine.admission import Capacity
-from beamline_server.engine.beam import IntArray
-from beamline_server.engine.build import model_rules
-from beamline_server.engine.core import EngineCore, ModelRules
+from beamline_server.engine.backend import Cache, Encoded, EncoderBatch, StepBatch
 from beamline_server.engine.observer import NullObserver
-from beamline_server.engine.ort.captured_graphs import CAPTURED_FROM_USE
-from beamline_server.engine.ort.device import DeviceRunner
+from beamline_server.engine.ort.cuda.backend import CudaBackend
+from beamline_server.engine.ort.cuda.captured_graphs import CAPTURED_FROM_USE
 from beamline_server.engine.request import (
     Completed,
     EarlyStopping,
@@ -18,8 +16,9 @@ from beamline_server.engine.request import (
     RequestId,
     SearchOptions,
 )
-from beamline_server.engine.runner import Cache, Encoded, EncoderBatch, StepBatch
-from beamline_server.engine.scoring import FloatArray
+from beamline_server.engine.step import EngineCore, ModelRules
+from beamline_server.engine.table import FloatArray, IntArray
+from beamline_server.models.load import model_rules
 from gpu_parts.setting import FR_EN, Setting, Tokens
 
 _SLOTS = 1 << 22
@@ -56,7 +55,7 @@ class Steps(NullObserver):
 class Timed:
     """A runner that sums how long the calls of another take."""
 
-    def __init__(self, inner: DeviceRunner) -> None:
+    def __init__(self, inner: CudaBackend) -> None:
         self._inner = inner
         self.device = inner.device
         self.seconds = 0.0
@@ -89,7 +88,7 @@ class Batches:
         rows: Live hypotheses at a time.
     """
 
-    def __init__(self, runner: DeviceRunner, rules: ModelRules, rows: int) -> None:
+    def __init__(self, runner: CudaBackend, rules: ModelRules, rows: int) -> None:
         self._runner = runner
         self._timed = Timed(runner)
         self._steps = Steps()

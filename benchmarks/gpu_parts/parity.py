@@ -7,10 +7,10 @@ import numpy as np
 
 from beamline_export.agreement import answers, search_all, searching_core
 from beamline_export.parity import all_logprobs
-from beamline_server.engine.build import model_rules
-from beamline_server.engine.core import ModelRules
+from beamline_server.engine.backend import Backend
 from beamline_server.engine.request import Completed, SearchOptions
-from beamline_server.engine.runner import StepRunner
+from beamline_server.engine.step import ModelRules
+from beamline_server.models.load import model_rules
 from gpu_parts.setting import FR_EN, Setting, Tokens
 
 FORCED_STEPS = 12
@@ -61,7 +61,7 @@ def _equal_tokens(some: Sequence[Completed], others: Sequence[Completed]) -> int
 def _against_fp32(
     expected: Sequence[Completed],
     found: Sequence[Completed],
-    reference: StepRunner,
+    reference: Backend,
     rules: ModelRules,
     searches: Sequence[tuple[Tokens, SearchOptions]],
 ) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _against_fp32(
     }
 
 
-def _logprob(reference: StepRunner, rules: ModelRules, source: Tokens, tokens: Tokens) -> float:
+def _logprob(reference: Backend, rules: ModelRules, source: Tokens, tokens: Tokens) -> float:
     """The sum of the log-probabilities of a hypothesis."""
     path = np.array([(rules.decoder_start, *tokens[:-1])], np.int64)
     logprobs = all_logprobs(reference, [source], path, rules.vocabulary)[0]
@@ -93,7 +93,7 @@ def _logprob(reference: StepRunner, rules: ModelRules, source: Tokens, tokens: T
 
 
 def _forced(
-    setting: Setting, reference: StepRunner, expected: Sequence[Completed], sources: Sequence[Tokens], vocabulary: int
+    setting: Setting, reference: Backend, expected: Sequence[Completed], sources: Sequence[Tokens], vocabulary: int
 ) -> dict[str, Any]:
     """Log-probabilities of the best next token along the CPU's own answers."""
     start = model_rules(setting.bundle(FR_EN, "fp32").manifest).decoder_start

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from beamline_server.bundle import Bundle, load_bundle
-from beamline_server.engine.ort.device import DeviceRunner
-from beamline_server.engine.runner import StepRunner
+from beamline_server.engine.backend import Backend
+from beamline_server.engine.ort.cuda.backend import CudaBackend
 
 REPOSITORY = Path(__file__).parents[2]
 FR_EN = "fr-en"
@@ -116,16 +116,16 @@ class Setting:
         """A bundle that the part `bundles` has made."""
         return load_bundle(self.work / f"{name}-{precision}")
 
-    def runner(self, name: str, *, graphs: bool = True) -> DeviceRunner:
+    def runner(self, name: str, *, graphs: bool = True) -> CudaBackend:
         """The runner under measurement, of an fp16 bundle."""
-        return DeviceRunner(self.bundle(name, "fp16"), device=self.device, graphs=graphs)
+        return CudaBackend(self.bundle(name, "fp16"), device=self.device, graphs=graphs)
 
-    def reference(self) -> StepRunner:
+    def reference(self) -> Backend:
         """The embedded model in fp32 on the CPU."""
-        from beamline_server.engine.build import usable_cores
-        from beamline_server.engine.ort.host import HostRunner
+        from beamline_server.engine.ort.cpu import CpuBackend
+        from beamline_server.models.load import usable_cores
 
-        return HostRunner(self.bundle(FR_EN, "fp32"), threads=usable_cores())
+        return CpuBackend(self.bundle(FR_EN, "fp32"), threads=usable_cores())
 
     def sources(self) -> list[Tokens]:
         """Sentences for the embedded model as ids."""

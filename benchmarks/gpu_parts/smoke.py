@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from beamline_server.engine.batch import encoder_batch
 
 from beamline_export.parity import all_logprobs, random_sources
 from beamline_server.bundle import DECODER_STEP, ENCODER, Bundle, Precision
-from beamline_server.engine.batch import encoder_batch
-from beamline_server.engine.beam import IntArray
-from beamline_server.engine.ort.captured_graphs import CAPTURED_FROM_USE
-from beamline_server.engine.ort.cuda import what_is_missing
-from beamline_server.engine.ort.device import DeviceRunner, providers
-from beamline_server.engine.ort.fixed_run import DeviceBuffer
-from beamline_server.engine.ort.row_mover import RowMover
+from beamline_server.engine.ort.cuda.backend import CudaBackend, providers
+from beamline_server.engine.ort.cuda.captured_graphs import CAPTURED_FROM_USE
+from beamline_server.engine.ort.cuda.fixed_run import DeviceBuffer
+from beamline_server.engine.ort.cuda.provider import what_is_missing
+from beamline_server.engine.ort.cuda.row_mover import RowMover
 from beamline_server.engine.ort.sessions import CPU, CUDA, session_options
-from beamline_server.engine.scoring import FloatArray
+from beamline_server.engine.table import FloatArray, IntArray
 from gpu_parts.batches import busy_batch, seated
 from gpu_parts.bundles import make
 from gpu_parts.parity import TOLERANCE
@@ -157,7 +156,7 @@ def _agrees(setting: Setting, precision: Precision) -> tuple[bool, str]:
     vocabulary = manifest.dimensions.target_vocabulary
     path = np.random.default_rng(0).integers(4, vocabulary, (len(sources), _STEPS))
     path[:, 0] = manifest.special_tokens.decoder_start
-    runner = DeviceRunner(setting.bundle(FR_EN, precision), device=setting.device)
+    runner = CudaBackend(setting.bundle(FR_EN, precision), device=setting.device)
     expected, found = (all_logprobs(each, sources, path, vocabulary) for each in (setting.reference(), runner))
     best = expected.argmax(2)[..., None]
     difference = float(np.abs(np.take_along_axis(expected, best, 2) - np.take_along_axis(found, best, 2)).max())
@@ -176,7 +175,7 @@ def _replayed(setting: Setting) -> tuple[bool, str]:
     return graphs == (1, 1) and same == len(results), found
 
 
-def _results(setting: Setting, runner: DeviceRunner, times: int) -> list[tuple[FloatArray, IntArray]]:
+def _results(setting: Setting, runner: CudaBackend, times: int) -> list[tuple[FloatArray, IntArray]]:
     """The best candidates of a step, computed several times after its sentences were encoded several times."""
     bundle, scale = setting.bundle(FR_EN, "fp16"), setting.scale
     batch = busy_batch(bundle, scale.rows[1], scale.beams, scale.source_tokens)

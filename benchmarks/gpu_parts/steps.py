@@ -4,12 +4,13 @@ import math
 import time
 from typing import Any
 
-from beamline_server.bundle import DECODER_STEP, Bundle
 from beamline_server.engine.batch import encoder_batch
-from beamline_server.engine.ort.captured_graphs import CAPTURED_FROM_USE
-from beamline_server.engine.ort.device import DeviceRunner
-from beamline_server.engine.ort.device_cache import DeviceCache
-from beamline_server.engine.runner import FromEncoder, FromSeat, Origin
+
+from beamline_server.bundle import DECODER_STEP, Bundle
+from beamline_server.engine.backend import FromEncoder, FromSeat, Origin
+from beamline_server.engine.ort.cuda.backend import CudaBackend
+from beamline_server.engine.ort.cuda.captured_graphs import CAPTURED_FROM_USE
+from beamline_server.engine.ort.cuda.memory import CudaMemory
 from gpu_parts.batches import SLOTS, busy_batch, seated
 from gpu_parts.setting import Setting, median
 
@@ -39,11 +40,11 @@ def _steps(setting: Setting, name: str) -> dict[str, Any]:
     return {"model": name, "weight_bytes": weights, "steps": table, "admission": admission}
 
 
-def _time(setting: Setting, runner: DeviceRunner, bundle: Bundle, rows: int) -> dict[str, Any]:
+def _time(setting: Setting, runner: CudaBackend, bundle: Bundle, rows: int) -> dict[str, Any]:
     batch = busy_batch(bundle, rows, setting.scale.beams, setting.scale.source_tokens)
     vocabulary = bundle.manifest.dimensions.source_vocabulary
     cache = seated(runner, setting.random_sources(vocabulary, len(batch.source_length)))
-    assert isinstance(cache, DeviceCache)
+    assert isinstance(cache, CudaMemory)
     for _ in range(CAPTURED_FROM_USE + 2):
         runner.step(cache, batch)
     whole, device_alone = [], []
@@ -63,7 +64,7 @@ def _time(setting: Setting, runner: DeviceRunner, bundle: Bundle, rows: int) -> 
     }
 
 
-def _admission(setting: Setting, runner: DeviceRunner, bundle: Bundle) -> dict[str, Any]:
+def _admission(setting: Setting, runner: CudaBackend, bundle: Bundle) -> dict[str, Any]:
     """Encoding a few newcomers, and seating them among many."""
     vocabulary = bundle.manifest.dimensions.source_vocabulary
     there = max(setting.scale.batches)

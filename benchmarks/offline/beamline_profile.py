@@ -8,11 +8,11 @@ from statistics import median
 from typing import Any, cast
 
 from beamline_server.bundle import Bundle
-from beamline_server.engine.build import EngineOptions, build_runner, capacity, model_rules
-from beamline_server.engine.loop import Engine
+from beamline_server.engine.backend import Backend
 from beamline_server.engine.observer import NullObserver, StepObserver
 from beamline_server.engine.request import GenerationRequest, SearchOptions
-from beamline_server.engine.runner import StepRunner
+from beamline_server.engine.workers import Engine
+from beamline_server.models.load import EngineOptions, build_backend, capacity, model_rules
 from offline.beamline_worker import QUEUE_ROWS, Inbox, requests
 from offline.gemm_rate import best_rate, step_operations
 from offline.session_clock import TimedRunner, session_calls, share_outside
@@ -45,7 +45,7 @@ def _engine(
     bundle: Bundle, runner: object, inbox: Inbox, options: EngineOptions, observer: StepObserver | None = None
 ) -> Engine:
     return Engine(
-        [cast(StepRunner, runner)] * (options.workers or 1),
+        [cast(Backend, runner)] * (options.workers or 1),
         model_rules(bundle.manifest),
         capacity(bundle, options),
         queue_rows=QUEUE_ROWS,
@@ -73,7 +73,7 @@ def outside_sessions(bundle: Bundle, *, sentences: str, workers: int) -> dict[st
     options = EngineOptions(device="cpu", workers=workers, threads=1, rows=SENTENCES * BEAM)
     sources = read_sentences(Path(sentences))
     with session_calls() as runs:
-        runner = TimedRunner(build_runner(bundle, "cpu", 1))
+        runner = TimedRunner(build_backend(bundle, "cpu", 1))
         inbox = Inbox()
         engine = _engine(bundle, runner, inbox, options)
         engine.start()
@@ -100,7 +100,7 @@ def step_over_floor(bundle: Bundle, *, sentences: str) -> dict[str, Any]:
     """The step of 32 sentences with 4 rows each on one thread, over the time its products take at their best rate."""
     rows, precision = SENTENCES * BEAM, bundle.manifest.precision
     before = best_rate(bundle.manifest.spec, precision, rows)
-    runner, inbox, observer = TimedRunner(build_runner(bundle, "cpu", 1)), Inbox(), _FullSteps(rows)
+    runner, inbox, observer = TimedRunner(build_backend(bundle, "cpu", 1)), Inbox(), _FullSteps(rows)
     engine = _engine(bundle, runner, inbox, EngineOptions(device="cpu", workers=1, rows=rows), observer)
     engine.start()
     sources = read_sentences(Path(sentences))[:SENTENCES]
@@ -123,7 +123,7 @@ def company(bundle: Bundle, *, sentences: str) -> dict[str, Any]:
     """Seconds that short sentences take, 31 at a time on one worker: among themselves, and beside one of 200 tokens."""
     sources = read_sentences(Path(sentences))
     short = [sources[i % len(sources)] for i in range(SHORT_SENTENCES * ROUNDS)]
-    runner = build_runner(bundle, "cpu", 1)
+    runner = build_backend(bundle, "cpu", 1)
     _short_s(bundle, runner, short[:SHORT_SENTENCES], None)
     return {
         "alone_s": _short_s(bundle, runner, short, None),
@@ -132,7 +132,7 @@ def company(bundle: Bundle, *, sentences: str) -> dict[str, Any]:
     }
 
 
-def _short_s(bundle: Bundle, runner: StepRunner, short: Sequence[Sentence], long: Sentence | None) -> float:
+def _short_s(bundle: Bundle, runner: Backend, short: Sequence[Sentence], long: Sentence | None) -> float:
     rows = (SHORT_SENTENCES + (long is not None)) * BEAM
     inbox = Inbox()
     engine = _engine(bundle, runner, inbox, EngineOptions(device="cpu", workers=1, rows=rows))

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from beamline_server.bundle import load_bundle
-from beamline_server.engine.build import EngineOptions, build_engine
-from beamline_server.engine.loop import Engine
 from beamline_server.engine.observer import NullObserver
 from beamline_server.engine.request import (
     Completed,
@@ -19,6 +17,8 @@ from beamline_server.engine.request import (
     RequestId,
     SearchOptions,
 )
+from beamline_server.engine.workers import Engine
+from beamline_server.models.load import EngineOptions, build_engine
 from offline.task import Search, Sentence, Setting, longest_first
 
 QUEUE_ROWS = 1_000_000

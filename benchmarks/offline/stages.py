@@ -9,7 +9,7 @@ from typing import Any
 
 from beamline_server.bundle import WEIGHTS, Bundle, load_bundle
 from beamline_server.engine.admission import SHARED_WIDTH
-from beamline_server.engine.build import usable_cores
+from beamline_server.models.load import usable_cores
 from beamline_server.process import ServerProcess
 from offline.bench import Bench
 from offline.contenders import BEAMLINE_FP32, BEAMLINE_INT8, TRANSFORMERS

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from beamline_export.reference_search import SearchTrace
 from beamline_export.spec import ExportError
 from beamline_server.engine.admission import Capacity
-from beamline_server.engine.core import EngineCore, ModelRules
+from beamline_server.engine.backend import Backend, Bucket, Cache, Encoded
 from beamline_server.engine.observer import NullObserver
 from beamline_server.engine.request import Completed, Failed, GenerationRequest, RequestId, SearchOptions
-from beamline_server.engine.runner import Cache, Encoded, EncoderBatch, StepBatch, StepRunner
+from beamline_server.engine.step import EngineCore, ModelRules
+from beamline_server.engine.table import Table, path
 
 NEAR_TIE = 1e-4
 """Candidates closer than this may change places by rounding alone (log-probability)."""
@@ -38,19 +38,19 @@ class Parting:
 
 
 def search_all(
-    runner: StepRunner, rules: ModelRules, searches: Sequence[tuple[Tokens, SearchOptions]]
+    backend: Backend, rules: ModelRules, searches: Sequence[tuple[Tokens, SearchOptions]]
 ) -> list[Completed]:
     """Run searches (source, options) through an engine of their own, as many at once as fit; answers in order.
 
     Raises:
         ExportError: one of them failed.
     """
-    return answers(searching_core(runner, rules), searches)
+    return answers(searching_core(backend, rules), searches)
 
 
-def searching_core(runner: StepRunner, rules: ModelRules) -> EngineCore:
+def searching_core(backend: Backend, rules: ModelRules) -> EngineCore:
     """An engine for `answers`; what its caches are bound to stays from one use to the next."""
-    return EngineCore(runner, rules, Capacity(256, 1 << 20), clock=lambda: 0.0, observer=NullObserver())
+    return EngineCore(backend, rules, Capacity(256, 1 << 20), clock=lambda: 0.0, observer=NullObserver())
 
 
 def answers(core: EngineCore, searches: Sequence[tuple[Tokens, SearchOptions]]) -> list[Completed]:
@@ -67,10 +67,10 @@ def answers(core: EngineCore, searches: Sequence[tuple[Tokens, SearchOptions]]) 
 
 
 def find_parting(
-    trace: SearchTrace, runner: StepRunner, rules: ModelRules, source: Tokens, options: SearchOptions
+    trace: SearchTrace, backend: Backend, rules: ModelRules, source: Tokens, options: SearchOptions
 ) -> Parting | None:
     """Run one search alone and compare it step by step with the oracle's; None if it comes to the same hypotheses."""
-    recorder = _Recorder(runner)
+    recorder = _Recorder(backend)
     hypotheses = [h.tokens for h in search_all(recorder, rules, [(source, options)])[0].hypotheses]
     if hypotheses == [h.tokens for h in trace.hypotheses][: len(hypotheses)]:
         return None
@@ -89,28 +89,43 @@ def find_parting(
 
 
 class _Recorder:
-    """A runner that notes which hypotheses each step of a lone sentence continues, from the batches alone."""
+    """A backend that notes which hypotheses each step of a lone sentence continues."""
 
-    def __init__(self, runner: StepRunner) -> None:
-        self._runner = runner
-        self.device = runner.device
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.device = backend.device
         self.beams: list[list[Tokens]] = []
-        self._token: dict[int, int] = {}
-        self._step: dict[int, int] = {}
 
-    def encode(self, batch: EncoderBatch) -> Encoded:
-        return self._runner.encode(batch)
+    def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
+        return self._backend.encode(sources)
 
     def new_cache(self) -> Cache:
-        return self._runner.new_cache()
+        return _RecordingCache(self._backend.new_cache(), self.beams)
 
-    def step(self, cache: Cache, batch: StepBatch) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        for token, step, (_, slot) in zip(batch.ids, batch.positions, batch.slot, strict=True):
-            self._token[int(slot)], self._step[int(slot)] = int(token), int(step)
-        self.beams.append([self._path(batch.ancestors[0, 0, beam]) for beam in batch.back])
-        return self._runner.step(cache, batch)
 
-    def _path(self, ancestors: NDArray[np.bool_]) -> Tokens:
-        """The tokens in a beam's slots in the order of their steps, but for the decoder's start."""
-        slots = sorted((int(slot) for slot in np.flatnonzero(ancestors)), key=self._step.__getitem__)
-        return tuple(self._token[slot] for slot in slots[1:])
+class _RecordingCache:
+    """A cache that notes, at every step, the tokens of the live hypotheses of the sentence that has come last."""
+
+    def __init__(self, cache: Cache, beams: list[list[Tokens]]) -> None:
+        self._cache = cache
+        self._beams = beams
+        self._index = 0
+
+    def enter(self, index: int, encoded: Encoded, number: int) -> None:
+        self._index = index
+        self._cache.enter(index, encoded, number)
+
+    def leave(self, index: int) -> None:
+        self._cache.leave(index)
+
+    def place(self, table: Table) -> Sequence[Bucket]:
+        sequence = table.sequences[self._index]
+        length = int(sequence.length)
+        if length == len(self._beams):  # a long prefix takes several steps, which continue nothing
+            self._beams.append([self._tokens(table, length, k) for k in range(sequence.live)])
+        return self._cache.place(table)
+
+    def _tokens(self, table: Table, length: int, hypothesis: int) -> Tokens:
+        tokens, totals = np.empty(length, np.int64), np.empty(length, np.float32)
+        path(table, self._index, length, hypothesis, tokens, totals)
+        return tuple(tokens.tolist())

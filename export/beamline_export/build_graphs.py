@@ -56,13 +56,15 @@ def build_decoder_step(checkpoint: Checkpoint, store: WeightStore, weights: Weig
         x = layers.feed_forward(x, name)
     if spec.decoder_final_norm:
         x = layers.norm(x, "decoder.final_norm")
-    logprob = g.one("LogSoftmax", layers.logits(x), axis=-1)
+    logprob = g.named("LogSoftmax", [layers.logits(x)], "logprob", axis=-1)
     block = block_size(spec.target_vocabulary) if store.cache == "float32" else None
     if block is None:
         g.named_pair("TopK", [logprob, "candidates"], ("top_logprob", "top_token"), axis=-1)
     else:
         top_by_blocks(g, logprob, spec.target_vocabulary, block)
-    return g.model("decoder_step", decoder_step_graph(spec.decoder_layers, spec.d_model, store.cache))
+    return g.model(
+        "decoder_step", decoder_step_graph(spec.decoder_layers, spec.d_model, spec.target_vocabulary, store.cache)
+    )
 
 
 def _additive_mask(g: GraphWriter) -> str:

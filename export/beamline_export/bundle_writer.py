@@ -55,8 +55,9 @@ from beamline_server.bundle import (
     load_bundle,
     read_manifest,
 )
-from beamline_server.engine.build import DeviceError, build_runner, choose_device, forced_decode, usable_cores
-from beamline_server.engine.runner import StepRunner
+from beamline_server.engine.backend import Backend
+from beamline_server.engine.forced import forced_decode
+from beamline_server.models.load import DeviceError, build_backend, choose_device, usable_cores
 from beamline_server.tokenizer import load_tokenizer
 
 _GOLDEN_INPUTS = 3
@@ -146,17 +147,17 @@ def export_checkpoint(
             draft = writing.manifest()
         expected = None if expectations is None else ExpectedOutputs(expectations, draft)
         with progress.step("load the exported model"):
-            runner = _load_runner(draft)
+            backend = _load_backend(draft)
             check_contract(draft, writing.contracts())
         with progress.step("load the PyTorch model"):
             reference = family.reference(source, checkpoint)
-        figures = check_parity(draft, runner, reference, _probe(draft), progress.iterate)
+        figures = check_parity(draft, backend, reference, _probe(draft), progress.iterate)
         if expected is not None and in_fp32 is None:
-            figures["expected"] = expected.check(runner, progress.iterate)
+            figures["expected"] = expected.check(backend, progress.iterate)
         elif expected is not None and in_fp32 is not None:
-            same = expected.count_same(runner, progress.iterate)
+            same = expected.count_same(backend, progress.iterate)
             figures["expected"] = {**in_fp32, f"same_in_{options.precision}": same}
-        golden = [_golden(draft, runner, number) for number in range(_GOLDEN_INPUTS)]
+        golden = [_golden(draft, backend, number) for number in range(_GOLDEN_INPUTS)]
         with progress.step("verify the bundle"):
             writing.manifest(parity=figures, golden=golden)
             bundle = _verified(folder)
@@ -187,7 +188,7 @@ def _expected_in_fp32(
         with progress.step("build fp32 graphs to compare outputs with"):
             draft = _write(checkpoint, source, folder, STORES["fp32"](), ExportOptions(), None).manifest()
         expected = ExpectedOutputs(expectations, draft)
-        return expected.check(_load_runner(draft), progress.iterate)
+        return expected.check(_load_backend(draft), progress.iterate)
 
 
 def _store(precision: str, activations: Activations | None) -> WeightStore:
@@ -301,10 +302,11 @@ class _Writing:
 
     def contracts(self) -> dict[str, GraphSpec]:
         """What the graphs promise."""
-        layers, width = self.checkpoint.spec.decoder_layers, self.checkpoint.spec.d_model
+        spec = self.checkpoint.spec
+        layers, width = spec.decoder_layers, spec.d_model
         return {
             ENCODER: encoder_graph(layers, width, self.cache),
-            DECODER_STEP: decoder_step_graph(layers, width, self.cache),
+            DECODER_STEP: decoder_step_graph(layers, width, spec.target_vocabulary, self.cache),
         }
 
     def manifest(self, *, parity: dict[str, Any] | None = None, golden: list[dict[str, Any]] | None = None) -> Bundle:
@@ -371,12 +373,12 @@ def _plain(data: dict[str, Any]) -> dict[str, Any]:
     return {key: value.value if isinstance(value, Enum) else value for key, value in data.items()}
 
 
-def _load_runner(bundle: Bundle) -> StepRunner:
+def _load_backend(bundle: Bundle) -> Backend:
     """fp16 is compared on the GPU it is meant for where there is one, else through the CPU's casts."""
     precision = bundle.manifest.precision
     device = choose_device("auto", precision) if precision == "fp16" else "cpu"
     try:
-        return build_runner(bundle, device, threads=usable_cores())
+        return build_backend(bundle, device, threads=usable_cores())
     except (BundleError, DeviceError) as error:
         raise ExportError(f"the exported model cannot be loaded: {error}") from error
 
@@ -387,15 +389,15 @@ def _probe(bundle: Bundle) -> Probe:
     return Probe(random_sources(dimensions.source_vocabulary, bundle.manifest.special_tokens.source_eos, longest))
 
 
-def _golden(bundle: Bundle, runner: StepRunner, seed: int) -> dict[str, Any]:
+def _golden(bundle: Bundle, backend: Backend, seed: int) -> dict[str, Any]:
     """A forced decode along the model's own greedy path, as this machine computes it."""
     dimensions, tokens = bundle.manifest.dimensions, bundle.manifest.special_tokens
     longest = min(8 + 8 * seed, dimensions.max_source_tokens)
     source = random_sources(dimensions.source_vocabulary, tokens.source_eos, longest, count=4, seed=seed)[-1]
     forced = [tokens.decoder_start]
     for _ in range(min(_GOLDEN_STEPS, dimensions.max_target_tokens) - 1):
-        forced.append(forced_decode(runner, source, tuple(forced))[0][-1])
-    _, top_logprob = forced_decode(runner, source, tuple(forced))
+        forced.append(forced_decode(backend, source, tuple(forced))[0][-1])
+    _, top_logprob = forced_decode(backend, source, tuple(forced))
     return {
         "source": list(source),
         "forced": forced,

@@ -4,8 +4,9 @@ The model's fp32 graphs get one more output per product; the engine's own search
 largest magnitude seen is the product's range.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,11 @@ from beamline_export.parity import Progress
 from beamline_export.precision import Fp32Store
 from beamline_export.spec import Array, ExportError
 from beamline_server.bundle import Bundle, GenerationDefaults
-from beamline_server.engine.beam import IntArray
-from beamline_server.engine.build import forced_decode, model_rules, usable_cores
-from beamline_server.engine.ort.host import HostCache, HostRunner
+from beamline_server.engine.forced import forced_decode
+from beamline_server.engine.ort.cpu import CpuBackend, CpuMemory
+from beamline_server.engine.ort.sessions import Sessions
 from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, SearchOptions
-from beamline_server.engine.runner import Cache, Encoded, EncoderBatch, StepBatch
-from beamline_server.engine.scoring import FloatArray
+from beamline_server.models.load import model_rules, usable_cores
 from beamline_server.tokenizer import load_tokenizer
 
 MOST_SENTENCES = 1000
@@ -177,15 +177,15 @@ def measure_ranges(
     Raises:
         ExportError: the graphs cannot be loaded, or their values leave fp32.
     """
-    runner, rules = _load(bundle), model_rules(bundle.manifest)
+    backend, rules = _load(bundle), model_rules(bundle.manifest)
     # The engine would tell a search without finite scores as an error of its own, in its log.
-    _, logprobs = forced_decode(runner, sources[0], (rules.decoder_start,))
-    _check_finite({**runner.ranges, "its log-probabilities": logprobs[0]})
+    _, logprobs = forced_decode(backend, sources[0], (rules.decoder_start,))
+    _check_finite({**backend.ranges, "its log-probabilities": logprobs[0]})
     batches = [sources[i : i + _AT_ONCE] for i in range(0, len(sources), _AT_ONCE)]
     for i in progress("calibrate", len(batches)):
-        search_all(runner, rules, [(source, bounded_search(source, options)) for source in batches[i]])
-    _check_finite(runner.ranges)
-    return runner.ranges
+        search_all(backend, rules, [(source, bounded_search(source, options)) for source in batches[i]])
+    _check_finite(backend.ranges)
+    return backend.ranges
 
 
 def bounded_search(source: Tokens, options: SearchOptions) -> SearchOptions:
@@ -199,15 +199,15 @@ def _check_finite(values: Mapping[str, float]) -> None:
         raise ExportError(f"the model's values are not finite in fp32, at {wrong[0]}; its weights or config are broken")
 
 
-def _load(bundle: Bundle) -> "_RangeRunner":
+def _load(bundle: Bundle) -> "_RangeBackend":
     try:
-        return _RangeRunner(bundle, threads=usable_cores())
+        return _RangeBackend(bundle, threads=usable_cores())
     except Exception as error:  # onnxruntime raises many kinds
         reason = str(error).partition("\n")[0]
         raise ExportError(f"the fp32 model for the calibration cannot be loaded: {reason}") from error
 
 
-class _RangeRunner(HostRunner):
+class _RangeBackend(CpuBackend):
     """Notes the additional outputs of every call.
 
     They are computed by a call of their own, whose caches are plain inputs: twice the work, and none of it in the way
@@ -218,19 +218,14 @@ class _RangeRunner(HostRunner):
         super().__init__(bundle, threads=threads)
         self.ranges: dict[str, float] = {}
 
-    def encode(self, batch: EncoderBatch) -> Encoded:
-        """As `StepRunner.encode`."""
-        self._note(self._sessions.encoder, self._sessions.encoder_feeds(batch))
-        return super().encode(batch)
+    def run_encoder(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """As `CpuBackend.run_encoder`."""
+        self._note(self._sessions.encoder, feeds)
+        return super().run_encoder(feeds)
 
-    def step(self, cache: Cache, batch: StepBatch) -> tuple[FloatArray, IntArray]:
-        """As `StepRunner.step`."""
-        assert isinstance(cache, HostCache)
-        feeds = self._sessions.step_feeds(batch)
-        for t, (own, cross) in enumerate(zip(self._sessions.self_names, self._sessions.cross_names, strict=True)):
-            feeds |= {own: cache.own.tensor(t), cross: cache.cross.tensor(t)}
-        self._note(self._sessions.decoder, feeds)
-        return super().step(cache, batch)
+    def new_memory(self) -> CpuMemory:
+        """As `CpuBackend.new_memory`."""
+        return _RangeMemory(self._sessions, partial(self._note, self._sessions.decoder))
 
     def _note(self, session: Any, feeds: Mapping[str, NDArray[Any]]) -> None:
         outputs = [value.name for value in session.get_outputs() if value.name.startswith(_RANGE)]
@@ -238,3 +233,16 @@ class _RangeRunner(HostRunner):
             product = output.removeprefix(_RANGE)
             # As numpy's maximum, which keeps a NaN.
             self.ranges[product] = float(np.maximum(self.ranges.get(product, 0.0), rows.max()))
+
+
+class _RangeMemory(CpuMemory):
+    """Lets the inputs of every step be looked at before it is computed."""
+
+    def __init__(self, sessions: Sessions, note: Callable[[Mapping[str, NDArray[Any]]], None]) -> None:
+        super().__init__(sessions)
+        self._note = note
+
+    def run_decoder(self) -> None:
+        """As `CpuMemory.run_decoder`."""
+        self._note(self.feeds)
+        super().run_decoder()

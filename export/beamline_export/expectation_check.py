@@ -16,9 +16,9 @@ from beamline_export.parity import TOLERANCES, Progress, all_logprobs
 from beamline_export.reference_search import processed
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle
-from beamline_server.engine.build import model_rules
+from beamline_server.engine.backend import Backend
 from beamline_server.engine.request import Hypothesis
-from beamline_server.engine.runner import StepRunner
+from beamline_server.models.load import model_rules
 from beamline_server.tokenizer import load_tokenizer
 
 _AT_ONCE = 16
@@ -50,36 +50,36 @@ class ExpectedOutputs:
         self._rules = model_rules(bundle.manifest)
         self._own_config = bundle.manifest.architecture == "nn_transformer"
 
-    def count_same(self, runner: StepRunner, progress: Progress) -> int:
-        """How many outputs this runner gives as expected."""
-        outputs = self._search(runner, progress, "expected outputs")
+    def count_same(self, backend: Backend, progress: Progress) -> int:
+        """How many outputs this backend gives as expected."""
+        outputs = self._search(backend, progress, "expected outputs")
         return sum(self._is_same(e, found[0].tokens) for e, found in zip(self._examples, outputs, strict=True))
 
-    def check(self, runner: StepRunner, progress: Progress) -> dict[str, Any]:
-        """Compare the outputs and log-probabilities of an fp32 runner; returns the figures for the manifest.
+    def check(self, backend: Backend, progress: Progress) -> dict[str, Any]:
+        """Compare the outputs and log-probabilities of an fp32 backend; returns the figures for the manifest.
 
         Raises:
             ExportError: one differs by more than a near-tie; says which is the first.
         """
-        outputs = self._search(runner, progress, "expected outputs in fp32")
+        outputs = self._search(backend, progress, "expected outputs in fp32")
         pairs = list(zip(self._examples, outputs, strict=True))
         different = [(example, found) for example, found in pairs if not self._is_same(example, found[0].tokens)]
         count = f"{len(pairs) - len(different)} of {len(pairs)} outputs are as expected"
         for example, found in different:
-            where = self._parting(runner, example, found)
+            where = self._parting(backend, example, found)
             if where is not None:
                 told = self._told(example, found[0].tokens, where)
                 raise ExportError(f"{self._file}: {count}; {told}; {self._causes()}")
         if len(different) == len(pairs):
             raise ExportError(f"{self._file}: {count}, all others are near-ties; give inputs that decide something")
         figures = {"examples": len(pairs), "same": len(pairs) - len(different), "near_ties": len(different)}
-        return figures | self._check_logprobs(runner, progress)
+        return figures | self._check_logprobs(backend, progress)
 
-    def _search(self, runner: StepRunner, progress: Progress, name: str) -> list[tuple[Hypothesis, ...]]:
+    def _search(self, backend: Backend, progress: Progress, name: str) -> list[tuple[Hypothesis, ...]]:
         outputs: list[tuple[Hypothesis, ...]] = []
         for i in progress(name, -(-len(self._examples) // _AT_ONCE)):
             searches = [(e.source, e.options) for e in self._examples[i * _AT_ONCE : (i + 1) * _AT_ONCE]]
-            outputs += [done.hypotheses for done in search_all(runner, self._rules, searches)]
+            outputs += [done.hypotheses for done in search_all(backend, self._rules, searches)]
         return outputs
 
     def _is_same(self, example: Example, output: Tokens) -> bool:
@@ -92,13 +92,13 @@ class ExpectedOutputs:
         assert self._tokenizer is not None
         return self._tokenizer.decode(tokens).strip()
 
-    def _parting(self, runner: StepRunner, example: Example, found: Sequence[Hypothesis]) -> "_Parting | None":
+    def _parting(self, backend: Backend, example: Example, found: Sequence[Hypothesis]) -> "_Parting | None":
         """Where an output that differs does so; None if a near-tie explains it."""
         output, target = found[0].tokens, example.target
         if target is not None and example.options.beam_size == 1:
-            return self._greedy_parting(runner, example, target)
+            return self._greedy_parting(backend, example, target)
         if target is None and example.options.beam_size == 1:
-            near_tie = self._leads_to_text(runner, example)
+            near_tie = self._leads_to_text(backend, example)
         else:
             close = [h.tokens for h in found if found[0].score - h.score <= NEAR_TIE]
             near_tie = any(self._is_same(example, tokens) for tokens in close)
@@ -106,20 +106,20 @@ class ExpectedOutputs:
             return None
         return _Parting(None if target is None else same_up_to(output, target))
 
-    def _leads_to_text(self, runner: StepRunner, example: Example) -> bool:
+    def _leads_to_text(self, backend: Backend, example: Example) -> bool:
         """Whether a greedy search comes to the expected text if near-ties are decided in its favour."""
         ways: list[Tokens] = [()]
         while ways:
-            further = [way for begin in ways for way in self._next(runner, example, begin)]
+            further = [way for begin in ways for way in self._next(backend, example, begin)]
             if any(self._is_over(way, example) and self._is_same(example, way) for way in further):
                 return True
             ways = [way for way in further if not self._is_over(way, example) and self._begins(way, example)]
             ways = ways[:_MOST_WAYS]
         return False
 
-    def _next(self, runner: StepRunner, example: Example, begin: Tokens) -> list[Tokens]:
+    def _next(self, backend: Backend, example: Example, begin: Tokens) -> list[Tokens]:
         """The beginning of an output with each token that is as good as the best one after it."""
-        row = self._rows(runner, example, begin)[-1]
+        row = self._rows(backend, example, begin)[-1]
         return [(*begin, int(token)) for token in np.flatnonzero(row.max() - row <= NEAR_TIE)]
 
     def _begins(self, tokens: Tokens, example: Example) -> bool:
@@ -132,27 +132,27 @@ class ExpectedOutputs:
         ended = not set(tokens[-1:]).isdisjoint(self._rules.search.eos)
         return ended or len(tokens) == example.options.max_new_tokens
 
-    def _greedy_parting(self, runner: StepRunner, example: Example, target: Tokens) -> "_Parting | None":
+    def _greedy_parting(self, backend: Backend, example: Example, target: Tokens) -> "_Parting | None":
         """The first expected token, or end, that this model does not prefer, on the way that the expected ones go."""
         wanted: list[Tokens] = [(token,) for token in target]
         if not self._is_over(target, example):
             wanted.append(self._rules.search.eos)
-        for step, (row, tokens) in enumerate(zip(self._rows(runner, example, target), wanted, strict=True)):
+        for step, (row, tokens) in enumerate(zip(self._rows(backend, example, target), wanted, strict=True)):
             best, likely = int(row.argmax()), float(max(row[list(tokens)], default=-np.inf))
             if not row[best] - likely <= NEAR_TIE:
                 return _Parting(step, best, likely, float(row[best]))
         return None
 
-    def _rows(self, runner: StepRunner, example: Example, tokens: Tokens) -> list[NDArray[np.float32]]:
+    def _rows(self, backend: Backend, example: Example, tokens: Tokens) -> list[NDArray[np.float32]]:
         """Log-probabilities, with bans and forced tokens, at each token, and after them unless the output is over."""
         along = tokens if self._is_over(tokens, example) else (*tokens, 0)  # the last is not looked at
-        rows = self._forced(runner, example.source, along)
+        rows = self._forced(backend, example.source, along)
         return [processed(row, step, self._rules.search, example.options) for step, row in enumerate(rows)]
 
-    def _forced(self, runner: StepRunner, source: Tokens, target: Tokens) -> NDArray[np.float32]:
+    def _forced(self, backend: Backend, source: Tokens, target: Tokens) -> NDArray[np.float32]:
         """Log-probabilities along the target, (T, V)."""
         inputs = np.array([[self._rules.decoder_start, *target[:-1]]])
-        rows: NDArray[np.float32] = all_logprobs(runner, [source], inputs, self._rules.vocabulary)[0]
+        rows: NDArray[np.float32] = all_logprobs(backend, [source], inputs, self._rules.vocabulary)[0]
         return rows
 
     def _told(self, example: Example, output: Tokens, where: "_Parting") -> str:
@@ -183,7 +183,7 @@ class ExpectedOutputs:
         searches = "the search differs (beam_size, length_penalty, max_new_tokens, generation settings), "
         return f"{fields}{searches}{_OTHER_CAUSES}"
 
-    def _check_logprobs(self, runner: StepRunner, progress: Progress) -> dict[str, Any]:
+    def _check_logprobs(self, backend: Backend, progress: Progress) -> dict[str, Any]:
         """The largest difference of a log-probability, if any were given."""
         given = [example for example in self._examples if example.logprobs]
         if not given:
@@ -194,7 +194,7 @@ class ExpectedOutputs:
         for i in progress("expected log-probabilities", len(given)):
             example = given[i]
             assert example.target is not None
-            rows = self._forced(runner, example.source, example.target)
+            rows = self._forced(backend, example.source, example.target)
             found = rows[np.arange(len(rows)), list(example.target)]
             difference = np.abs(found - np.array(example.logprobs, np.float32))
             if (wrong := np.flatnonzero(~(difference <= allowed))).size:

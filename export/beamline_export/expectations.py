@@ -17,8 +17,13 @@ from beamline.text_lines import NotText, TextLine, read_lines
 from beamline_export.agreement import Tokens
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle, GenerationDefaults, Manifest
-from beamline_server.engine.admission import MAX_BEAMS
-from beamline_server.engine.request import MAX_LENGTH_PENALTY, EarlyStopping, LengthPenaltyKind, SearchOptions
+from beamline_server.engine.request import (
+    MAX_BEAMS,
+    MAX_LENGTH_PENALTY,
+    EarlyStopping,
+    LengthPenaltyKind,
+    SearchOptions,
+)
 from beamline_server.likeness import did_you_mean
 from beamline_server.tokenizer import Tokenizer, load_tokenizer
 

@@ -13,9 +13,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from beamline_export.agreement import NEAR_TIE, Parting, Tokens, find_parting, search_all
 from beamline_export.reference import quiet_transformers
 from beamline_export.reference_search import Ranked, SearchTrace, reference_search
-from beamline_server.engine.core import ModelRules
+from beamline_server.engine.backend import Backend
 from beamline_server.engine.request import EarlyStopping, Hypothesis, SearchOptions
-from beamline_server.engine.runner import StepRunner
+from beamline_server.engine.step import ModelRules
 
 _PHANTOM = -1e8
 """Scores below this are places that `generate` had no hypothesis for."""
@@ -84,15 +84,17 @@ class GenerateOracle:
         assert same, "reference_search does not follow generate"
         return trace
 
-    def compare(self, runner: StepRunner, sources: Sequence[Tokens], options: SearchOptions) -> Iterator[Comparison]:
+    def compare(self, backend: Backend, sources: Sequence[Tokens], options: SearchOptions) -> Iterator[Comparison]:
         """The engine beside `generate`, sentence by sentence."""
         theirs = self.search(sources, options)
-        ours = search_all(runner, self._rules, [(source, options) for source in sources])
+        ours = search_all(backend, self._rules, [(source, options) for source in sources])
         for source, expected, answer in zip(sources, theirs, ours, strict=True):
             if [h.tokens for h in answer.hypotheses] == [h.tokens for h in expected]:
                 yield Comparison(True, None, _score_difference(expected, answer.hypotheses))
             else:
-                yield Comparison(False, find_parting(self.trace(source, options), runner, self._rules, source, options))
+                yield Comparison(
+                    False, find_parting(self.trace(source, options), backend, self._rules, source, options)
+                )
 
     def _generate(self, options: SearchOptions, **inputs: Any) -> Any:
         beams: dict[str, Any] = {}

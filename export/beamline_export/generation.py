@@ -7,7 +7,7 @@ from typing import Any
 from beamline_export.checkpoint import Fields
 from beamline_export.known_settings import GENERATION, without_effect
 from beamline_export.spec import SpecialTokenIds
-from beamline_server.engine.admission import MAX_BEAMS as _MOST_BEAMS
+from beamline_server.engine.request import MAX_BEAMS as _MOST_BEAMS
 from beamline_server.engine.request import MAX_LENGTH_PENALTY as _MOST_LENGTH_PENALTY
 
 _EARLY_STOPPING = {"true": "when_full", "false": "heuristic", '"never"': "never"}

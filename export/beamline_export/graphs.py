@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from beamline_server.engine.ort.row_mover import row_parts
+from beamline_server.engine.ort.cuda.row_mover import row_parts
 
 Axis = str | int
 ElementType = Literal["float32", "float16", "int64", "bool"]
@@ -60,8 +60,8 @@ def encoder_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:
     )
 
 
-def decoder_step_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:
-    """One token for every live row. `candidates` is C, one number.
+def decoder_step_graph(layers: int, width: int, vocabulary: int, cache: ElementType) -> GraphSpec:
+    """One token for every live row. `candidates` is C, one number; of `logprob`, nothing is copied unless it is bound.
 
     fp16 graphs are made for CUDA: `ancestors`, which is boolean elsewhere, is additive (0 or a large negative number),
     which the kernels take without a conversion per layer, and pools have their rows in parts, whose numbers are added
@@ -85,5 +85,6 @@ def decoder_step_graph(layers: int, width: int, cache: ElementType) -> GraphSpec
     for i in range(layers):
         inputs |= {f"self_k_{i}": pool, f"self_v_{i}": pool, f"cross_k_{i}": rectangle, f"cross_v_{i}": rectangle}
     outputs = {"top_logprob": TensorSpec("float32", ("N", "C")), "top_token": TensorSpec("int64", ("N", "C"))}
+    outputs["logprob"] = TensorSpec("float32", ("N", vocabulary))
     outputs |= {f"self_{kind}_{i}_out": pool for i in range(layers) for kind in ("k", "v")}
     return GraphSpec(inputs, outputs)

@@ -18,12 +18,11 @@ from beamline_export.reference import Reference
 from beamline_export.reference_search import reference_search
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle
-from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, layout, step_batch
-from beamline_server.engine.build import model_rules
+from beamline_server.engine.backend import Backend
+from beamline_server.engine.forced import forced_rows
 from beamline_server.engine.ort.sessions import read_values
 from beamline_server.engine.request import EarlyStopping, SearchOptions
-from beamline_server.engine.runner import FromEncoder, StepRunner
-from beamline_server.engine.scheduler import SEAT_GRANULE
+from beamline_server.models.load import model_rules
 
 Progress = Callable[[str, int], Iterator[int]]
 """Yields 0 … count - 1 and shows how far it is."""
@@ -88,7 +87,7 @@ def check_contract(bundle: Bundle, contracts: dict[str, GraphSpec]) -> None:
 
 
 def check_parity(
-    bundle: Bundle, runner: StepRunner, reference: Reference, probe: Probe, progress: Progress
+    bundle: Bundle, backend: Backend, reference: Reference, probe: Probe, progress: Progress
 ) -> dict[str, Any]:
     """Compare values; returns the figures for the manifest.
 
@@ -97,9 +96,9 @@ def check_parity(
     """
     limits = TOLERANCES[bundle.manifest.precision]
     figures = {
-        "device": runner.device,
-        "forced_decode": _forced_decodes(bundle, runner, reference, probe, progress),
-        "beam_search": _searches(bundle, runner, reference, probe, progress),
+        "device": backend.device,
+        "forced_decode": _forced_decodes(bundle, backend, reference, probe, progress),
+        "beam_search": _searches(bundle, backend, reference, probe, progress),
     }
     forced, search = figures["forced_decode"], figures["beam_search"]
     assert isinstance(forced, dict)
@@ -121,14 +120,14 @@ def check_parity(
 
 
 def _forced_decodes(
-    bundle: Bundle, runner: StepRunner, reference: Reference, probe: Probe, progress: Progress
+    bundle: Bundle, backend: Backend, reference: Reference, probe: Probe, progress: Progress
 ) -> dict[str, Any]:
     vocabulary = bundle.manifest.dimensions.target_vocabulary
     rng = np.random.default_rng(probe.seed)
     length = min(probe.forced_length, bundle.manifest.dimensions.max_target_tokens)
     forced = rng.integers(0, vocabulary, (len(probe.sources), length))
     forced[:, 0] = bundle.manifest.special_tokens.decoder_start
-    exported = all_logprobs(runner, probe.sources, forced, vocabulary)
+    exported = all_logprobs(backend, probe.sources, forced, vocabulary)
     differences, squares, variance, same_top = [], 0.0, 0.0, 0
     for i in progress("forced decodes", len(probe.sources)):
         expected = reference.logprobs(probe.sources[i], [forced[i].tolist()])[0]
@@ -156,34 +155,21 @@ def _forced_decodes(
 
 
 def all_logprobs(
-    runner: StepRunner, sources: Sequence[Sequence[int]], forced: NDArray[np.int64], vocabulary: int
+    backend: Backend, sources: Sequence[Sequence[int]], forced: NDArray[np.int64], vocabulary: int
 ) -> NDArray[np.float32]:
-    """Log-probabilities of the whole vocabulary after every forced token, (S, T, V), all sources in one batch."""
-    count, length = forced.shape
-    width = max(SEAT_GRANULE, length, *(len(source) for source in sources))
-    cache = runner.new_cache()
-    encoded = runner.encode(encoder_batch(sources, source_width=width))
-    cache.arrange([FromEncoder(encoded, i) for i in range(count)], slots=width, source_width=width)
-    result = np.empty((count, length, vocabulary), np.float32)
-    for step in range(length):
-        mask = np.zeros((count, 1, LEAST_QUERY_LENGTH, width), np.bool_)
-        mask[:, :, 0, : step + 1] = True
-        batch = step_batch(
-            layout(np.ones((count, 1), np.bool_)),
-            token=forced[:, step : step + 1],
-            step=np.full(count, step),
-            slot=np.full((count, 1), step),
-            ancestors=mask,
-            source_length=np.array([len(source) for source in sources]),
-            candidates=vocabulary,
-        )
-        logprob, token = runner.step(cache, batch)
-        np.put_along_axis(result[:, step], token, logprob, axis=1)
+    """Log-probabilities of the whole vocabulary after every forced token, (S, T, V), all sources side by side.
+
+    The targets are fed token by token, as a search does.
+    """
+    result = np.empty((*forced.shape, vocabulary), np.float32)
+    targets = [row.tolist() for row in forced]
+    for index, position, row in forced_rows(backend, sources, targets, logprobs=True, part=1):
+        result[index, position] = row.logprob
     return result
 
 
 def _searches(
-    bundle: Bundle, runner: StepRunner, reference: Reference, probe: Probe, progress: Progress
+    bundle: Bundle, backend: Backend, reference: Reference, probe: Probe, progress: Progress
 ) -> dict[str, Any]:
     """Whole searches of mixed widths in one batch, each against the reference search over PyTorch."""
     rules = model_rules(bundle.manifest)
@@ -193,7 +179,7 @@ def _searches(
         (source, SearchOptions(width, width, max_new_tokens=most, early_stopping=stopping[i % 3]))
         for i, (source, width) in enumerate(zip(probe.sources, probe.search_widths, strict=False))
     ]
-    answers = search_all(runner, rules, searches)
+    answers = search_all(backend, rules, searches)
     same, beyond, worst = 0, 0, 0.0
     for i in progress("beam searches", len(searches)):
         source, options = searches[i]
@@ -203,7 +189,7 @@ def _searches(
             same += 1
             worst = max([worst, *(abs(a.score - b.score) for a, b in zip(ours, trace.hypotheses, strict=True))])
         else:
-            parting = find_parting(trace, runner, rules, source, options)
+            parting = find_parting(trace, backend, rules, source, options)
             beyond += parting is None or parting.margin > NEAR_TIE
     return {"searches": len(searches), "same": same, "parted_beyond_near_ties": beyond, "max_score_difference": worst}
 

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from beamline_export.graph_writer import GraphWriter
 from beamline_export.graphs import ElementType
 from beamline_export.spec import Array, ExportError
-from beamline_server.engine.ort.row_mover import row_parts
+from beamline_server.engine.ort.cuda.row_mover import row_parts
 
 _LEAST_MAXIMUM = 1e-9
 """Keeps the scale of an all-zero column positive."""

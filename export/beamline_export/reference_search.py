@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from beamline_server.engine.beam import SearchRules
+from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, SearchOptions
 
 NextLogprobs = Callable[[Sequence[Sequence[int]]], NDArray[np.float32]]

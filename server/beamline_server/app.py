@@ -18,14 +18,14 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 from beamline_server import logs
 from beamline_server.allocator import give_back_freed
 from beamline_server.bundle import EXIT_BUNDLE, MOST_FOREIGN_TOLD, Bundle, BundleError, load_bundle
-from beamline_server.engine.build import DeviceError, EngineOptions, build_engine, check_golden, choose_device, exercise
+from beamline_server.engine.admission import Admission, Continuous, RequestLevel
+from beamline_server.engine.backend import Backend
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
-from beamline_server.engine.runner import StepRunner
-from beamline_server.engine.scheduler import Admission, Continuous, RequestLevel
 from beamline_server.listening import PortError, allow_most_descriptors
 from beamline_server.metrics import Metrics
 from beamline_server.metrics_server import MetricsServer
+from beamline_server.models.load import DeviceError, EngineOptions, build_engine, check_golden, choose_device, exercise
 from beamline_server.rpc.desk import Desk, EngineLike
 from beamline_server.rpc.health import EngineWatch, Health, watch_engine
 from beamline_server.rpc.info import ServedModel, versions
@@ -238,9 +238,9 @@ def build(bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: Ste
     )
     engine = build_engine(bundle, options, deliver=deliver, observer=observer)
 
-    def warm_up(runner: StepRunner) -> None:
-        check_golden(bundle, runner)
-        exercise(bundle, runner, options)
+    def warm_up(backend: Backend) -> None:
+        check_golden(bundle, backend)
+        exercise(bundle, backend, options)
 
     def warm_up_all() -> None:
         engine.warm_up(warm_up)

@@ -24,8 +24,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from beamline_server.engine.admission import MAX_BEAMS
-from beamline_server.engine.request import MAX_LENGTH_PENALTY
+from beamline_server.engine.request import MAX_BEAMS, MAX_LENGTH_PENALTY
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -14,7 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 
 from beamline_server.bundle import NAME_PATTERN
-from beamline_server.engine.admission import DEFAULT_QUEUE_ROWS, DEFAULT_ROWS, MAX_BEAMS
+from beamline_server.engine.admission import DEFAULT_QUEUE_ROWS, DEFAULT_ROWS
+from beamline_server.engine.request import MAX_BEAMS
 from beamline_server.likeness import closest
 
 ENVIRONMENT_PREFIX = "BEAMLINE_"

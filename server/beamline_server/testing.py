@@ -23,7 +23,6 @@ from prometheus_client import CollectorRegistry
 from beamline.v1.generation_pb2_grpc import GenerationServiceStub
 from beamline_server.bundle import MANIFEST, Bundle, FileEntry, Manifest
 from beamline_server.engine.errors import EngineError, EngineStopped, RequestCancelled
-from beamline_server.engine.loop import EngineLoad
 from beamline_server.engine.request import (
     Completed,
     Deliver,
@@ -35,6 +34,7 @@ from beamline_server.engine.request import (
     RequestId,
     Timing,
 )
+from beamline_server.engine.workers import EngineLoad
 from beamline_server.metrics import Metrics
 from beamline_server.rpc.desk import Desk
 from beamline_server.rpc.health import Health

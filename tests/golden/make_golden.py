@@ -24,10 +24,10 @@ from beamline_export.progress import Progress
 from beamline_export.reference_search import reference_search
 from beamline_export.testing import nn_config, write_nn_transformer
 from beamline_server.bundle import FORMAT_VERSION, Bundle
-from beamline_server.engine.build import build_runner, model_rules
-from beamline_server.engine.core import ModelRules
+from beamline_server.engine.backend import Backend
 from beamline_server.engine.request import EarlyStopping, SearchOptions
-from beamline_server.engine.runner import StepRunner
+from beamline_server.engine.step import ModelRules
+from beamline_server.models.load import build_backend, model_rules
 from beamline_server.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
@@ -80,7 +80,7 @@ def write_tokenizer(file: Path) -> None:
 
 def recorded(bundle: Bundle) -> dict[str, Any]:
     """Texts with their ids, and searches with their answers."""
-    runner, rules = build_runner(bundle, "cpu", threads=1), model_rules(bundle.manifest)
+    runner, rules = build_backend(bundle, "cpu", threads=1), model_rules(bundle.manifest)
     tokenizer = load_tokenizer(bundle)
     assert tokenizer is not None
     texts = ["ba de fi", "", "ku  lo unheard"]
@@ -92,7 +92,7 @@ def recorded(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def searches(runner: StepRunner, rules: ModelRules, least_margin: float) -> Iterator[dict[str, Any]]:
+def searches(runner: Backend, rules: ModelRules, least_margin: float) -> Iterator[dict[str, Any]]:
     """Clear-cut searches and their answers."""
     for number, options in enumerate(SEARCHES):
         candidates = random_sources(len(WORDS), 1, 16, count=150, seed=number)
@@ -114,7 +114,7 @@ def searches(runner: StepRunner, rules: ModelRules, least_margin: float) -> Iter
             }
 
 
-def margin(runner: StepRunner, rules: ModelRules, source: Tokens, options: SearchOptions) -> float:
+def margin(runner: Backend, rules: ModelRules, source: Tokens, options: SearchOptions) -> float:
     """How close the closest decision of a search was."""
 
     def next_logprobs(prefixes: Sequence[Sequence[int]]) -> NDArray[np.float32]:

@@ -8,9 +8,9 @@ import pytest
 
 from beamline_export.agreement import search_all
 from beamline_server.bundle import load_bundle
-from beamline_server.engine.build import build_runner, check_golden, model_rules
+from beamline_server.engine.backend import Backend
 from beamline_server.engine.request import EarlyStopping, SearchOptions
-from beamline_server.engine.runner import StepRunner
+from beamline_server.models.load import build_backend, check_golden, model_rules
 from beamline_server.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
@@ -18,10 +18,10 @@ ANSWERS: dict[str, Any] = json.loads((HERE / "format1.json").read_text("utf-8"))
 TOLERANCE = {"fp32": 1e-4, "int8": 2e-2}
 
 
-def checked_runner(name: str) -> StepRunner:
+def checked_runner(name: str) -> Backend:
     """A runner that has given the answers of the machine that exported the bundle, whatever processor this is."""
     bundle = load_bundle(HERE / name)
-    runner = build_runner(bundle, "cpu", threads=1)
+    runner = build_backend(bundle, "cpu", threads=1)
     check_golden(bundle, runner)
     return runner
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from beamline_server.engine.testing import ManualClock, run_alone
 
 from beamline_server.bundle import Bundle
 from beamline_server.engine.admission import Capacity
-from beamline_server.engine.build import model_rules
-from beamline_server.engine.core import EngineCore, ModelRules
+from beamline_server.engine.backend import Backend
 from beamline_server.engine.errors import RequestCancelled
 from beamline_server.engine.observer import NullObserver
-from beamline_server.engine.ort.device import DeviceRunner
-from beamline_server.engine.ort.host import HostRunner
+from beamline_server.engine.ort.cpu import CpuBackend
+from beamline_server.engine.ort.cuda.backend import CudaBackend
 from beamline_server.engine.request import (
     Completed,
     EarlyStopping,
@@ -31,8 +31,8 @@ from beamline_server.engine.request import (
     RequestId,
     SearchOptions,
 )
-from beamline_server.engine.runner import StepRunner
-from beamline_server.engine.testing import ManualClock, run_alone
+from beamline_server.engine.step import EngineCore, ModelRules
+from beamline_server.models.load import model_rules
 from beamline_server.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.parity
@@ -45,7 +45,7 @@ REQUESTS = 300
 class Model:
     """A bundle, ready to run on one thread."""
 
-    runner: StepRunner
+    runner: Backend
     rules: ModelRules
     sources: tuple[tuple[int, ...], ...]
 
@@ -53,7 +53,7 @@ class Model:
 @pytest.fixture(scope="module", params=["fp32", "int8", "calibrated"])
 def model(request: pytest.FixtureRequest) -> Model:
     bundle: Bundle = request.getfixturevalue(f"fr_en_{request.param}")
-    return Model(HostRunner(bundle, threads=1), model_rules(bundle.manifest), sources_of(bundle))
+    return Model(CpuBackend(bundle, threads=1), model_rules(bundle.manifest), sources_of(bundle))
 
 
 def sources_of(bundle: Bundle) -> tuple[tuple[int, ...], ...]:
@@ -138,8 +138,8 @@ def test_an_answer_does_not_depend_on_the_number_of_threads(request: pytest.Fixt
     bundle: Bundle = request.getfixturevalue(f"fr_en_{precision}")
     rules, sources = model_rules(bundle.manifest), sources_of(bundle)
     asked = requests(sources, 3)[:96]
-    on_two = through_the_engine(Model(HostRunner(bundle, threads=2), rules, sources), asked, 3)
-    one = HostRunner(bundle, threads=1)
+    on_two = through_the_engine(Model(CpuBackend(bundle, threads=2), rules, sources), asked, 3)
+    one = CpuBackend(bundle, threads=1)
     compared = 0
     for number, outcome in on_two.items():
         if isinstance(outcome, Completed):
@@ -154,8 +154,8 @@ def test_caches_on_a_device_give_the_same_answers(fr_en_fp32: Bundle) -> None:
     """The runner for GPUs, on the CPU: other code moves the caches, the same graphs compute."""
     rules, sources = model_rules(fr_en_fp32.manifest), sources_of(fr_en_fp32)
     asked = requests(sources, 2)[:48]
-    host = Model(HostRunner(fr_en_fp32, threads=1), rules, sources)
-    runner = DeviceRunner(fr_en_fp32, device="cpu")
+    host = Model(CpuBackend(fr_en_fp32, threads=1), rules, sources)
+    runner = CudaBackend(fr_en_fp32, device="cpu")
     device = Model(runner, rules, sources)
     on_host, on_device = through_the_engine(host, asked, 2), through_the_engine(device, asked, 2)
     # Which tells that shapes came again, and what they were computed in was padded and bound once.

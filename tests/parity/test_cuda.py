@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from beamline_export.agreement import Tokens, answers, search_all, searching_core
 from beamline_export.parity import all_logprobs
 from beamline_server.bundle import Bundle, Precision
-from beamline_server.engine.build import model_rules
-from beamline_server.engine.ort.cuda import provider_options, what_is_missing
-from beamline_server.engine.ort.device import DeviceRunner, providers
-from beamline_server.engine.ort.host import HostRunner
+from beamline_server.engine.backend import Backend
+from beamline_server.engine.ort.cpu import CpuBackend
+from beamline_server.engine.ort.cuda.backend import CudaBackend, providers
+from beamline_server.engine.ort.cuda.provider import provider_options, what_is_missing
 from beamline_server.engine.ort.sessions import CUDA, Sessions
 from beamline_server.engine.request import EarlyStopping, SearchOptions
-from beamline_server.engine.runner import StepRunner
+from beamline_server.models.load import model_rules
 from beamline_server.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.cuda]
@@ -33,13 +33,13 @@ needs_a_gpu = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
 @pytest.fixture(scope="module")
-def cpu(fr_en_fp32: Bundle) -> StepRunner:
-    return HostRunner(fr_en_fp32, threads=1)
+def cpu(fr_en_fp32: Bundle) -> Backend:
+    return CpuBackend(fr_en_fp32, threads=1)
 
 
 @pytest.fixture(scope="module")
-def gpu(export_fr_en: Callable[[str], Bundle]) -> StepRunner:
-    return DeviceRunner(export_fr_en("fp16"), device="cuda")
+def gpu(export_fr_en: Callable[[str], Bundle]) -> Backend:
+    return CudaBackend(export_fr_en("fp16"), device="cuda")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def forced(answers: Sequence[Tokens], start: int) -> NDArray[np.int64]:
 
 @needs_a_gpu
 def test_fp16_on_a_gpu_is_fp32_but_for_near_ties(
-    fr_en_fp32: Bundle, cpu: StepRunner, gpu: StepRunner, sources: list[Tokens]
+    fr_en_fp32: Bundle, cpu: Backend, gpu: Backend, sources: list[Tokens]
 ) -> None:
     rules, vocabulary = model_rules(fr_en_fp32.manifest), fr_en_fp32.manifest.dimensions.target_vocabulary
     greedy = SearchOptions(beam_size=1, max_new_tokens=STEPS)
@@ -78,7 +78,7 @@ def test_fp16_on_a_gpu_is_fp32_but_for_near_ties(
 
 
 @needs_a_gpu
-def test_searches_on_a_gpu_agree(fr_en_fp32: Bundle, cpu: StepRunner, gpu: StepRunner, sources: list[Tokens]) -> None:
+def test_searches_on_a_gpu_agree(fr_en_fp32: Bundle, cpu: Backend, gpu: Backend, sources: list[Tokens]) -> None:
     """All in one batch, of mixed widths; where a near-tie parts two searches, their scores are close."""
     rules = model_rules(fr_en_fp32.manifest)
     searches = [
@@ -102,7 +102,7 @@ def test_captured_graphs_answer_what_single_kernels_answer(
     """The same kernels at the same shapes: the same bits. The second pass replays from its first step on."""
     rules, bundle = model_rules(fr_en_fp32.manifest), export_fr_en("fp16")
     searches = [(source, SearchOptions(beam_size=4, max_new_tokens=60)) for source in sources]
-    plain, graphs = (DeviceRunner(bundle, device="cuda", graphs=graphs) for graphs in (False, True))
+    plain, graphs = (CudaBackend(bundle, device="cuda", graphs=graphs) for graphs in (False, True))
 
     expected = search_all(plain, rules, searches)
     core = searching_core(graphs, rules)

@@ -24,7 +24,7 @@ from beamline_export.reference_search import reference_search
 from beamline_export.spec import ExportError
 from beamline_export.testing import DECODER_START, EOS, nn_config, write_nn_transformer
 from beamline_server.bundle import Bundle
-from beamline_server.engine.beam import SearchRules
+from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import SearchOptions
 
 pytestmark = pytest.mark.parity

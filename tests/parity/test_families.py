@@ -24,8 +24,8 @@ from beamline_export.reference import HuggingFaceReference, Reference
 from beamline_export.reference_search import reference_search
 from beamline_export.testing import EOS, nn_config, write_hugging_face, write_nn_transformer
 from beamline_server.bundle import Bundle
-from beamline_server.engine.build import build_runner, check_golden, model_rules
 from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, SearchOptions
+from beamline_server.models.load import build_backend, check_golden, model_rules
 from beamline_server.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.parity
@@ -167,7 +167,7 @@ def test_searches_equal_generate(case: HuggingFaceCase, tmp_path: Path) -> None:
     checkpoint = write(case, tmp_path / "checkpoint")
     bundle = exported(checkpoint)
     assert bundle.manifest.parity["beam_search"]["parted_beyond_near_ties"] == 0  # type: ignore[index]
-    rules, runner = model_rules(bundle.manifest), build_runner(bundle, "cpu", threads=1)
+    rules, runner = model_rules(bundle.manifest), build_backend(bundle, "cpu", threads=1)
     oracle = GenerateOracle(HuggingFaceReference(MODEL_CLASSES[case.family], checkpoint).model, rules)
     sources = sources_of(bundle, case.seed)
     for options in SEARCHES:
@@ -215,7 +215,7 @@ def test_searches_equal_the_reference_search(seed: int, changes: dict[str, Any],
 def check_against_reference_search(
     bundle: Bundle, reference: Reference, sources: Sequence[Tokens], options: SearchOptions
 ) -> None:
-    rules, runner = model_rules(bundle.manifest), build_runner(bundle, "cpu", threads=1)
+    rules, runner = model_rules(bundle.manifest), build_backend(bundle, "cpu", threads=1)
     answers = search_all(runner, rules, [(source, options) for source in sources])
     for source, answer in zip(sources, answers, strict=True):
         trace = reference_search(
@@ -254,7 +254,7 @@ def test_smaller_precisions_pass_their_gate(family: str, precision: str, calibra
     forced: Any = bundle.manifest.parity["forced_decode"]
     assert forced["same_top_token"] > 0.9
     assert bundle.file("weights.bin").stat().st_size < 0.6 * checkpoint.joinpath("model.safetensors").stat().st_size
-    check_golden(bundle, build_runner(bundle, "cpu", threads=1))
+    check_golden(bundle, build_backend(bundle, "cpu", threads=1))
     assert load_tokenizer(bundle) is None
 
 

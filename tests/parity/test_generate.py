@@ -13,8 +13,8 @@ from beamline_export.agreement import Tokens
 from beamline_export.generate_oracle import GenerateOracle
 from beamline_export.reference import HuggingFaceReference, quiet_transformers
 from beamline_server.bundle import Bundle
-from beamline_server.engine.build import build_runner, model_rules
 from beamline_server.engine.request import EarlyStopping, SearchOptions
+from beamline_server.models.load import build_backend, model_rules
 from beamline_server.tokenizer import Tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.parity
@@ -103,7 +103,7 @@ def test_hypotheses_equal_those_of_generate(
     assert fr_en_fp32.manifest.generation_defaults.early_stopping == "when_full"
     options = SearchOptions(beam, n_best, early_stopping=EarlyStopping(early_stopping), max_new_tokens=128)
     sources = sources if early_stopping == "when_full" else sources[:16]
-    comparisons = list(oracle.compare(build_runner(fr_en_fp32, "cpu", threads=1), sources, options))
+    comparisons = list(oracle.compare(build_backend(fr_en_fp32, "cpu", threads=1), sources, options))
     assert all(c.agrees for c in comparisons), [c.parting for c in comparisons if not c.agrees]
     assert sum(c.same for c in comparisons) > 0.9 * len(sources)
     assert max(c.score_difference for c in comparisons) < 1e-4

@@ -26,8 +26,8 @@ from beamline_export.reference_search import reference_search
 from beamline_export.spec import ExportError
 from beamline_export.testing import DECODER_START, EOS, nn_config, randomize
 from beamline_server.bundle import Bundle
-from beamline_server.engine.build import build_runner, model_rules
 from beamline_server.engine.request import EarlyStopping, Finish, SearchOptions
+from beamline_server.models.load import build_backend, model_rules
 
 pytestmark = pytest.mark.parity
 
@@ -264,7 +264,7 @@ def greedy(model: nn.Module, source: Sequence[int], most: int, eos: Sequence[int
 
 def same_outputs(bundle: Bundle, model: nn.Module, sources: Sequence[tuple[int, ...]]) -> dict[int, int]:
     """How many sources have the same outputs as by the module's own decoding, by beam size."""
-    rules, runner = model_rules(bundle.manifest), build_runner(bundle, "cpu", threads=1)
+    rules, runner = model_rules(bundle.manifest), build_backend(bundle, "cpu", threads=1)
     same = {}
     for options in SEARCHES:
         answers = search_all(runner, rules, [(source, options) for source in sources])
@@ -296,7 +296,7 @@ def test_an_annotated_transformer_answers_as_it_does_itself(tmp_path: Path) -> N
     bundle = exported(written(model, tmp_path / "annotated", 0, layout="annotated_transformer"))
     assert same_outputs(bundle, model, sources_of(100)) == {4: 100, 1: 100}
     forced = np.array([[2, *range(3, 11)]])
-    found = all_logprobs(build_runner(bundle, "cpu", threads=1), [[5, 8, 1]], forced, TARGET)[0]
+    found = all_logprobs(build_backend(bundle, "cpu", threads=1), [[5, 8, 1]], forced, TARGET)[0]
     assert found == pytest.approx(logprobs(model, [5, 8, 1], forced.tolist())[0], abs=1e-4)
 
 
@@ -340,7 +340,7 @@ def test_a_row_of_equal_numbers_becomes_the_norms_bias(tmp_path: Path) -> None:
             assert embed(torch.tensor([[token]])).unique().tolist() == [7]
     bundle = exported(saved(model, tmp_path / "annotated", layout="annotated_transformer"))
     source, forced = [first, 5, EOS], [DECODER_START, 4, 5, 6]
-    found = all_logprobs(build_runner(bundle, "cpu", threads=1), [source], np.array([forced]), TARGET)[0]
+    found = all_logprobs(build_backend(bundle, "cpu", threads=1), [source], np.array([forced]), TARGET)[0]
     assert found == pytest.approx(logprobs(model, source, [forced])[0], abs=1e-4)
 
 
@@ -387,7 +387,7 @@ def test_a_model_without_an_end_runs_to_its_length(changes: dict[str, Any], tmp_
     assert bundle.manifest.special_tokens.eos == ()
     sources = sources_of(20)
     assert same_outputs(bundle, model, sources) == {4: 20, 1: 20}
-    runner = build_runner(bundle, "cpu", threads=1)
+    runner = build_backend(bundle, "cpu", threads=1)
     options = [*SEARCHES, SearchOptions(3, 3, max_new_tokens=7, min_new_tokens=3, early_stopping=EarlyStopping.NEVER)]
     for search in options:
         for answer in search_all(runner, model_rules(bundle.manifest), [(source, search) for source in sources]):

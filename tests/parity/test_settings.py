@@ -19,7 +19,7 @@ from beamline_export.progress import Progress
 from beamline_export.reference import quiet_transformers
 from beamline_export.testing import write_hugging_face
 from beamline_server.bundle import Bundle
-from beamline_server.engine.build import build_runner, model_rules
+from beamline_server.models.load import build_backend, model_rules
 from beamline_server.rpc.converters import default_search, limits_of
 from beamline_server.settings import Settings
 from beamline_server.tokenizer import load_tokenizer
@@ -52,7 +52,7 @@ def ours(bundle: Bundle, texts: Sequence[str]) -> list[list[str]]:
     assert tokenizer is not None
     options = default_search(manifest.generation_defaults, limits_of(Settings(), manifest.dimensions))
     searches = [(tuple(tokenizer.encode(text)), options) for text in texts]
-    found = search_all(build_runner(bundle, "cpu", threads=1), model_rules(manifest), searches)
+    found = search_all(build_backend(bundle, "cpu", threads=1), model_rules(manifest), searches)
     return [[tokenizer.decode(hypothesis.tokens) for hypothesis in answer.hypotheses] for answer in found]
 
 

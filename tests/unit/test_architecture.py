@@ -68,7 +68,7 @@ BANS = [
     Ban(
         "server",
         ("onnxruntime",),
-        "what computes stands behind the StepRunner protocol",
+        "what computes stands behind the Backend protocol",
         but=tuple(
             f"server/beamline_server/engine/ort/{name}.py"
             for name in ("sessions", "cuda", "fixed_run", "captured_graphs", "encoder_runs", "row_mover")

@@ -9,6 +9,8 @@ from beamline_server.engine.errors import EngineError
 
 RequestId = NewType("RequestId", int)
 
+MAX_BEAMS = 16
+"""The widest search: what the engine's arrays have room for."""
 MAX_LENGTH_PENALTY = 10.0
 """Greatest magnitude of the exponent: beyond it, scores of long hypotheses leave fp32."""
 
@@ -53,6 +55,7 @@ class GenerationRequest:
         options: How to search.
         deadline: Time of the engine's clock (monotonic seconds) after which no answer is wanted.
         stream: Whether to deliver `Piece` events on the way.
+        target_prefix: Target tokens that are given, after the decoder start; what is generated continues them.
     """
 
     id: RequestId
@@ -60,6 +63,7 @@ class GenerationRequest:
     options: SearchOptions
     deadline: float | None = None
     stream: bool = False
+    target_prefix: tuple[int, ...] = ()
 
 
 class Finish(Enum):

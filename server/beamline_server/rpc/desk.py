@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from beamline_server.engine.errors import EngineError
-from beamline_server.engine.loop import EngineLoad
 from beamline_server.engine.request import (
     Completed,
     Event,
@@ -22,6 +21,7 @@ from beamline_server.engine.request import (
     RequestId,
     SearchOptions,
 )
+from beamline_server.engine.workers import EngineLoad
 from beamline_server.rpc.call import Call
 from beamline_server.rpc.errors import NotAccepting
 

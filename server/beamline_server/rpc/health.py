@@ -12,7 +12,7 @@ from typing import Any
 
 from grpc_health.v1 import health, health_pb2
 
-from beamline_server.engine.loop import EngineLoad
+from beamline_server.engine.workers import EngineLoad
 from beamline_server.metrics import Clock, Metrics
 
 SERVICE = "beamline.v1.GenerationService"

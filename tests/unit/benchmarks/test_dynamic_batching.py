@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
+from beamline_server.engine.testing import Inbox, ManualClock
 from dynamic_batching import DynamicBatching, Limits, Translate, parts
 
+from beamline_server.engine.admission import RequestLevel
 from beamline_server.engine.errors import (
     DeadlineExceeded,
     EngineStopped,
@@ -28,8 +30,6 @@ from beamline_server.engine.request import (
     RequestId,
     SearchOptions,
 )
-from beamline_server.engine.scheduler import RequestLevel
-from beamline_server.engine.testing import Inbox, ManualClock
 
 LONG_S = 1e6
 """A delay that no test waits for."""

@@ -36,7 +36,7 @@ from online_workloads import LONG_TOKENS, joined, mixed, single_sentences
 from beamline_client.load.report import Point
 from beamline_client.load.sentences import Sentence, default_sentences, read_sentences
 from beamline_client.load.testing import example_find_max
-from beamline_server.engine.build import EngineOptions
+from beamline_server.models.load import EngineOptions
 from offline.document import read_online
 from offline.results import Results as OfflineResults
 from offline.targets import TARGETS as OFFLINE_TARGETS

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from beamline_server.engine.loop import EngineLoad
+from beamline_server.engine.workers import EngineLoad
 from beamline_server.metrics import Metrics
 
 BUSY = EngineLoad(

@@ -1,15 +1,15 @@
 """What a request costs, and that it costs no more."""
 
 import pytest
+from beamline_server.engine.testing import ManualClock, RandomTable, TableRunner, table_rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beamline_server.engine.admission import LANE_WIDTHS, Capacity, Cost, check_fits, cost, lane_of
-from beamline_server.engine.core import EngineCore
 from beamline_server.engine.errors import RequestTooLarge
 from beamline_server.engine.observer import NullObserver
 from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
-from beamline_server.engine.testing import ManualClock, RandomTable, TableRunner, table_rules
+from beamline_server.engine.step import EngineCore
 
 
 def request(

@@ -1,11 +1,11 @@
 """Packing rows and unpacking them give back what was packed."""
 
 import numpy as np
+from beamline_server.engine.batch import LEAST_QUERIES, encoder_batch, layout, step_batch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, layout, step_batch
-from beamline_server.engine.runner import StepBatch
+from beamline_server.engine.backend import StepBatch
 
 sources = st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=20), min_size=1, max_size=8)
 
@@ -23,7 +23,7 @@ def test_the_attention_rectangle_of_sources_leads_to_their_rows_and_back(texts: 
     width = max(map(len, texts)) + idle
     batch = encoder_batch(texts, source_width=width)
     rectangle = batch.ids[batch.row_of]
-    assert rectangle.shape == (len(texts), max(width, LEAST_QUERY_LENGTH))
+    assert rectangle.shape == (len(texts), max(width, LEAST_QUERIES))
     for row, text in zip(rectangle.tolist(), texts, strict=True):
         # Padding repeats the last token: finite, and of the same sentence.
         assert row == text + text[-1:] * (len(row) - len(text))
@@ -45,7 +45,7 @@ class Beams:
         self.token = 100 * np.arange(sentences)[:, None] + np.arange(beams)
         self.slot = self.token + 50
         self.step = 10 + np.arange(sentences)
-        self.queries = max(beams, LEAST_QUERY_LENGTH)
+        self.queries = max(beams, LEAST_QUERIES)
 
     def packed(self) -> StepBatch:
         return step_batch(

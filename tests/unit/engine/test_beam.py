@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from beamline_server.engine.beam import DEAD, SearchRules, advance, parent_of, token_of
+from beamline_server.engine.searches import Searches
+from beamline_server.engine.testing import LogprobTable, RandomTable, TableRunner, Tokens, run_alone, table_rules
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beamline_export.reference_search import NextLogprobs, reference_search
-from beamline_server.engine.beam import DEAD, SearchRules, advance, parent_of, token_of
-from beamline_server.engine.core import ModelRules
 from beamline_server.engine.errors import StepFailed
 from beamline_server.engine.request import (
     Completed,
@@ -24,9 +25,8 @@ from beamline_server.engine.request import (
     RequestId,
     SearchOptions,
 )
-from beamline_server.engine.scoring import FloatArray
-from beamline_server.engine.searches import Searches
-from beamline_server.engine.testing import LogprobTable, RandomTable, TableRunner, Tokens, run_alone, table_rules
+from beamline_server.engine.step import ModelRules
+from beamline_server.engine.table import FloatArray
 
 SOURCE = (3, 4, 5)
 EOS = 1

@@ -5,29 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from beamline_server.engine.admission import Capacity
-from beamline_server.engine.beam import SearchRules
-from beamline_server.engine.core import EngineCore
-from beamline_server.engine.errors import DeadlineExceeded, EngineStopped, RequestCancelled, StepFailed
-from beamline_server.engine.observer import NullObserver
-from beamline_server.engine.request import (
-    Completed,
-    EarlyStopping,
-    Event,
-    Failed,
-    Finish,
-    GenerationRequest,
-    LengthPenaltyKind,
-    Piece,
-    RequestId,
-    SearchOptions,
-)
-from beamline_server.engine.runner import Cache, StepBatch
-from beamline_server.engine.scheduler import ENCODE_TOGETHER
-from beamline_server.engine.scoring import FloatArray
 from beamline_server.engine.testing import (
     Faults,
     ManualClock,
@@ -51,6 +28,28 @@ from beamline_server.engine.testing_core import (
     request,
     source_of,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beamline_server.engine.admission import ENCODE_TOGETHER, Capacity
+from beamline_server.engine.backend import Cache, StepBatch
+from beamline_server.engine.errors import DeadlineExceeded, EngineStopped, RequestCancelled, StepFailed
+from beamline_server.engine.observer import NullObserver
+from beamline_server.engine.processors import SearchRules
+from beamline_server.engine.request import (
+    Completed,
+    EarlyStopping,
+    Event,
+    Failed,
+    Finish,
+    GenerationRequest,
+    LengthPenaltyKind,
+    Piece,
+    RequestId,
+    SearchOptions,
+)
+from beamline_server.engine.step import EngineCore
+from beamline_server.engine.table import FloatArray
 
 # -- random traffic ---------------------------------------------------------------------------------------------------
 

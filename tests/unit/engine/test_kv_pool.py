@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
+from beamline_server.engine.kv_pool import SlotTable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beamline_server.engine.beam import IntArray
-from beamline_server.engine.kv_pool import SlotTable
+from beamline_server.engine.table import IntArray
 
 WIDEST = 16
 

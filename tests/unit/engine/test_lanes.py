@@ -2,11 +2,11 @@
 
 from functools import partial
 
-from beamline_server.engine.admission import SHARED_WIDTH
-from beamline_server.engine.request import Event, GenerationRequest
-from beamline_server.engine.scheduler import FINE_LANES_FROM, SEAT_GRANULE
 from beamline_server.engine.testing import TableRunner
 from beamline_server.engine.testing_core import assert_as_alone, bench, outcomes, request, source_of
+
+from beamline_server.engine.admission import FINE_LANES_FROM, GRANULE, SHARED_WIDTH
+from beamline_server.engine.request import Event, GenerationRequest
 
 
 def test_a_long_source_does_not_widen_the_lane_of_short_ones() -> None:
@@ -47,7 +47,7 @@ def test_a_lane_shrinks_when_a_long_sentence_has_left_it() -> None:
     engine.finish()
     widths = [step.slots for step in engine.runner.trace if len(step.sources) > 32]
     assert widths[0] > 32
-    assert widths[-1] == SEAT_GRANULE
+    assert widths[-1] == GRANULE
 
 
 def many() -> list[GenerationRequest]:

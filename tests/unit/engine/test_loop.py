@@ -6,23 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
-
-from beamline_server.engine.admission import Capacity
-from beamline_server.engine.core import Clock
-from beamline_server.engine.errors import (
-    DeadlineExceeded,
-    EngineError,
-    EngineStopped,
-    QueueFull,
-    RequestCancelled,
-    RequestTooLarge,
-    SourceTooLong,
-    StepFailed,
-)
-from beamline_server.engine.loop import Engine
-from beamline_server.engine.observer import NullObserver, StepObserver
-from beamline_server.engine.request import Completed, Failed, GenerationRequest, RequestId, SearchOptions
-from beamline_server.engine.runner import StepRunner
 from beamline_server.engine.testing import (
     Faults,
     Gate,
@@ -34,6 +17,23 @@ from beamline_server.engine.testing import (
     run_alone,
     table_rules,
 )
+
+from beamline_server.engine.admission import Capacity
+from beamline_server.engine.backend import Backend
+from beamline_server.engine.errors import (
+    DeadlineExceeded,
+    EngineError,
+    EngineStopped,
+    QueueFull,
+    RequestCancelled,
+    RequestTooLarge,
+    SourceTooLong,
+    StepFailed,
+)
+from beamline_server.engine.observer import NullObserver, StepObserver
+from beamline_server.engine.request import Completed, Failed, GenerationRequest, RequestId, SearchOptions
+from beamline_server.engine.step import Clock
+from beamline_server.engine.workers import Engine
 
 RULES = table_rules(8, max_source_tokens=50)
 TABLE = RandomTable(8)
@@ -265,7 +265,7 @@ def test_workers_may_share_one_runner(start: Start) -> None:
 def test_warming_up_runs_each_distinct_runner_once(start: Start) -> None:
     shared, other = runner(), runner()
     running = start(shared, shared, other)
-    checked: list[StepRunner] = []
+    checked: list[Backend] = []
     running.engine.warm_up(checked.append)
     assert checked == [shared, other]
 

@@ -8,16 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from beamline_server.engine.admission import Capacity
-from beamline_server.engine.core import Clock, EngineCore
-from beamline_server.engine.errors import DeadlineExceeded, EngineStopped, RequestCancelled
-from beamline_server.engine.loop import Engine
-from beamline_server.engine.observer import NullObserver
-from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId, SearchOptions
-from beamline_server.engine.scheduler import Admission, Continuous, RequestLevel, Room, Waiting
 from beamline_server.engine.testing import (
     Inbox,
     ManualClock,
@@ -26,6 +16,15 @@ from beamline_server.engine.testing import (
     run_alone,
     table_rules,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beamline_server.engine.admission import Admission, Capacity, Continuous, RequestLevel, Room, Waiting
+from beamline_server.engine.errors import DeadlineExceeded, EngineStopped, RequestCancelled
+from beamline_server.engine.observer import NullObserver
+from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId, SearchOptions
+from beamline_server.engine.step import Clock, EngineCore
+from beamline_server.engine.workers import Engine
 
 RULES = table_rules(8)
 TABLE = RandomTable(8)

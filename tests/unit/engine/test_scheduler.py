@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beamline_server.engine.admission import LANE_WIDTHS, SHARED_WIDTH, cost
-from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
-from beamline_server.engine.scheduler import (
+from beamline_server.engine.admission import (
     ENCODE_TOGETHER,
     FINE_LANES_FROM,
-    SEAT_GRANULE,
+    GRANULE,
+    LANE_WIDTHS,
+    SHARED_WIDTH,
     Room,
+    cost,
     encoded_with,
     least_loaded,
     narrowest_lane,
@@ -24,6 +25,7 @@ from beamline_server.engine.scheduler import (
     slot_granule,
     starters,
 )
+from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
 
 
 def request(beam_size: int = 1, *, max_new_tokens: int = 16, source_tokens: int = 4) -> GenerationRequest:
@@ -130,7 +132,7 @@ def test_who_is_encoded_ahead_makes_a_call_fuller_but_not_wasteful(
         assert len(lengths) * max(lengths) > min(encode_tokens, 2 * sum(lengths))
 
 
-granules = st.integers(1, 8).map(lambda granules: granules * SEAT_GRANULE)
+granules = st.integers(1, 8).map(lambda granules: granules * GRANULE)
 
 
 @given(st.integers(0, 3000), st.integers(0, 3000), granules)
@@ -139,7 +141,7 @@ def test_seats_hold_what_is_needed_with_less_than_a_quarter_of_it_idle(needed: i
     present = round_up(present)
     width = seat_width(needed, present, granule)
     assert width >= round_up(needed)
-    assert width % SEAT_GRANULE == 0
+    assert width % GRANULE == 0
     assert 3 * width < 4 * round_up(needed, granule) or width == round_up(needed, granule)
     if width != present:
         assert width - max(needed, 1) < granule

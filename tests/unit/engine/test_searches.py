@@ -4,9 +4,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from beamline_server.engine.beam import (
     DEAD,
     Finished,
@@ -19,8 +16,11 @@ from beamline_server.engine.beam import (
     parent_of,
     token_of,
 )
-from beamline_server.engine.request import Finish, SearchOptions
 from beamline_server.engine.searches import Searches
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beamline_server.engine.request import Finish, SearchOptions
 
 EOS = 1
 WIDTH = 4

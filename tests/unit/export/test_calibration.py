@@ -32,9 +32,9 @@ from beamline_export.reference import HuggingFaceReference
 from beamline_export.spec import ExportError
 from beamline_export.testing import DECODER_START, EOS, write_hugging_face
 from beamline_server.bundle import DECODER_STEP, ENCODER, WEIGHTS, Bundle, FileEntry, GenerationDefaults, load_bundle
-from beamline_server.engine.build import build_runner, model_rules
 from beamline_server.engine.ort.sessions import session_options
 from beamline_server.engine.request import EarlyStopping, SearchOptions
+from beamline_server.models.load import build_backend, model_rules
 from beamline_server.testing import make_manifest, write_bundle
 
 GREEDY = SearchOptions(1, 1, max_new_tokens=12)
@@ -219,7 +219,7 @@ def test_ranges_are_the_largest_inputs_of_pytorchs_own_layers(tmp_path: Path) ->
     reference = HuggingFaceReference("MarianMTModel", checkpoint)
     inputs = Inputs(reference.model)
     answers = search_all(
-        build_runner(bundle, "cpu", threads=1), model_rules(bundle.manifest), [(source, GREEDY) for source in sources]
+        build_backend(bundle, "cpu", threads=1), model_rules(bundle.manifest), [(source, GREEDY) for source in sources]
     )
     for source, answer in zip(sources, answers, strict=True):
         reference.logprobs(source, [[DECODER_START, *answer.hypotheses[0].tokens[:-1]]])

@@ -16,7 +16,7 @@ from beamline_export.expectations import MOST_LINES, Line
 from beamline_export.families.registry import FAMILIES
 from beamline_export.parity import TOLERANCES, all_logprobs
 from beamline_server.bundle import load_bundle
-from beamline_server.engine.build import build_runner
+from beamline_server.models.load import build_backend
 
 PAGE = (Path(__file__).parents[3] / "docs" / "bring-your-model.md").read_text("utf-8")
 
@@ -39,7 +39,7 @@ def test_the_program_exports_the_module_that_it_shows(
     source, target = [5, 8, 100, 1], [2, 7, 170, 3, 9]
     with torch.inference_mode():
         expected = names["model"].eval()(torch.tensor([source]), torch.tensor([target])).log_softmax(-1)[0].numpy()
-    found = all_logprobs(build_runner(bundle, "cpu", threads=1), [source], np.array([target]), 180)[0]
+    found = all_logprobs(build_backend(bundle, "cpu", threads=1), [source], np.array([target]), 180)[0]
     assert found == pytest.approx(expected, abs=1e-4)
 
     # What the page's loop writes of this module is what another config does not give.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from beamline_server.engine.testing import RandomTable, TableRunner
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -18,10 +19,9 @@ from beamline_export.expectations import Expectations, Line
 from beamline_export.reference_search import reference_search
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle, FileEntry, Manifest, TokenizerEntry
-from beamline_server.engine.build import model_rules
-from beamline_server.engine.core import ModelRules
 from beamline_server.engine.request import EarlyStopping, SearchOptions
-from beamline_server.engine.testing import RandomTable, TableRunner
+from beamline_server.engine.step import ModelRules
+from beamline_server.models.load import model_rules
 from beamline_server.testing import make_manifest
 
 VOCABULARY, LIMIT = 12, 9

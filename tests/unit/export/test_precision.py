@@ -23,7 +23,7 @@ from beamline_export.precision import (
     quantize_rows,
 )
 from beamline_export.spec import Array, ExportError
-from beamline_server.engine.ort.row_mover import row_parts
+from beamline_server.engine.ort.cuda.row_mover import row_parts
 from beamline_server.engine.ort.sessions import session_options
 
 Build = Callable[[GraphWriter], dict[str, str]]

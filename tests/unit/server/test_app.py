@@ -19,11 +19,11 @@ from beamline.v1 import generation_pb2 as pb
 from beamline.v1.generation_pb2_grpc import GenerationServiceStub
 from beamline_server.app import BuiltEngine, Ports, StopRequests, admission, main, run
 from beamline_server.bundle import Bundle, BundleError
-from beamline_server.engine.build import DeviceError
+from beamline_server.engine.admission import Continuous, RequestLevel
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
-from beamline_server.engine.scheduler import Continuous, RequestLevel
 from beamline_server.listening import PortError
+from beamline_server.models.load import DeviceError
 from beamline_server.settings import Command, Settings, SettingsError
 from beamline_server.testing import EOS, ScriptedEngine, failure_of, make_completed, silent, write_bundle
 

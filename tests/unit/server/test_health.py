@@ -8,7 +8,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from beamline_server.engine.loop import EngineLoad
+from beamline_server.engine.workers import EngineLoad
 from beamline_server.metrics import Metrics
 from beamline_server.rpc.health import LIVENESS_NAME, SERVICE, Condition, EngineWatch, Health, watch_engine
 from beamline_server.testing import ManualClock, RunningService, ScriptedEngine, serving

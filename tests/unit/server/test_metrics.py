@@ -8,9 +8,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from beamline.v1 import generation_pb2 as pb
-from beamline_server.engine.loop import EngineLoad
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import RequestId
+from beamline_server.engine.workers import EngineLoad
 from beamline_server.metrics import MethodName, Metrics, Outcome
 from beamline_server.rpc.info import versions
 from beamline_server.testing import ManualClock, make_completed, serving

@@ -1,4 +1,4 @@
-"""Sessions of a bundle's graphs, and what is fed to them."""
+"""Sessions of a bundle's graphs, and the names of what is fed to them."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from beamline_server.bundle import DECODER_STEP, ENCODER, WEIGHTS, Bundle
-from beamline_server.engine.runner import EncoderBatch, StepBatch
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 SPIN_US = 300
 """How long a thread without work stays awake, in microseconds: about as long as the host takes between two steps
 (docs/performance.md)."""
+ENCODER_INPUTS = ("ids", "positions", "row_of", "back", "source_length")
+"""What the graph calls the fields of `pack.EncoderInputs`, in their order."""
+STEP_INPUTS = ("ids", "positions", "slot", "row_of", "back", "ancestors", "source_length")
+"""What the graph calls the fields of `pack.StepInputs`, in their order."""
 _VNNI = frozenset({"avx_vnni", "avx512_vnni"})
 _SILENT = 4
 """onnxruntime's own lines are plain text among the JSON of the log, and what is wrong comes as an exception as well."""
@@ -116,32 +118,5 @@ class Sessions:
         self.encoder = open_session(bundle, ENCODER, weights, providers, threads)
         self.decoder = open_session(bundle, DECODER_STEP, weights, providers, threads)
         types = {value.name: value.type for value in self.decoder.get_inputs()}
-        self.dtype = np.float16 if types[self.self_names[0]] == "tensor(float16)" else np.float32
-        self._counts: dict[int, NDArray[np.int64]] = {}
-
-    def _count(self, candidates: int) -> NDArray[np.int64]:
-        """One array per number, so that the same number is the same input."""
-        return self._counts.setdefault(candidates, np.array([candidates], np.int64))
-
-    def encoder_feeds(self, batch: EncoderBatch) -> dict[str, NDArray[Any]]:
-        """Inputs of the encoder."""
-        return {
-            "ids": batch.ids,
-            "positions": batch.positions,
-            "row_of": batch.row_of,
-            "back": batch.back,
-            "source_length": batch.source_length,
-        }
-
-    def step_feeds(self, batch: StepBatch) -> dict[str, NDArray[Any]]:
-        """Inputs of the decoder step but for its caches."""
-        return {
-            "ids": batch.ids,
-            "positions": batch.positions,
-            "slot": batch.slot,
-            "row_of": batch.row_of,
-            "back": batch.back,
-            "ancestors": batch.ancestors,
-            "source_length": batch.source_length,
-            "candidates": self._count(batch.candidates),
-        }
+        self.dtype: type[np.generic] = np.float16 if types[self.self_names[0]] == "tensor(float16)" else np.float32
+        self.vocabulary = bundle.manifest.dimensions.target_vocabulary

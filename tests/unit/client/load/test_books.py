@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from beamline_client.load.books import balance, mismatches_of, settled
 from beamline_client.load.scrape import Samples, parse
 from beamline_client.load.target import Outcome
-from beamline_server.engine.loop import EngineLoad
+from beamline_server.engine.workers import EngineLoad
 from beamline_server.metrics import MethodName, Metrics
 from beamline_server.metrics import Outcome as End
 

@@ -23,7 +23,7 @@ from beamline_client.load.scrape import (
     sample,
 )
 from beamline_client.testing import FakeServer
-from beamline_server.engine.loop import EngineLoad
+from beamline_server.engine.workers import EngineLoad
 from beamline_server.metrics import Metrics, Outcome
 from beamline_server.metrics_server import MetricsServer
 

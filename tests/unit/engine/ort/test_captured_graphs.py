@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import onnxruntime as ort
 import pytest
 
-from beamline_server.engine.ort.captured_graphs import CAPTURED_FROM_USE, CapturedGraphs
+from beamline_server.engine.ort.cuda.captured_graphs import CAPTURED_FROM_USE, CapturedGraphs
 
 PLAIN = "-1"
 

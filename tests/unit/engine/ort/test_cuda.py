@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from beamline_server.bundle import Precision
-from beamline_server.engine.build import DeviceError, choose_device
-from beamline_server.engine.ort.cuda import Driver, ask_driver, driver_problem, provider_options
-from beamline_server.engine.ort.device import providers
+from beamline_server.engine.ort.cuda.backend import providers
+from beamline_server.engine.ort.cuda.provider import Driver, ask_driver, driver_problem, provider_options
 from beamline_server.engine.ort.sessions import CPU, CUDA
+from beamline_server.models.load import DeviceError, choose_device
 
 KNOWN = {
     *("arena_extend_strategy", "cudnn_conv1d_pad_to_nc1d", "cudnn_conv_algo_search", "cudnn_conv_use_max_workspace"),

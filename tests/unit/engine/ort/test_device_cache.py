@@ -4,16 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from beamline_server.engine.batch import encoder_batch, layout, step_batch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from beamline_server.bundle import Bundle, load_bundle
-from beamline_server.engine.batch import encoder_batch, layout, step_batch
-from beamline_server.engine.ort.device import DeviceRunner
-from beamline_server.engine.ort.device_cache import DeviceCache, keep_seats
-from beamline_server.engine.ort.host import HostRunner
-from beamline_server.engine.runner import Cache, FromCache, FromEncoder, FromSeat, Origin, StepBatch, StepRunner
+from beamline_server.engine.backend import Backend, Cache, FromCache, FromEncoder, FromSeat, Origin, StepBatch
+from beamline_server.engine.ort.cpu import CpuBackend
+from beamline_server.engine.ort.cuda.backend import CudaBackend
+from beamline_server.engine.ort.cuda.memory import CudaMemory, keep_seats
 
 BUNDLE = Path(__file__).parents[3] / "golden" / "format1-fp32"
 SOURCES = [(5, 6, 7, 1), (8, 1), (9, 10, 11, 12, 13, 1), (6, 6, 1)]
@@ -25,8 +25,8 @@ def bundle() -> Bundle:
 
 
 @pytest.fixture
-def runner(bundle: Bundle) -> DeviceRunner:
-    return DeviceRunner(bundle, device="cpu")
+def runner(bundle: Bundle) -> CudaBackend:
+    return CudaBackend(bundle, device="cpu")
 
 
 @given(st.lists(st.integers(0, 12), max_size=12, unique_by=lambda seat: seat or object()), st.integers(13, 20))
@@ -41,14 +41,14 @@ def test_who_sits_too_far_back_moves_to_the_front() -> None:
     assert keep_seats([9, 2, 0, 7], 5).tolist() == [1, 2, 3, 4]
 
 
-def arranged(runner: StepRunner, origins: list[Origin], cache: Cache | None = None, slots: int = 16) -> DeviceCache:
+def arranged(runner: Backend, origins: list[Origin], cache: Cache | None = None, slots: int = 16) -> CudaMemory:
     result = cache or runner.new_cache()
     result.arrange(origins, slots=slots, source_width=16)
-    assert isinstance(result, DeviceCache)
+    assert isinstance(result, CudaMemory)
     return result
 
 
-def newcomers(runner: StepRunner, sources: list[tuple[int, ...]]) -> list[Origin]:
+def newcomers(runner: Backend, sources: list[tuple[int, ...]]) -> list[Origin]:
     encoded = runner.encode(encoder_batch(sources, source_width=16))
     return [FromEncoder(encoded, i) for i in range(len(sources))]
 
@@ -71,13 +71,13 @@ def step(sentences: list[int], position: int, slots: int = 16) -> StepBatch:
 
 def alone(bundle: Bundle, number: int, steps: int) -> NDArray[np.float32]:
     """What the host's runner computes for one source, (steps, 3)."""
-    runner = HostRunner(bundle, threads=1)
+    runner = CpuBackend(bundle, threads=1)
     cache = runner.new_cache()
     cache.arrange(newcomers(runner, [SOURCES[number]]), slots=16, source_width=16)
     return np.concatenate([runner.step(cache, step([number], position))[0].copy() for position in range(steps)])
 
 
-def test_addresses_stay_while_sentences_come_and_go(runner: DeviceRunner) -> None:
+def test_addresses_stay_while_sentences_come_and_go(runner: CudaBackend) -> None:
     cache = arranged(runner, newcomers(runner, SOURCES))
     runner.step(cache, step([0, 1, 2, 3], 0))
     own, cross = cache.own.addresses(), cache.cross.addresses()
@@ -90,7 +90,7 @@ def test_addresses_stay_while_sentences_come_and_go(runner: DeviceRunner) -> Non
     assert cache.run_for(step([0, 1, 2, 3], 1)) is run
 
 
-def test_a_sentence_keeps_its_seat_and_its_past(bundle: Bundle, runner: DeviceRunner) -> None:
+def test_a_sentence_keeps_its_seat_and_its_past(bundle: Bundle, runner: CudaBackend) -> None:
     cache = arranged(runner, newcomers(runner, SOURCES))
     for position in range(2):
         runner.step(cache, step([0, 1, 2, 3], position))
@@ -105,7 +105,7 @@ def test_a_sentence_keeps_its_seat_and_its_past(bundle: Bundle, runner: DeviceRu
     assert np.array_equal(found, expected)
 
 
-def test_pasts_survive_longer_seats_more_seats_and_another_lane(bundle: Bundle, runner: DeviceRunner) -> None:
+def test_pasts_survive_longer_seats_more_seats_and_another_lane(bundle: Bundle, runner: CudaBackend) -> None:
     cache = arranged(runner, newcomers(runner, SOURCES[:1]))
     runner.step(cache, step([0], 0))
     arranged(runner, [FromSeat(0), *newcomers(runner, SOURCES[1:])], cache, slots=200)
@@ -119,7 +119,7 @@ def test_pasts_survive_longer_seats_more_seats_and_another_lane(bundle: Bundle, 
     assert np.array_equal(found[0], alone(bundle, 0, 2)[1])
 
 
-def test_what_was_encoded_stays_until_it_is_seated(bundle: Bundle, runner: DeviceRunner) -> None:
+def test_what_was_encoded_stays_until_it_is_seated(bundle: Bundle, runner: CudaBackend) -> None:
     """Two encoder calls of the same shape before either is used."""
     first, second = newcomers(runner, SOURCES[:1]), newcomers(runner, SOURCES[3:])
     cache = arranged(runner, [*first, *second])
@@ -129,7 +129,7 @@ def test_what_was_encoded_stays_until_it_is_seated(bundle: Bundle, runner: Devic
     assert np.array_equal(found, [alone(bundle, number, 1)[0] for number in (0, 3)])
 
 
-def test_shapes_that_come_often_are_given_graphs(runner: DeviceRunner) -> None:
+def test_shapes_that_come_often_are_given_graphs(runner: CudaBackend) -> None:
     cache = arranged(runner, newcomers(runner, SOURCES[:2]))
     for position in range(8):
         runner.step(cache, step([0, 1], position))
@@ -137,7 +137,7 @@ def test_shapes_that_come_often_are_given_graphs(runner: DeviceRunner) -> None:
     assert cache.run_for(step([0, 1], 8)).graph == 1
 
 
-def test_a_new_lane_is_as_large_as_the_largest_was(runner: DeviceRunner) -> None:
+def test_a_new_lane_is_as_large_as_the_largest_was(runner: CudaBackend) -> None:
     first = arranged(runner, newcomers(runner, SOURCES))
     second = arranged(runner, newcomers(runner, SOURCES[:1]))
     assert second.own.tensor_rows == first.own.tensor_rows

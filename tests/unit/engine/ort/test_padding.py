@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from beamline_server.engine.batch import encoder_batch, layout, step_batch
+from beamline_server.engine.ort.padding import NOBODYS_SEAT, fill_encoder, fill_step
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from beamline_server.engine.batch import encoder_batch, layout, step_batch
-from beamline_server.engine.ort.padding import NOBODYS_SEAT, fill_encoder, fill_step
-from beamline_server.engine.ort.shape_buckets import StepShape, encoder_shape, seat_count, step_shape
-from beamline_server.engine.runner import StepBatch
+from beamline_server.engine.backend import StepBatch
+from beamline_server.engine.ort.cuda.shapes import StepShape, encoder_shape, seat_count, step_shape
 
 SLOTS, BUCKET_SLOTS = 20, 32
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from beamline_server.engine.ort.row_mover import RowMover, flat_rows
+from beamline_server.engine.ort.cuda.row_mover import RowMover, flat_rows
 
 TYPES: list[type[np.generic]] = [np.float32, np.float16]
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beamline_server.engine.ort.shape_buckets import doubled, seat_count, stepped
+from beamline_server.engine.ort.cuda.shapes import doubled, seat_count, stepped
 
 
 @given(st.integers(1, 5000), st.sampled_from([1, 2, 4, 8, 32]))

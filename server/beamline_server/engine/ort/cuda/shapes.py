@@ -1,13 +1,13 @@
 """Rounds the shapes of a step or an encoder call up to few enough that each can have a captured graph.
 
 A captured CUDA graph replays one shape at fixed addresses. Rounding up costs padding, which is computed and thrown
-away: rows and seats at most a half more, and where they are few a GPU does not notice; slots and source positions at
-most twice as many, of which attention alone reads the padding.
+away: rows and batch indices at most a half more, and where they are few a GPU does not notice; slots and source
+positions at most twice as many, of which attention alone reads the padding.
 """
 
 from dataclasses import dataclass
 
-from beamline_server.engine.runner import EncoderBatch, StepBatch
+from beamline_server.engine.pack import LEAST_QUERIES, Extent
 
 LEAST_ROWS = 4
 LEAST_SLOTS = 32
@@ -31,26 +31,27 @@ def stepped(needed: int, least: int) -> int:
     return size * 3 // 4 if size > _DOUBLING_UP_TO and needed <= size * 3 // 4 else size
 
 
-def seat_count(sentences: int) -> int:
-    """Seats that a cache of some sentences has: one more, which belongs to nobody, takes what padding writes."""
-    return stepped(sentences, 1) + 1
+def batch_size(sequences: int) -> int:
+    """Batch indices for some sequences: one more, which belongs to nobody, takes what padding writes."""
+    return stepped(sequences, 1) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """The axes of a decoder step as it is computed, padding included; letters as in runner.py."""
+    """The axes of a decoder step as it is computed, padding included, letters as in pack.py; and what comes back."""
 
-    seats: int
+    batch: int
     query_length: int
     rows: int
     slots: int
     source_width: int
     candidates: int
+    logprobs: bool
 
     def axes(self) -> dict[str, int]:
         """By the letters that the graph gives them."""
         return {
-            "S": self.seats,
+            "S": self.batch,
             "Q": self.query_length,
             "N": self.rows,
             "P": self.slots,
@@ -59,31 +60,33 @@ class StepShape:
         }
 
 
-def step_shape(batch: StepBatch, *, seats: int, slots: int, source_width: int, vocabulary: int) -> StepShape:
-    """The shape that a step is computed in; seats, slots and source width are those of its cache."""
+def step_shape(  # noqa: PLR0913 - the axes of a step
+    needed: Extent, candidates: int, *, batch: int, slots: int, source_width: int, vocabulary: int, logprobs: bool
+) -> StepShape:
+    """The shape that a step is computed in; batch, slots and source width are those of its memory."""
     return StepShape(
-        seats=seats,
-        query_length=doubled(batch.row_of.shape[1], 2),
-        rows=stepped(len(batch.ids), LEAST_ROWS),
+        batch=batch,
+        query_length=doubled(needed.queries, LEAST_QUERIES),
+        rows=stepped(needed.rows, LEAST_ROWS),
         slots=slots,
         source_width=source_width,
-        candidates=min(doubled(batch.candidates, LEAST_CANDIDATES), vocabulary),
+        candidates=min(doubled(candidates, LEAST_CANDIDATES), vocabulary),
+        logprobs=logprobs,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderShape:
-    """The axes of an encoder call as it is computed: every sentence has as many rows as the widest."""
+    """The axes of an encoder call as it is computed: every source has as many rows as the widest."""
 
-    sentences: int
+    sources: int
     source_width: int
 
     def axes(self) -> dict[str, int]:
         """By the letters that the graph gives them."""
-        return {"S": self.sentences, "R": self.source_width, "N": self.sentences * self.source_width}
+        return {"S": self.sources, "R": self.source_width, "N": self.sources * self.source_width}
 
 
-def encoder_shape(batch: EncoderBatch) -> EncoderShape:
-    """The shape that an encoder call is computed in."""
-    sentences, width = batch.row_of.shape
-    return EncoderShape(stepped(sentences, 1), doubled(width, LEAST_SOURCE_WIDTH))
+def encoder_shape(sources: int, width: int) -> EncoderShape:
+    """The shape in which sources are encoded, the longest of which has `width` tokens."""
+    return EncoderShape(stepped(sources, 1), doubled(width, LEAST_SOURCE_WIDTH))

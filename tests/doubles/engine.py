@@ -15,15 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from beamline_server.engine.batch import LEAST_QUERIES
 from numpy.typing import NDArray
 
 from beamline_server.engine.admission import Capacity
-from beamline_server.engine.batch import LEAST_QUERY_LENGTH
-from beamline_server.engine.beam import IntArray, SearchRules
-from beamline_server.engine.core import EngineCore, ModelRules
-from beamline_server.engine.observer import NullObserver
-from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId
-from beamline_server.engine.runner import (
+from beamline_server.engine.backend import (
+    Backend,
     Cache,
     Encoded,
     EncoderBatch,
@@ -32,9 +29,11 @@ from beamline_server.engine.runner import (
     FromSeat,
     Origin,
     StepBatch,
-    StepRunner,
 )
-from beamline_server.engine.scoring import FloatArray
+from beamline_server.engine.observer import NullObserver
+from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId
+from beamline_server.engine.step import EngineCore, ModelRules
+from beamline_server.engine.table import FloatArray, IntArray, SearchRules
 
 _PATIENCE_S = 30.0
 """How long a test waits for another thread before it says that nothing comes."""
@@ -226,7 +225,7 @@ class TracedStep:
 
 
 class TableRunner:
-    """A `StepRunner` whose answers come from a table; checks every batch. Thread-safe.
+    """A `Backend` whose answers come from a table; checks every batch. Thread-safe.
 
     Args:
         table: What it answers.
@@ -260,7 +259,7 @@ class TableRunner:
         self.trace: list[TracedStep] = []
 
     def encode(self, batch: EncoderBatch) -> Encoded:
-        """As `StepRunner.encode`; what it encodes is the sources themselves."""
+        """As `Backend.encode`; what it encodes is the sources themselves."""
         if fault := self._faults.encode.get(next(self._encode_numbers)):
             raise fault
         sentences, width = batch.row_of.shape
@@ -282,11 +281,11 @@ class TableRunner:
         return Encoded(tuple(sources))
 
     def new_cache(self) -> Cache:
-        """As `StepRunner.new_cache`."""
+        """As `Backend.new_cache`."""
         return TableCache(self)
 
     def step(self, cache: Cache, batch: StepBatch) -> tuple[FloatArray, IntArray]:
-        """As `StepRunner.step`: writes each row's token, reads its prefix through its ancestors, looks it up."""
+        """As `Backend.step`: writes each row's token, reads its prefix through its ancestors, looks it up."""
         number = next(self._step_numbers)
         if self._gate is not None:
             self._gate.pass_through()
@@ -308,7 +307,7 @@ class TableRunner:
         rows = len(batch.ids)
         sentences, heads, queries, slots = batch.ancestors.shape
         _expect(sentences == len(cache.seats), f"{sentences} sentences in {len(cache.seats)} seats")
-        _expect(heads == 1 and queries >= LEAST_QUERY_LENGTH, f"{queries} queries, {heads} heads")
+        _expect(heads == 1 and queries >= LEAST_QUERIES, f"{queries} queries, {heads} heads")
         _expect(slots == cache.slots, f"a mask over {slots} slots, {cache.slots} are there")
         _expect(batch.row_of.shape == (sentences, queries), "row_of does not have the mask's shape")
         _expect(batch.slot.shape == (rows, 2), "slot is not one pair per row")
@@ -408,7 +407,7 @@ def run_until_idle(core: EngineCore) -> list[Event]:
     return events
 
 
-def run_alone(runner: StepRunner, rules: ModelRules, request: GenerationRequest) -> Completed | Failed:
+def run_alone(runner: Backend, rules: ModelRules, request: GenerationRequest) -> Completed | Failed:
     """What a request comes to with nobody else in the engine, and all the time in the world."""
     capacity = Capacity(rows=request.options.beam_size, slots=1 << 30)
     core = EngineCore(runner, rules, capacity, clock=ManualClock(), observer=NullObserver())

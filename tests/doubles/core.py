@@ -3,8 +3,17 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from beamline_server.engine.testing import (
+    Faults,
+    ManualClock,
+    RandomTable,
+    TableRunner,
+    Tokens,
+    run_alone,
+    table_rules,
+)
+
 from beamline_server.engine.admission import Capacity
-from beamline_server.engine.core import EngineCore
 from beamline_server.engine.observer import NullObserver, StepObserver
 from beamline_server.engine.request import (
     Completed,
@@ -15,15 +24,7 @@ from beamline_server.engine.request import (
     RequestId,
     SearchOptions,
 )
-from beamline_server.engine.testing import (
-    Faults,
-    ManualClock,
-    RandomTable,
-    TableRunner,
-    Tokens,
-    run_alone,
-    table_rules,
-)
+from beamline_server.engine.step import EngineCore
 
 RULES = table_rules(8)
 TABLE = RandomTable(8)

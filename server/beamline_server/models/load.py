@@ -1,7 +1,8 @@
-"""Puts an engine together for a bundle: device, runners, capacity; and shows that it computes what was exported."""
+"""Puts an engine together for a bundle: device, backends, capacity; and shows that it computes what was exported."""
 
 import logging
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -11,20 +12,19 @@ from beamline_server.bundle import Bundle, BundleError, Golden, Manifest
 from beamline_server.engine.admission import (
     DEFAULT_QUEUE_ROWS,
     DEFAULT_ROWS,
-    LANE_WIDTHS,
-    MAX_BEAMS,
-    SHARED_WIDTH,
+    WIDTHS,
+    Admission,
     Capacity,
-    lane_of,
+    Continuous,
+    number_of,
 )
-from beamline_server.engine.batch import LEAST_QUERY_LENGTH, encoder_batch, layout, step_batch
-from beamline_server.engine.beam import SearchRules
-from beamline_server.engine.core import ENCODE_TOKENS, ModelRules
-from beamline_server.engine.loop import Engine
-from beamline_server.engine.observer import StepObserver
-from beamline_server.engine.request import Deliver
-from beamline_server.engine.runner import FromEncoder, StepRunner
-from beamline_server.engine.scheduler import SEAT_GRANULE, Admission, Continuous
+from beamline_server.engine.backend import Backend
+from beamline_server.engine.forced import forced_decode
+from beamline_server.engine.observer import NullObserver, StepObserver
+from beamline_server.engine.processors import SearchRules
+from beamline_server.engine.request import MAX_BEAMS, Deliver, Failed, GenerationRequest, RequestId, SearchOptions
+from beamline_server.engine.step import ENCODE_TOKENS, EngineCore, ModelRules
+from beamline_server.engine.workers import Engine
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def choose_device(wanted: str, precision: str) -> str:
     Raises:
         DeviceError: cuda is asked for and cannot be used.
     """
-    from beamline_server.engine.ort.cuda import what_is_missing
+    from beamline_server.engine.ort.cuda.provider import what_is_missing
 
     if wanted == "cpu":
         return wanted
@@ -101,21 +101,21 @@ def choose_device(wanted: str, precision: str) -> str:
     return wanted
 
 
-def build_runner(bundle: Bundle, device: str, threads: int) -> StepRunner:
-    """A runner on a device.
+def build_backend(bundle: Bundle, device: str, threads: int) -> Backend:
+    """A backend on a device.
 
     Raises:
         BundleError: a file has changed, or a graph cannot be loaded.
         DeviceError: the device does not start.
     """
-    from beamline_server.engine.ort.device import DeviceRunner
-    from beamline_server.engine.ort.host import HostRunner
+    from beamline_server.engine.ort.cpu import CpuBackend
+    from beamline_server.engine.ort.cuda.backend import CudaBackend
 
     try:
-        # fp16 graphs are made for CUDA; on a CPU, where an export checks them, their runner goes with them.
+        # fp16 graphs are made for CUDA; on a CPU, where an export checks them, their backend goes with them.
         if device == "cuda" or bundle.manifest.precision == "fp16":
-            return DeviceRunner(bundle, device=device, threads=threads)
-        return HostRunner(bundle, threads=threads)
+            return CudaBackend(bundle, device=device, threads=threads)
+        return CpuBackend(bundle, threads=threads)
     except BundleError:  # a file that has changed since it was verified; it says which
         raise
     except Exception as error:  # onnxruntime raises many kinds; all mean that the graphs or the device are unusable
@@ -133,7 +133,7 @@ def capacity(bundle: Bundle, options: EngineOptions) -> Capacity:
     longest = max(defaults.beam_size * defaults.max_new_tokens, dimensions.max_source_tokens)
     sentences = max(1, options.rows // defaults.beam_size)
     widest = max(MAX_BEAMS * dimensions.max_target_tokens, dimensions.max_source_tokens)
-    return Capacity(options.rows, max(sentences * LANE_WIDTHS[lane_of(longest)], LANE_WIDTHS[lane_of(widest)]))
+    return Capacity(options.rows, max(sentences * WIDTHS[number_of(longest)], WIDTHS[number_of(widest)]))
 
 
 def build_engine(bundle: Bundle, options: EngineOptions, *, deliver: Deliver, observer: StepObserver) -> Engine:
@@ -147,9 +147,9 @@ def build_engine(bundle: Bundle, options: EngineOptions, *, deliver: Deliver, ob
     cores = usable_cores()
     workers = options.workers or (1 if device == "cuda" else cores)
     threads = options.threads or (1 if device == "cuda" else max(1, cores // workers))
-    runner = build_runner(bundle, device, threads)
+    backend = build_backend(bundle, device, threads)
     return Engine(
-        [runner] * workers,
+        [backend] * workers,
         model_rules(bundle.manifest),
         capacity(bundle, options),
         queue_rows=options.queue_rows,
@@ -159,75 +159,40 @@ def build_engine(bundle: Bundle, options: EngineOptions, *, deliver: Deliver, ob
     )
 
 
-def forced_decode(
-    runner: StepRunner, source: tuple[int, ...], forced: tuple[int, ...]
-) -> tuple[list[int], list[float]]:
-    """The most probable token after each forced one, and its log-probability: one sentence, one beam."""
-    width = max(SEAT_GRANULE, len(source), len(forced))
-    cache = runner.new_cache()
-    encoded = runner.encode(encoder_batch([source], source_width=width))
-    cache.arrange([FromEncoder(encoded, 0)], slots=width, source_width=width)
-    tokens, logprobs = [], []
-    for step, token in enumerate(forced):
-        mask = np.zeros((1, 1, LEAST_QUERY_LENGTH, width), np.bool_)
-        mask[..., : step + 1] = True
-        batch = step_batch(
-            layout(np.ones((1, 1), np.bool_)),
-            token=np.array([[token]]),
-            step=np.array([step]),
-            slot=np.array([[step]]),
-            ancestors=mask,
-            source_length=np.array([len(source)]),
-            candidates=1,
-        )
-        top_logprob, top_token = runner.step(cache, batch)
-        tokens.append(int(top_token[0, 0]))
-        logprobs.append(float(top_logprob[0, 0]))
-    return tokens, logprobs
-
-
-def exercise(bundle: Bundle, runner: StepRunner, options: EngineOptions) -> None:
+def exercise(bundle: Bundle, backend: Backend, options: EngineOptions) -> None:
     """Compute the largest usual batch once, as many at a time as there are workers.
 
     The first requests then find memory allocated and kernels chosen, and memory does not grow with the traffic later.
     """
-    workers = options.workers or (1 if runner.device == "cuda" else usable_cores())
+    workers = options.workers or (1 if backend.device == "cuda" else usable_cores())
     with ThreadPoolExecutor(workers) as threads:
-        list(threads.map(lambda _: _largest_batch(bundle, runner, options.rows), range(workers)))
+        list(threads.map(lambda _: _largest_batch(bundle, backend, options.rows), range(workers)))
 
 
-def _largest_batch(bundle: Bundle, runner: StepRunner, rows: int) -> None:
+def _largest_batch(bundle: Bundle, backend: Backend, rows: int) -> None:
+    """Two steps of as many default searches as there are rows, sources as long as an encoder call takes."""
     defaults, dimensions = bundle.manifest.generation_defaults, bundle.manifest.dimensions
-    beams = defaults.beam_size
-    sentences = max(1, rows // beams)
+    sentences = max(1, rows // defaults.beam_size)
     length = max(1, min(ENCODE_TOKENS // sentences, dimensions.max_source_tokens))
-    encoded = runner.encode(encoder_batch([[0] * length] * sentences, source_width=length))
-    width = SHARED_WIDTH
-    cache = runner.new_cache()
-    cache.arrange([FromEncoder(encoded, i) for i in range(sentences)], slots=width, source_width=max(length, width))
-    mask = np.zeros((sentences, 1, max(beams, LEAST_QUERY_LENGTH), width), np.bool_)
-    mask[..., 0] = True
-    rules = model_rules(bundle.manifest).search
-    batch = step_batch(
-        layout(np.ones((sentences, beams), np.bool_)),
-        token=np.zeros((sentences, beams), np.int64),
-        step=np.zeros(sentences, np.int64),
-        slot=np.tile(np.arange(beams), (sentences, 1)),
-        ancestors=mask,
-        source_length=np.full(sentences, length),
-        candidates=rules.needed_candidates(beams, dimensions.target_vocabulary),
-    )
-    runner.step(cache, batch)
+    steps = min(2, dimensions.max_target_tokens)
+    search = SearchOptions(beam_size=defaults.beam_size, min_new_tokens=steps, max_new_tokens=steps)
+    capacity = Capacity(sentences * defaults.beam_size, 1 << 40)
+    core = EngineCore(backend, model_rules(bundle.manifest), capacity, clock=time.monotonic, observer=NullObserver())
+    core.accept(GenerationRequest(RequestId(i), (0,) * length, search) for i in range(sentences))
+    while not core.idle:
+        for event in core.step():
+            if isinstance(event, Failed):
+                raise event.error
 
 
-def check_golden(bundle: Bundle, runner: StepRunner) -> None:
+def check_golden(bundle: Bundle, backend: Backend) -> None:
     """Run the manifest's golden inputs: whatever makes this machine compute something else shows here.
 
     Raises:
         BundleError: an answer differs from the exporting machine's by more than the manifest's tolerance.
     """
     for number, golden in enumerate(bundle.manifest.golden):
-        _, logprobs = forced_decode(runner, golden.source, golden.forced)
+        _, logprobs = forced_decode(backend, golden.source, golden.forced)
         difference = _difference(golden, logprobs)
         if not difference <= bundle.manifest.golden_tolerance:
             raise BundleError(

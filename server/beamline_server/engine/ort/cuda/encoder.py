@@ -3,15 +3,15 @@
 import weakref
 from collections.abc import Sequence
 
-import numpy as np
 import onnxruntime as ort
 
-from beamline_server.engine.ort.captured_graphs import CapturedGraphs
-from beamline_server.engine.ort.device_cache import EncodedRows
-from beamline_server.engine.ort.fixed_run import KEPT_RUNS, FixedRun
-from beamline_server.engine.ort.padding import fill_encoder
-from beamline_server.engine.ort.shape_buckets import EncoderShape, encoder_shape
-from beamline_server.engine.runner import Encoded, EncoderBatch
+from beamline_server.engine.backend import Encoded
+from beamline_server.engine.ort.cuda.captured_graphs import CapturedGraphs
+from beamline_server.engine.ort.cuda.fixed_run import KEPT_RUNS, FixedRun
+from beamline_server.engine.ort.cuda.memory import EncodedRows
+from beamline_server.engine.ort.cuda.shapes import EncoderShape, encoder_shape
+from beamline_server.engine.ort.sessions import ENCODER_INPUTS
+from beamline_server.engine.pack import EncoderInputs, flat, pack_encoder
 
 
 class _Loan:
@@ -54,21 +54,22 @@ class EncoderRuns:
         # The last used one is the last.
         self._entries: list[_Entry] = []
 
-    def encode(self, batch: EncoderBatch) -> Encoded:
-        """As `StepRunner.encode`."""
-        entry = self._entry(encoder_shape(batch))
+    def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
+        """As `Backend.encode`."""
+        ids, lengths = flat(sources)
+        entry = self._entry(encoder_shape(len(lengths), int(lengths.max())))
         run, shape = entry.run, entry.shape
-        fill_encoder(run.inputs, batch)
+        pack_encoder(ids, lengths, EncoderInputs(*(run.inputs[name] for name in ENCODER_INPUTS)))
         run.send()
         self._graphs.run(run)
         rows = EncodedRows(
             address=run.address_of[self._outputs[0]],
-            tensor_rows=shape.sentences * shape.source_width,
+            tensor_rows=shape.sources * shape.source_width,
             source_width=shape.source_width,
-            source_length=np.array(batch.source_length),
+            source_length=lengths,
             keeper=(run, entry.lend()),
         )
-        return Encoded(rows)
+        return Encoded(rows, shape.sources * shape.source_width - len(ids))
 
     def _entry(self, shape: EncoderShape) -> _Entry:
         found = next((entry for entry in self._entries if entry.shape == shape and entry.free), None)

@@ -1,32 +1,30 @@
-"""The runner for a device whose memory the host cannot write to: CUDA."""
+"""The backend for a device whose memory the host cannot write to: CUDA."""
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from beamline_server.bundle import Bundle, Precision
-from beamline_server.engine.beam import IntArray
-from beamline_server.engine.ort.captured_graphs import CapturedGraphs
-from beamline_server.engine.ort.cuda import preload, provider_options, what_is_missing
-from beamline_server.engine.ort.device_cache import DeviceCache, LargestMemory
-from beamline_server.engine.ort.encoder_runs import EncoderRuns
-from beamline_server.engine.ort.padding import fill_step
-from beamline_server.engine.ort.row_mover import RowMover
+from beamline_server.engine.admission import SHARED_WIDTH, number_of
+from beamline_server.engine.backend import Cache, Encoded
+from beamline_server.engine.buckets import Buckets
+from beamline_server.engine.ort.cuda.captured_graphs import CapturedGraphs
+from beamline_server.engine.ort.cuda.encoder import EncoderRuns
+from beamline_server.engine.ort.cuda.memory import CudaMemory, LargestMemory
+from beamline_server.engine.ort.cuda.provider import preload, provider_options, what_is_missing
+from beamline_server.engine.ort.cuda.row_mover import RowMover
 from beamline_server.engine.ort.sessions import CPU, CUDA, Sessions
-from beamline_server.engine.runner import Cache, Encoded, EncoderBatch, StepBatch
-from beamline_server.engine.scoring import FloatArray
 
 STEP_GRAPHS, ENCODER_GRAPHS = 96, 32
 """Captured graphs at most; each keeps some hundred kilobytes of host and device memory for the life of the process."""
 _log = logging.getLogger(__name__)
 
 
-class DeviceRunner:
+class CudaBackend:
     """Keeps all caches in device memory; of a step only the best candidates come back.
 
-    Every step is computed in one of few shapes (shape_buckets.py), at addresses that stay (device_cache.py), from
+    Every step is computed in one of few shapes (shapes.py), at addresses that stay (memory.py), from
     inputs that are copied over in one go (fixed_run.py); shapes that come often are replayed as CUDA graphs
     (captured_graphs.py). One thread at a time uses the device: capturing forbids every other use meanwhile.
 
@@ -58,39 +56,27 @@ class DeviceRunner:
         self._encoder = EncoderRuns(
             self._sessions.encoder, self._sessions.cross_names, device=device, graphs=self.encoder_graphs
         )
-        self._vocabulary = bundle.manifest.dimensions.target_vocabulary
         self._largest = LargestMemory()
         self._lock = threading.Lock()
 
-    def encode(self, batch: EncoderBatch) -> Encoded:
-        """As `StepRunner.encode`."""
+    def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
+        """As `Backend.encode`."""
         with self._lock:
-            return self._encoder.encode(batch)
+            return self._encoder.encode(sources)
 
     def new_cache(self) -> Cache:
-        """As `StepRunner.new_cache`."""
-        with self._lock:
-            return DeviceCache(
-                self._sessions,
-                self._mover,
-                device=self.device,
-                largest=self._largest,
-                lock=self._lock,
-                vocabulary=self._vocabulary,
-            )
+        """As `Backend.new_cache`. A run costs its launches here, and padding next to nothing: buckets are few."""
+        return Buckets(self._new_memory, lambda _: number_of(SHARED_WIDTH))
 
-    def step(self, cache: Cache, batch: StepBatch) -> tuple[FloatArray, IntArray]:
-        """As `StepRunner.step`."""
-        assert isinstance(cache, DeviceCache)
-        with self._lock:
-            run = cache.run_for(batch)
-            fill_step(run.inputs, batch, cache.seat)
-            run.send()
-            self.step_graphs.run(run)
-            best = run.receive()
-        rows, candidates = len(batch.ids), batch.candidates
-        logprob, token = best["top_logprob"], best["top_token"]
-        return np.ascontiguousarray(logprob[:rows, :candidates]), np.ascontiguousarray(token[:rows, :candidates])
+    def _new_memory(self) -> CudaMemory:
+        return CudaMemory(
+            self._sessions,
+            self._mover,
+            self.step_graphs,
+            device=self.device,
+            largest=self._largest,
+            lock=self._lock,
+        )
 
 
 def providers(device: str, precision: Precision, *, graphs: bool) -> list[Any]:

@@ -4,7 +4,7 @@ A captured CUDA graph reads and writes the addresses that were bound when it was
 it is as long as the object lives, so a run is: write the inputs into host memory, copy them over, run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,7 @@ class FixedRun:
         axes: The number of each axis.
         elsewhere: Addresses of inputs and outputs that lie in memory of somebody else, who keeps it.
         host: Inputs that the graph wants in host memory and that never change.
+        without: Outputs that nobody wants.
 
     Attributes:
         inputs: All other inputs, in host memory: write them before `run`.
@@ -90,11 +91,13 @@ class FixedRun:
         *,
         elsewhere: Mapping[str, int] | None = None,
         host: Mapping[str, NDArray[Any]] | None = None,
+        without: Collection[str] = (),
     ) -> None:
         elsewhere, host = elsewhere or {}, host or {}
         self._session = session
         given = [value for value in session.get_inputs() if value.name not in elsewhere and value.name not in host]
-        made = [value for value in session.get_outputs() if value.name not in elsewhere]
+        outputs = [value for value in session.get_outputs() if value.name not in without]
+        made = [value for value in outputs if value.name not in elsewhere]
         sent, received = _Layout(given, axes), _Layout(made, axes)
         self._received = received
         self._staging = np.zeros(sent.size, np.uint8)
@@ -108,7 +111,7 @@ class FixedRun:
         starts |= elsewhere
         for bind, values in (
             (self._binding.bind_input, session.get_inputs()),
-            (self._binding.bind_output, session.get_outputs()),
+            (self._binding.bind_output, outputs),
         ):
             for value in values:
                 if value.name not in host:

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from beamline_server.engine.admission import Capacity, check_fits
-from beamline_server.engine.core import Clock, EngineCore, ModelRules, logged_failure
+from beamline_server.engine.admission import Admission, Capacity, Continuous, check_fits, cost
+from beamline_server.engine.backend import Backend
 from beamline_server.engine.errors import EngineError, EngineStopped, QueueFull, RequestTooLarge, SourceTooLong
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver, Event, Failed, GenerationRequest, Piece, RequestId
-from beamline_server.engine.runner import StepRunner
-from beamline_server.engine.scheduler import Admission, Continuous, least_loaded
+from beamline_server.engine.step import Clock, EngineCore, ModelRules, logged_failure
 
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.02, 2.0
 
@@ -129,7 +128,7 @@ class Engine:
     """Continuous-batched beam search behind a bounded queue. Thread-safe.
 
     Args:
-        runners: One per worker; they may be the same object.
+        backends: One per worker; they may be the same object.
         rules: What the model fixes.
         capacity: Rows and cache slots of each worker.
         queue_rows: Rows that may wait, all workers together.
@@ -141,7 +140,7 @@ class Engine:
 
     def __init__(  # noqa: PLR0913 - what an engine stands on; nothing of it belongs together
         self,
-        runners: Sequence[StepRunner],
+        backends: Sequence[Backend],
         rules: ModelRules,
         capacity: Capacity,
         *,
@@ -151,7 +150,7 @@ class Engine:
         clock: Clock = time.monotonic,
         admission: Admission = Continuous(),  # noqa: B008 - a frozen value
     ) -> None:
-        self._runners = runners
+        self._backends = backends
         self._rules = rules
         self._capacity = capacity
         self._queue_rows = queue_rows
@@ -160,17 +159,17 @@ class Engine:
         self._workers = [
             _Worker(
                 f"engine-{i}",
-                EngineCore(runner, rules, capacity, clock=clock, observer=observer, admission=admission),
+                EngineCore(backend, rules, capacity, clock=clock, observer=observer, admission=admission),
                 self._settle,
                 self._bury,
                 clock,
             )
-            for i, runner in enumerate(runners)
+            for i, backend in enumerate(backends)
         ]
         # The only state that RPC threads and workers share: which worker has which request, and how many rows each.
         self._lock = threading.Lock()
         self._owner: dict[RequestId, tuple[int, int]] = {}
-        self._rows = [0] * len(runners)
+        self._rows = [0] * len(backends)
         self._ended_rows_per_s = 0.0
         self._last_ended_at = clock()
         self._stopping = False
@@ -180,10 +179,10 @@ class Engine:
         """Rows that can run at a time, all workers together."""
         return self._capacity.rows * len(self._workers)
 
-    def warm_up(self, check: Callable[[StepRunner], None]) -> None:
-        """Let a check run every distinct runner once, before the first request does."""
-        for runner in {id(runner): runner for runner in self._runners}.values():
-            check(runner)
+    def warm_up(self, check: Callable[[Backend], None]) -> None:
+        """Let a check run every distinct backend once, before the first request does."""
+        for backend in {id(backend): backend for backend in self._backends}.values():
+            check(backend)
 
     def start(self) -> None:
         """Start the workers."""
@@ -216,7 +215,7 @@ class Engine:
             if len(request.source) > self._rules.max_source_tokens:
                 raise SourceTooLong(len(request.source), self._rules.max_source_tokens)
             check_fits(request, self._capacity)
-        wanted, room = sum(request.options.beam_size for request in requests), self.row_capacity + self._queue_rows
+        wanted, room = sum(cost(request).rows for request in requests), self.row_capacity + self._queue_rows
         if wanted > room:
             raise RequestTooLarge("rows", wanted, room)
         shares: dict[int, list[GenerationRequest]] = {}
@@ -229,9 +228,10 @@ class Engine:
                 queued = max(0, held - self.row_capacity)
                 raise QueueFull(queued, self._queue_rows, self._retry_after_s(wanted))
             for request in requests:
-                worker = alive[least_loaded([self._rows[i] for i in alive])]
-                self._rows[worker] += request.options.beam_size
-                self._owner[request.id] = (worker, request.options.beam_size)
+                worker = min(alive, key=self._rows.__getitem__)  # the first of equals
+                rows = cost(request).rows
+                self._rows[worker] += rows
+                self._owner[request.id] = (worker, rows)
                 shares.setdefault(worker, []).append(request)
             # Inside the lock, so that a cancellation cannot arrive before what it cancels.
             for worker, share in shares.items():

@@ -19,8 +19,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from beamline_server.engine.beam import IntArray
 from beamline_server.engine.ort.sessions import session_options
+from beamline_server.engine.table import IntArray
 
 LARGEST_PART = 8
 _ELEMENT: dict[type[np.generic], int] = {np.float32: 1, np.float16: 10}

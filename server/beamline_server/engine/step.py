@@ -1,0 +1,336 @@
+"""The engine of one worker: admit, place, run, decide, deliver. Synchronous; one thread owns it.
+
+`workers.py` gives it a thread; tests drive it by hand.
+"""
+
+import logging
+import math
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from beamline_server.engine.admission import MOST_ROWS, Admission, Capacity, Continuous, Cost, Room, Waiting, cost
+from beamline_server.engine.backend import Backend, Bucket, Encoded, StepResult
+from beamline_server.engine.errors import DeadlineExceeded, EngineError, RequestCancelled, StepFailed
+from beamline_server.engine.observer import StepObserver
+from beamline_server.engine.processors import SearchRules
+from beamline_server.engine.queue import Queue
+from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId, Timing
+from beamline_server.engine.search import decide, start
+from beamline_server.engine.table import SequenceTable
+
+ENCODE_TOKENS = 1024
+_STEPS_REMEMBERED = 16
+"""Ends of steps that a core remembers, to tell how many of them a request that nobody waits for sat through."""
+_log = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRules:
+    """What the engine knows of the model."""
+
+    search: SearchRules
+    decoder_start: int
+    vocabulary: int
+    max_source_tokens: int
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request that is in the table; touched when it starts, ends or streams."""
+
+    request: GenerationRequest
+    cost: Cost
+    queued_at: float
+    started_at: float
+    encode_s: float
+    sent: int = 0
+
+
+class EngineCore:
+    """Continuous-batched beam search on one backend.
+
+    Args:
+        backend: Computes.
+        rules: What the model fixes.
+        capacity: Rows and cache slots at a time.
+        clock: Monotonic seconds.
+        observer: Is told what each step did.
+        encode_tokens: Source tokens to encode per step at most, so that newcomers don't stall the running.
+        admission: When requests may start.
+    """
+
+    def __init__(  # noqa: PLR0913 - what a core stands on; nothing of it belongs together
+        self,
+        backend: Backend,
+        rules: ModelRules,
+        capacity: Capacity,
+        *,
+        clock: Clock,
+        observer: StepObserver,
+        encode_tokens: int = ENCODE_TOKENS,
+        admission: Admission = Continuous(),  # noqa: B008 - a frozen value
+    ) -> None:
+        self._backend = backend
+        self._rules = rules
+        self._capacity = capacity
+        self._clock = clock
+        self._observer = observer
+        self._encode_tokens = encode_tokens
+        self._admission = admission
+        self._search = rules.search.arrays()
+        self._queue = Queue()
+        self._encoded: dict[RequestId, tuple[Encoded, int]] = {}  # ahead of their start
+        self._room = Room(capacity.rows, capacity.slots)
+        self._table = SequenceTable(capacity.rows, rules.search.eos)
+        self._cache = backend.new_cache()
+        self._free = list(range(capacity.rows - 1, -1, -1))
+        self._running: dict[int, _Running] = {}
+        self._index_of: dict[RequestId, int] = {}
+        self._streaming: set[int] = set()
+        self._cancelled: dict[RequestId, float] = {}
+        self._earliest_deadline = math.inf
+        self.last_step_at: float | None = None
+        self._ends: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
+
+    # -- what others may ask ------------------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._queue and not self._running
+
+    @property
+    def rests_until(self) -> float:
+        """Until when a step has nothing to do unless a message comes, in seconds of the clock; -inf if it has now."""
+        if self._running or not self._queue:
+            return -math.inf
+        return min(self._opens_at(), self._queue.earliest_deadline)
+
+    @property
+    def queued_requests(self) -> int:
+        """Requests that wait."""
+        return len(self._queue)
+
+    @property
+    def queued_rows(self) -> int:
+        """Rows that waiting requests ask for."""
+        return self._queue.rows
+
+    @property
+    def running_requests(self) -> int:
+        """Requests that hold rows."""
+        return len(self._running)
+
+    @property
+    def running_rows(self) -> int:
+        """Rows that running requests hold."""
+        return self._capacity.rows - self._room.rows
+
+    def check(self) -> None:
+        """Recount what is free and what is held.
+
+        Raises:
+            AssertionError: rows, slots or places in the table do not add up to what there is.
+        """
+        held = [running.cost for running in self._running.values()]
+        assert self._room.rows + sum(c.rows for c in held) == self._capacity.rows, "rows are lost"
+        assert self._room.slots + sum(c.slots for c in held) == self._capacity.slots, "cache slots are lost"
+        assert sorted([*self._free, *self._running]) == list(range(self._capacity.rows)), "places are lost"
+        assert {r.request.id for r in self._running.values()} == set(self._index_of), "requests are lost"
+        assert self._queue.rows == sum(cost(request).rows for request in self._queue), "the queue is miscounted"
+        assert self._encoded.keys() <= {request.id for request in self._queue}, "encodings are held for nobody"
+
+    # -- messages -----------------------------------------------------------------------------------------------------
+
+    def accept(self, requests: Iterable[GenerationRequest]) -> None:
+        """Queue requests that were admitted."""
+        now = self._clock()
+        for request in requests:
+            # What was cancelled before it came is another request, which has ended, of the same id.
+            self._cancelled.pop(request.id, None)
+            self._queue.append(request, now)
+
+    def cancel(self, ids: Iterable[RequestId], wished_at: float | None = None) -> None:
+        """Drop requests at the next step, whose callers gave up at `wished_at` (default: now); unknown ids are over."""
+        self._cancelled |= dict.fromkeys(ids, self._clock() if wished_at is None else wished_at)
+
+    def fail_all(self, make_error: Callable[[], EngineError]) -> list[Event]:
+        """End everything that is queued or running with an error."""
+        queued = self._queue.clear()
+        self._encoded.clear()
+        running = [self._leave(index).request for index in list(self._running)]
+        return [Failed(request.id, make_error()) for request in (*queued, *running)]
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Event]:
+        """Advance everything that runs by one token; returns what became known."""
+        now = self._clock()
+        events = [*self._drop_cancelled(), *self._drop_late(now), *self._admit(now)]
+        if not self._running:
+            return events
+        began, rows, over = self._clock(), 0, 0
+        for bucket in self._place(events):
+            result = self._run(bucket, events)
+            if result is not None:
+                rows += len(result.top_token)
+                over += self._decide(bucket, result)
+        self._note(began, rows)
+        return events + self._deliver(over)
+
+    def _drop_cancelled(self) -> list[Event]:
+        if not self._cancelled:
+            return []
+        cancelled, self._cancelled = self._cancelled, {}
+        held = [(self._index_of[i], wished_at) for i, wished_at in cancelled.items() if i in self._index_of]
+        events: list[Event] = [self._release(index, RequestCancelled(), wished_at) for index, wished_at in held]
+        return events + self._unqueued(self._queue.cancel(cancelled.keys()), RequestCancelled)
+
+    def _drop_late(self, now: float) -> list[Event]:
+        if now < min(self._earliest_deadline, self._queue.earliest_deadline):
+            return []
+        deadlines = {i: r.request.deadline for i, r in self._running.items() if r.request.deadline is not None}
+        late = [(index, deadline) for index, deadline in deadlines.items() if deadline <= now]
+        events: list[Event] = [self._release(index, DeadlineExceeded("decoding"), wished) for index, wished in late]
+        self._earliest_deadline = min((d for d in deadlines.values() if d > now), default=math.inf)
+        return events + self._unqueued(self._queue.expire(now), lambda: DeadlineExceeded("queueing"))
+
+    def _release(self, index: int, error: EngineError, wished_at: float) -> Failed:
+        """End a request that nobody has waited for since `wished_at`; tell how many steps have ended since."""
+        self._observer.released(sum(end > wished_at for end in self._ends))
+        return Failed(self._leave(index).request.id, error)
+
+    def _unqueued(self, gone: Sequence[GenerationRequest], error: Callable[[], EngineError]) -> list[Event]:
+        for request in gone:
+            self._encoded.pop(request.id, None)
+        return [Failed(request.id, error()) for request in gone]
+
+    def _admit(self, now: float) -> list[Event]:
+        """Start as many from the head of the queue as there is room for."""
+        if not self._queue or now < self._opens_at():
+            return []
+        count = self._admission.starters(iter(self._queue), self._room, encode_tokens=self._encode_tokens)
+        if not count:
+            return []
+        starting = self._queue.take(count)
+        failure = self._encode([request for request, _ in starting], now)
+        encode_s = self._clock() - now
+        events: list[Event] = []
+        for request, queued_at in starting:
+            encoded = self._encoded.pop(request.id, None)
+            if encoded is not None:
+                self._enter(_Running(request, cost(request), queued_at, now, encode_s), *encoded)
+            elif failure is not None:
+                events.append(Failed(request.id, failure))
+        return events
+
+    def _encode(self, starting: Sequence[GenerationRequest], now: float) -> StepFailed | None:
+        """Encode who starts, unless that has been done, and a few who wait; returns what went wrong."""
+        needed = [request for request in starting if request.id not in self._encoded]
+        if not needed:
+            return None
+        following = (request for request in self._queue if request.id not in self._encoded)
+        needed += self._admission.encoded_with(needed, following, encode_tokens=self._encode_tokens)
+        sources = [request.source for request in needed]
+        try:
+            encoded = self._backend.encode(sources)
+        except Exception as error:  # every waiter must hear of it
+            return logged_failure(error, "encoding")
+        self._observer.encoded(self._clock() - now, len(sources), sum(map(len, sources)), encoded.padded_tokens)
+        self._encoded |= {request.id: (encoded, number) for number, request in enumerate(needed)}
+        return None
+
+    def _opens_at(self) -> float:
+        return self._admission.opens_at(Waiting(len(self._queue), self._queue.oldest_at, len(self._running)))
+
+    def _enter(self, running: _Running, encoded: Encoded, number: int) -> None:
+        request, index = running.request, self._free.pop()
+        self._room = self._room.less(running.cost)
+        self._running[index] = running
+        self._index_of[request.id] = index
+        if request.stream:
+            self._streaming.add(index)
+        if request.deadline is not None:
+            self._earliest_deadline = min(self._earliest_deadline, request.deadline)
+        self._table.enter(index, request, self._rules.decoder_start)
+        start(self._table.arrays, index)
+        self._cache.enter(index, encoded, number)
+
+    def _leave(self, index: int) -> _Running:
+        self._cache.leave(index)
+        return self._forget(index)
+
+    def _forget(self, index: int) -> _Running:
+        running = self._running.pop(index)
+        del self._index_of[running.request.id]
+        self._free.append(index)
+        self._streaming.discard(index)
+        self._table.leave(index)
+        self._room = self._room.more(running.cost)
+        return running
+
+    def _place(self, events: list[Event]) -> Sequence[Bucket]:
+        """Give every sequence room for its rows, in the buckets that are to run."""
+        try:
+            return self._cache.place(self._table.arrays)
+        except Exception as error:  # whatever it was, every waiter must hear of it
+            failure = logged_failure(error, "placing")
+            self._cache = self._backend.new_cache()
+            events += [Failed(self._forget(index).request.id, failure) for index in list(self._running)]
+            return []
+
+    def _run(self, bucket: Bucket, events: list[Event]) -> StepResult | None:
+        """Compute the rows of a bucket; if that fails, only its own sequences end."""
+        search, beams = self._rules.search, bucket.needed.beams
+        try:
+            return bucket.run(self._table.arrays, search.needed_candidates(beams, self._rules.vocabulary))
+        except Exception as error:  # as above
+            failure = logged_failure(error, "a decode step")
+            events += [Failed(self._leave(index).request.id, failure) for index in bucket.members.tolist()]
+            return None
+
+    def _decide(self, bucket: Bucket, result: StepResult) -> int:
+        """Advance the sequences of a bucket by a token each; returns how many are over."""
+        needed = bucket.needed
+        self._table.reserve(slots=needed.slots + MOST_ROWS, steps=needed.length + 1)
+        return decide(self._search, self._table.arrays, bucket.members, result.top_logprob, result.top_token)
+
+    def _note(self, began: float, rows: int) -> None:
+        self.last_step_at = self._clock()
+        self._ends.append(self.last_step_at)
+        if rows:
+            self._observer.stepped(self.last_step_at - began, rows, len(self._running))
+
+    def _deliver(self, over: int) -> list[Event]:
+        """What the running sequences have to tell after a step; those that are over leave."""
+        done = self._table.done() if over else []
+        pieces = [piece for index in self._streaming.difference(done) for piece in self._piece(index)]
+        return [*pieces, *(self._complete(index) for index in done)]
+
+    def _piece(self, index: int) -> list[Event]:
+        running = self._running[index]
+        tokens = self._table.certain(index, running.sent)
+        running.sent += len(tokens)
+        return [Piece(running.request.id, tokens)] if tokens else []
+
+    def _complete(self, index: int) -> Event:
+        hypotheses = self._table.hypotheses(index, self._running[index].request.options.n_best)
+        steps = self._table.steps(index)
+        running = self._leave(index)
+        if not hypotheses:
+            return Failed(running.request.id, logged_failure(ArithmeticError("no finite scores"), "a decode step"))
+        started, ended = running.started_at, self._ends[-1]
+        decode_s = ended - started - running.encode_s
+        timing = Timing(started - running.queued_at, running.encode_s, decode_s, steps)
+        return Completed(running.request.id, hypotheses, timing)
+
+
+def logged_failure(error: BaseException, phase: str) -> StepFailed:
+    """A failure for the callers, whose cause is in the log under its id."""
+    failure = StepFailed(uuid.uuid4().hex[:16])
+    _log.error("%s failed", phase, exc_info=error, extra={"event": "step_failed", "error_id": failure.error_id})
+    return failure

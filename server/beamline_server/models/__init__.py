@@ -1,0 +1,1 @@
+"""A served model: its engine, put together for a bundle."""
