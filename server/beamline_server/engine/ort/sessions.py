@@ -1,25 +1,16 @@
-"""Sessions of a bundle's graphs, and the names of what is fed to them."""
+"""Sessions of a bundle's graphs through onnxruntime's Python interface."""
 
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from beamline_server.bundle import DECODER_STEP, ENCODER, WEIGHTS, Bundle
+from beamline_server.engine.ort.settings import settings
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
-SPIN_US = 300
-"""How long a thread without work stays awake, in microseconds: about as long as the host takes between two steps
-(docs/performance.md)."""
-ENCODER_INPUTS = ("ids", "positions", "row_of", "back", "source_length")
-"""What the graph calls the fields of `pack.EncoderInputs`, in their order."""
-STEP_INPUTS = ("ids", "positions", "slot", "row_of", "back", "ancestors", "source_length")
-"""What the graph calls the fields of `pack.StepInputs`, in their order."""
-_VNNI = frozenset({"avx_vnni", "avx512_vnni"})
 _SILENT = 4
 """onnxruntime's own lines are plain text among the JSON of the log, and what is wrong comes as an exception as well."""
 
@@ -30,11 +21,7 @@ def available_providers() -> list[str]:
 
 
 def session_options(threads: int) -> ort.SessionOptions:
-    """How every session of the engine runs, on so many threads.
-
-    Of the options that could change numbers on a CPU, `session.set_denormal_as_zero` stays off, and
-    `session.x64quantprecision` is on where int8 products would be summed wrongly. cuda.py has those of a GPU.
-    """
+    """How every session through the Python interface runs, on so many threads."""
     ort.set_default_logger_severity(_SILENT)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -42,30 +29,9 @@ def session_options(threads: int) -> ort.SessionOptions:
     options.log_severity_level = _SILENT
     # Shapes change from step to step: a pattern of one is no use for the next.
     options.enable_mem_pattern = False
-    # Nodes take microseconds, and so does waking a thread: while steps follow each other it stays awake. For longer it
-    # must not, since the front end has the same cores.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
-    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
-    exact = sums_int8_exactly(_processor())
-    # Unsigned weights, which are summed in 32 bits everywhere; where signed ones are as well, those are twice as fast.
-    options.add_session_config_entry("session.x64quantprecision", "0" if exact else "1")
+    for key, value in settings(threads).items():
+        options.add_session_config_entry(key, value)
     return options
-
-
-def sums_int8_exactly(processor: str) -> bool:
-    """Whether an x86 processor sums products of unsigned and signed bytes in 32 bits; without VNNI, 16 saturate.
-
-    Args:
-        processor: As /proc/cpuinfo describes it.
-    """
-    return not _VNNI.isdisjoint(processor.split())
-
-
-@cache
-def _processor() -> str:
-    """What is known of it: nothing where there is no such file. Being exact then comes before being fast."""
-    file = Path("/proc/cpuinfo")
-    return file.read_text("utf-8", errors="replace") if file.exists() else ""
 
 
 def open_session(
@@ -77,10 +43,6 @@ def open_session(
     """
     options = session_options(threads)
     options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
-    # On CPU the fused kernel is several times slower than its parts (onnxruntime 1.31).
-    options.add_session_config_entry(
-        "optimization.disable_specified_optimizers", "SkipLayerNormFusion;BiasSkipLayerNormFusion"
-    )
     # Without fallback: it would print, and compute on the CPU what was meant for the GPU.
     return ort.InferenceSession(bundle.read(name), options, providers=list(providers), enable_fallback=0)
 

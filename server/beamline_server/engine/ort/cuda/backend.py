@@ -8,7 +8,7 @@ from typing import Any
 from beamline_server.bundle import Bundle, Precision
 from beamline_server.engine.admission import SHARED_WIDTH, number_of
 from beamline_server.engine.backend import Cache, Encoded
-from beamline_server.engine.buckets import Buckets
+from beamline_server.engine.ort.cuda.buckets import Buckets
 from beamline_server.engine.ort.cuda.captured_graphs import CapturedGraphs
 from beamline_server.engine.ort.cuda.encoder import EncoderRuns
 from beamline_server.engine.ort.cuda.memory import CudaMemory, LargestMemory

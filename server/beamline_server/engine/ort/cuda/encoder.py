@@ -10,7 +10,7 @@ from beamline_server.engine.ort.cuda.captured_graphs import CapturedGraphs
 from beamline_server.engine.ort.cuda.fixed_run import KEPT_RUNS, FixedRun
 from beamline_server.engine.ort.cuda.memory import EncodedRows
 from beamline_server.engine.ort.cuda.shapes import EncoderShape, encoder_shape
-from beamline_server.engine.ort.sessions import ENCODER_INPUTS
+from beamline_server.engine.ort.settings import ENCODER_INPUTS
 from beamline_server.engine.pack import EncoderInputs, flat, pack_encoder
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beamline_server.engine.backend import Encoded, StepResult
-from beamline_server.engine.buckets import FromBatch, FromEncoder, Origin
+from beamline_server.engine.ort.cuda.buckets import FromBatch, FromEncoder, Origin
 from beamline_server.engine.ort.cuda.captured_graphs import CapturedGraphs
 from beamline_server.engine.ort.cuda.fixed_run import KEPT_RUNS, DeviceBuffer, FixedRun
 from beamline_server.engine.ort.cuda.row_mover import RowMover, flat_rows
@@ -31,7 +31,8 @@ from beamline_server.engine.ort.cuda.shapes import (
     doubled,
     step_shape,
 )
-from beamline_server.engine.ort.sessions import STEP_INPUTS, Sessions
+from beamline_server.engine.ort.sessions import Sessions
+from beamline_server.engine.ort.settings import STEP_INPUTS
 from beamline_server.engine.pack import Extent, StepInputs, pack_step
 from beamline_server.engine.table import IntArray, Table
 

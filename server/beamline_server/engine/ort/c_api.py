@@ -1,0 +1,259 @@
+"""The few calls of onnxruntime's C interface that a step on the CPU needs: many small graphs run in a row, from loops.
+
+A step runs a graph per attention. Through the Python interface each run would take and give back the interpreter's
+lock, and wait for it behind whoever else runs Python; compiled loops call `RunWithBinding` by its address instead, and
+hold no lock from the first graph to the last.
+
+The interface is a table of functions, whose order never changes (onnxruntime_c_api.h: "All members of this struct are
+append-only"); `_PLACES` are the places in it.
+"""
+
+import ctypes
+import weakref
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_API_VERSION = 24
+"""Of the interface; libraries serve all versions up to their own."""
+_PLACES = {
+    "GetErrorMessage": 2,
+    "CreateSessionFromArray": 8,
+    "CreateSessionOptions": 10,
+    "DisableMemPattern": 17,
+    "SetSessionLogSeverityLevel": 22,
+    "SetIntraOpNumThreads": 24,
+    "SetInterOpNumThreads": 25,
+    "SessionGetOutputCount": 31,
+    "SessionGetOutputName": 37,
+    "CreateTensorWithDataAsOrtValue": 49,
+    "CreateCpuMemoryInfo": 69,
+    "AllocatorFree": 76,
+    "GetAllocatorWithDefaultOptions": 78,
+    "ReleaseStatus": 93,
+    "ReleaseSession": 95,
+    "ReleaseValue": 96,
+    "ReleaseSessionOptions": 100,
+    "CreateEnvWithGlobalThreadPools": 119,
+    "DisablePerSessionThreads": 120,
+    "CreateThreadingOptions": 121,
+    "AddSessionConfigEntry": 130,
+    "RunWithBinding": 133,
+    "CreateIoBinding": 134,
+    "ReleaseIoBinding": 135,
+    "BindInput": 136,
+    "BindOutput": 137,
+    "CreateAndRegisterAllocator": 144,
+    "SetGlobalIntraOpNumThreads": 147,
+    "SetGlobalInterOpNumThreads": 148,
+    "SetGlobalSpinControl": 149,
+    "AddExternalInitializersFromFilesInMemory": 279,
+}
+_ELEMENT = {np.dtype(np.float32): 1, np.dtype(np.int64): 7}
+_SILENT = 4
+_ARENA = 1
+_CPU_MEMORY = 0
+
+Pointer = ctypes.c_void_p
+
+
+class NativeError(Exception):
+    """onnxruntime has refused a call; the text is its own."""
+
+
+@cache
+def _table() -> int:
+    """Address of the table of functions."""
+    spec = find_spec("onnxruntime")
+    assert spec is not None
+    assert spec.origin is not None
+    (library,) = (Path(spec.origin).parent / "capi").glob("libonnxruntime.so.*")
+    base = ctypes.CDLL(str(library)).OrtGetApiBase
+    base.restype = Pointer
+    get_api = ctypes.CFUNCTYPE(Pointer, ctypes.c_uint32)(Pointer.from_address(base()).value or 0)
+    table: int = get_api(_API_VERSION)
+    return table
+
+
+def address(name: str) -> int:
+    """Where a function of the interface is in memory."""
+    found = Pointer.from_address(_table() + ctypes.sizeof(Pointer) * _PLACES[name]).value
+    assert found is not None
+    return found
+
+
+@cache
+def _function(name: str, result: Any, *arguments: Any) -> Any:
+    return ctypes.CFUNCTYPE(result, *arguments)(address(name))
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a function that returns a status.
+
+    Raises:
+        NativeError: it is not well.
+    """
+    check(_function(name, Pointer, *map(type, arguments))(*arguments))
+
+
+def check(status: int | None) -> None:
+    """Raise what a status tells, and release it; 0 and None tell nothing.
+
+    Raises:
+        NativeError: it tells something.
+    """
+    if status:
+        text = _function("GetErrorMessage", ctypes.c_char_p, Pointer)(status)
+        _release("Status", status)
+        raise NativeError(text.decode(errors="replace"))
+
+
+def _new(name: str, *arguments: Any) -> Pointer:
+    """What a function makes, which is its last argument."""
+    made = Pointer()
+    _call(name, *arguments, ctypes.pointer(made))
+    return made
+
+
+def _release(kind: str, pointer: int | Pointer) -> None:
+    _function(f"Release{kind}", None, Pointer)(pointer)
+
+
+class _Environment:
+    """What all sessions of the process share: an arena, and the threads of those that have more than one.
+
+    onnxruntime has one environment per process: the first session fixes how many threads there are.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        options = _new("CreateThreadingOptions")
+        _call("SetGlobalIntraOpNumThreads", options, ctypes.c_int(threads))
+        _call("SetGlobalInterOpNumThreads", options, ctypes.c_int(1))
+        _call("SetGlobalSpinControl", options, ctypes.c_int(1))
+        name = ctypes.c_char_p(b"beamline")
+        self.pointer = _new("CreateEnvWithGlobalThreadPools", ctypes.c_int(_SILENT), name, options)
+        _call("CreateAndRegisterAllocator", self.pointer, _memory(), Pointer())
+
+
+_environments: list[_Environment] = []
+
+
+def _environment(threads: int, cores: int) -> _Environment:
+    if not _environments:
+        _environments.append(_Environment(threads if threads > 1 else cores))
+    (environment,) = _environments
+    if threads not in (1, environment.threads):
+        raise NativeError(f"this process computes on 1 or {environment.threads} threads, not on {threads}")
+    return environment
+
+
+@cache
+def _memory() -> Pointer:
+    return _new("CreateCpuMemoryInfo", ctypes.c_int(_ARENA), ctypes.c_int(_CPU_MEMORY))
+
+
+class NativeSession:
+    """A graph that is ready to run.
+
+    Args:
+        graph: The model, in ONNX's format.
+        weights: Name and content of the file that it takes its weights from; the session keeps what it needs.
+        threads: To compute a node on. With more than one, all sessions of the process share them.
+        cores: That this process may use.
+        settings: onnxruntime's session configuration, key by key.
+    """
+
+    def __init__(
+        self, graph: bytes, weights: tuple[str, bytes], *, threads: int, cores: int, settings: Mapping[str, str]
+    ) -> None:
+        environment = _environment(threads, cores)
+        options = _new("CreateSessionOptions")
+        try:
+            _configure(options, threads, settings)
+            name, content = weights
+            _call(
+                "AddExternalInitializersFromFilesInMemory",
+                options,
+                (ctypes.c_char_p * 1)(name.encode()),
+                (ctypes.c_char_p * 1)(content),
+                (ctypes.c_size_t * 1)(len(content)),
+                ctypes.c_size_t(1),
+            )
+            size = ctypes.c_size_t(len(graph))
+            pointer = _new("CreateSessionFromArray", environment.pointer, ctypes.c_char_p(graph), size, options)
+        finally:
+            _release("SessionOptions", options)
+        self.handle: int = pointer.value or 0
+        weakref.finalize(self, _release, "Session", self.handle)
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the graph's outputs."""
+        count = ctypes.c_size_t()
+        _call("SessionGetOutputCount", Pointer(self.handle), ctypes.pointer(count))
+        return [self._output(i) for i in range(count.value)]
+
+    def _output(self, number: int) -> str:
+        allocator, name = _new("GetAllocatorWithDefaultOptions"), ctypes.c_char_p()
+        _call("SessionGetOutputName", Pointer(self.handle), ctypes.c_size_t(number), allocator, ctypes.pointer(name))
+        text = (name.value or b"").decode()
+        _call("AllocatorFree", allocator, ctypes.cast(name, Pointer))
+        return text
+
+
+def _configure(options: Pointer, threads: int, settings: Mapping[str, str]) -> None:
+    _call("SetSessionLogSeverityLevel", options, ctypes.c_int(_SILENT))
+    _call("SetInterOpNumThreads", options, ctypes.c_int(1))
+    # Shapes change from step to step: a pattern of one is no use for the next.
+    _call("DisableMemPattern", options)
+    if threads == 1:
+        _call("SetIntraOpNumThreads", options, ctypes.c_int(1))
+    else:
+        _call("DisablePerSessionThreads", options)
+    for key, value in {**settings, "session.use_env_allocators": "1"}.items():
+        _call("AddSessionConfigEntry", options, ctypes.c_char_p(key.encode()), ctypes.c_char_p(value.encode()))
+
+
+class Binding:
+    """Inputs and outputs of runs of a session, in host memory that is kept as long as the binding."""
+
+    def __init__(
+        self, session: NativeSession, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]
+    ) -> None:
+        pointer = _new("CreateIoBinding", Pointer(session.handle))
+        self.handle: int = pointer.value or 0
+        weakref.finalize(self, _release, "IoBinding", self.handle)
+        self._session = session
+        self._kept = [*inputs.values(), *outputs.values()]
+        for function, arrays in (("BindInput", inputs), ("BindOutput", outputs)):
+            for name, array in arrays.items():
+                value = _tensor(array)
+                try:
+                    _call(function, pointer, ctypes.c_char_p(name.encode()), value)
+                finally:
+                    _release("Value", value)
+
+    def run(self) -> None:
+        """Compute; other threads run Python meanwhile."""
+        _call("RunWithBinding", Pointer(self._session.handle), Pointer(), Pointer(self.handle))
+
+
+def _tensor(array: NDArray[Any]) -> Pointer:
+    """A tensor in the memory of an array, which has to be kept."""
+    assert array.flags.c_contiguous, "only whole arrays can be bound"
+    shape = (ctypes.c_int64 * array.ndim)(*array.shape)
+    return _new(
+        "CreateTensorWithDataAsOrtValue",
+        _memory(),
+        Pointer(array.ctypes.data),
+        ctypes.c_size_t(array.nbytes),
+        shape,
+        ctypes.c_size_t(array.ndim),
+        ctypes.c_int(_ELEMENT[array.dtype]),
+    )

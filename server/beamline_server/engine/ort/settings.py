@@ -1,0 +1,54 @@
+"""How onnxruntime computes the graphs of a bundle, and what they call their inputs."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+SPIN_US = 300
+"""How long a thread without work stays awake, in microseconds: about as long as the host takes between two steps
+(docs/performance.md)."""
+ENCODER_INPUTS = ("ids", "positions", "row_of", "back", "source_length")
+"""What the graph calls the fields of `pack.EncoderInputs`, in their order."""
+STEP_INPUTS = ("ids", "positions", "slot", "row_of", "back", "ancestors", "source_length")
+"""What the graph calls the fields of `pack.StepInputs`, in their order."""
+_VNNI = frozenset({"avx_vnni", "avx512_vnni"})
+
+
+def settings(threads: int) -> dict[str, str]:
+    """The configuration of every session, key by key, for nodes on so many threads.
+
+    Of the keys that could change numbers on a CPU, `session.set_denormal_as_zero` stays off, and
+    `session.x64quantprecision` is on where int8 products would be summed wrongly. cuda/provider.py has those of a GPU.
+    """
+    return {
+        # Nodes take microseconds, and so does waking a thread: while steps follow each other it stays awake. For longer
+        # it must not, since the front end has the same cores.
+        "session.intra_op.allow_spinning": str(int(threads > 1)),
+        "session.intra_op.spin_duration_us": str(SPIN_US),
+        # Unsigned weights, which are summed in 32 bits everywhere; where signed ones are as well, those are twice as
+        # fast.
+        "session.x64quantprecision": str(int(not sums_int8_exactly(_processor()))),
+        # On CPU the fused kernel is several times slower than its parts (onnxruntime 1.31).
+        "optimization.disable_specified_optimizers": "SkipLayerNormFusion;BiasSkipLayerNormFusion",
+    }
+
+
+def sums_int8_exactly(processor: str) -> bool:
+    """Whether an x86 processor sums products of unsigned and signed bytes in 32 bits; without VNNI, 16 saturate.
+
+    Args:
+        processor: As /proc/cpuinfo describes it.
+    """
+    return not _VNNI.isdisjoint(processor.split())
+
+
+@cache
+def _processor() -> str:
+    """What is known of it: nothing where there is no such file. Being exact then comes before being fast."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text("utf-8", errors="replace") if file.exists() else ""
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
