@@ -4,24 +4,41 @@ import numpy as np
 import onnx
 
 from beamline_export.graph_writer import GraphWriter, WeightsFile
-from beamline_export.graphs import decoder_step_graph, encoder_graph
+from beamline_export.graphs import GraphSpec, bundle_graphs
 from beamline_export.layers import Layers, Rectangle
 from beamline_export.precision import WeightStore
 from beamline_export.spec import Checkpoint
+from beamline_server.bundle import DECODER_STEP, ENCODER, decoder_pieces
 
 _ATTENTION_RECTANGLE = Rectangle("row_of", "back")
 
 
-def build_encoder(checkpoint: Checkpoint, store: WeightStore, weights: WeightsFile) -> onnx.ModelProto:
+def build_graphs(
+    checkpoint: Checkpoint, store: WeightStore, precision: str, weights: WeightsFile
+) -> dict[str, onnx.ModelProto]:
+    """All graphs of a bundle of this precision, by the names of their files."""
+    pieces = decoder_pieces(checkpoint.spec.decoder_layers)
+    graphs = {}
+    for name, contract in bundle_graphs(checkpoint.spec, precision, store.cache).items():
+        layers = Layers(GraphWriter(weights), checkpoint, store)
+        if name == ENCODER:
+            _encoder(layers, contract)
+        elif name == DECODER_STEP:
+            _decoder_step(layers)
+        else:
+            _give(layers.g, _decoder_part(layers, pieces.index(name)))
+        graphs[name] = layers.g.model(name.removesuffix(".onnx"), contract)
+    return graphs
+
+
+def _encoder(layers: Layers, contract: GraphSpec) -> None:
     """The encoder, and the cross-attention keys and values of every decoder layer."""
-    g = GraphWriter(weights)
-    layers = Layers(g, checkpoint, store)
-    spec = checkpoint.spec
+    g, spec = layers.g, layers.spec
     x = layers.embed("source", "ids", "positions")
     for i in range(spec.encoder_layers):
         name = f"encoder.{i}"
         y = layers.before(x, f"{name}.self_attention_norm")
-        query, key, value = layers.query_key_value(y, f"{name}.self_attention")
+        query, key, value = layers.split(layers.query_key_value(y, f"{name}.self_attention"), 3)
         rectangles = (g.one("Gather", key, "row_of"), g.one("Gather", value, "row_of"))
         # No mask: source_length hides the padding of the rectangle.
         y = layers.attention(query, rectangles, ["", "", "", "source_length"], _ATTENTION_RECTANGLE, spec.encoder_heads)
@@ -29,46 +46,90 @@ def build_encoder(checkpoint: Checkpoint, store: WeightStore, weights: WeightsFi
         x = layers.feed_forward(x, name)
     if spec.encoder_final_norm:
         x = layers.norm(x, "encoder.final_norm")
-    contract = encoder_graph(spec.decoder_layers, spec.d_model, store.cache)
     for packed, output in zip(layers.cross_keys_values(x), contract.outputs, strict=True):
-        g.named("Gather", [packed, "row_of"], output)
-    return g.model("encoder", contract)
+        g.output(g.one("Gather", packed, "row_of"), output)
 
 
-def build_decoder_step(checkpoint: Checkpoint, store: WeightStore, weights: WeightsFile) -> onnx.ModelProto:
-    """One decoder step: always takes a past, of length 0 at the start."""
-    g = GraphWriter(weights)
-    layers = Layers(g, checkpoint, store)
-    spec = checkpoint.spec
-    mask = _additive_mask(g) if store.cache == "float32" else "ancestors"
-    x = layers.embed("target", "ids", "positions")
-    for i in range(spec.decoder_layers):
-        name = f"decoder.{i}"
-        y = layers.before(x, f"{name}.self_attention_norm")
-        query, key, value = layers.query_key_value(y, f"{name}.self_attention")
-        pools = (layers.write(f"self_k_{i}", key), layers.write(f"self_v_{i}", value))
-        y = layers.attention(query, pools, [mask], _ATTENTION_RECTANGLE, spec.decoder_heads)
-        x = layers.after(x, layers.output(y, f"{name}.self_attention"), f"{name}.self_attention_norm")
-        query = layers.query(layers.before(x, f"{name}.cross_attention_norm"), f"{name}.cross_attention")
-        memory = (f"cross_k_{i}", f"cross_v_{i}")
-        y = layers.attention(query, memory, ["", "", "", "source_length"], _ATTENTION_RECTANGLE, spec.decoder_heads)
-        x = layers.after(x, layers.output(y, f"{name}.cross_attention"), f"{name}.cross_attention_norm")
-        x = layers.feed_forward(x, name)
+def _decoder_step(layers: Layers) -> None:
+    """One decoder step: all parts with their attentions between them. Always takes a past, of length 0 at the start."""
+    mask = _additive_mask(layers.g) if layers.store.cache == "float32" else "ancestors"
+    values = _decoder_part(layers, 0)
+    for i in range(layers.spec.decoder_layers):
+        attended = _self_attention(layers, i, values["query_key_value"], mask)
+        values = _decoder_part(layers, 2 * i + 1, attended, values["residual"])
+        attended = _cross_attention(layers, i, values["query"])
+        values = _decoder_part(layers, 2 * i + 2, attended, values["residual"])
+    _give(layers.g, values)
+
+
+def _give(g: GraphWriter, values: dict[str, str]) -> None:
+    for output, value in values.items():
+        g.output(value, output)
+
+
+def _self_attention(layers: Layers, i: int, query_key_value: str, mask: str) -> str:
+    query, key, value = layers.split(query_key_value, 3)
+    pools = (layers.write(f"self_k_{i}", key), layers.write(f"self_v_{i}", value))
+    return layers.attention(query, pools, [mask], _ATTENTION_RECTANGLE, layers.spec.decoder_heads)
+
+
+def _cross_attention(layers: Layers, i: int, query: str) -> str:
+    memory, masks = (f"cross_k_{i}", f"cross_v_{i}"), ["", "", "", "source_length"]
+    return layers.attention(query, memory, masks, _ATTENTION_RECTANGLE, layers.spec.decoder_heads)
+
+
+def _decoder_part(
+    layers: Layers, number: int, attended: str = "attended", residual: str = "residual_in"
+) -> dict[str, str]:
+    """What the decoder computes row by row between two attentions, before the first or after the last.
+
+    Args:
+        layers: Where the nodes go.
+        number: 0 before the first attention; 2 i + 1 after the self-attention of layer i; 2 i + 2 after its
+            cross-attention.
+        attended: What the attention before gives, (N, D).
+        residual: What the part before gives on, (N, D).
+
+    Returns:
+        Values by the names that a piece's outputs have.
+    """
+    if number == 0:
+        return _to_self_attention(layers, 0, layers.embed("target", "ids", "positions"))
+    i, after_cross = divmod(number - 1, 2)
+    attention = f"decoder.{i}.{'cross' if after_cross else 'self'}_attention"
+    x = layers.after(residual, layers.output(attended, attention), f"{attention}_norm")
+    if not after_cross:
+        return _to_cross_attention(layers, i, x)
+    x = layers.feed_forward(x, f"decoder.{i}")
+    return _candidates(layers, x) if i + 1 == layers.spec.decoder_layers else _to_self_attention(layers, i + 1, x)
+
+
+def _to_self_attention(layers: Layers, i: int, x: str) -> dict[str, str]:
+    name = f"decoder.{i}.self_attention"
+    return {"residual": x, "query_key_value": layers.query_key_value(layers.before(x, f"{name}_norm"), name)}
+
+
+def _to_cross_attention(layers: Layers, i: int, x: str) -> dict[str, str]:
+    name = f"decoder.{i}.cross_attention"
+    return {"residual": x, "query": layers.query(layers.before(x, f"{name}_norm"), name)}
+
+
+def _candidates(layers: Layers, x: str) -> dict[str, str]:
+    """The log-probabilities after the last layer, and the best of each row."""
+    g, spec = layers.g, layers.spec
     if spec.decoder_final_norm:
         x = layers.norm(x, "decoder.final_norm")
-    logprob = g.named("LogSoftmax", [layers.logits(x)], "logprob", axis=-1)
-    block = block_size(spec.target_vocabulary) if store.cache == "float32" else None
+    logprob = g.one("LogSoftmax", layers.logits(x), axis=-1)
+    block = block_size(spec.target_vocabulary) if layers.store.cache == "float32" else None
     if block is None:
-        g.named_pair("TopK", [logprob, "candidates"], ("top_logprob", "top_token"), axis=-1)
+        top_logprob, top_token = g.op("TopK", [logprob, "candidates"], outputs=2, axis=-1)
     else:
-        top_by_blocks(g, logprob, spec.target_vocabulary, block)
-    return g.model(
-        "decoder_step", decoder_step_graph(spec.decoder_layers, spec.d_model, spec.target_vocabulary, store.cache)
-    )
+        top_logprob, top_token = top_by_blocks(g, logprob, spec.target_vocabulary, block)
+    return {"top_logprob": top_logprob, "top_token": top_token, "logprob": logprob}
 
 
 def _additive_mask(g: GraphWriter) -> str:
-    """What `ancestors` adds to attention scores. The CPU's kernel would convert a boolean mask in every layer.
+    """What `ancestors` adds to attention scores. A boolean mask would be converted in every layer.
 
     Finite, so that the rectangle's places where nobody stands give no NaN; far below any score, so that what is masked
     has a weight of exactly zero.
@@ -87,11 +148,14 @@ def block_size(vocabulary: int) -> int | None:
     return min(divisors, key=lambda n: n / best + best / n, default=None)
 
 
-def top_by_blocks(g: GraphWriter, logprob: str, vocabulary: int, block: int) -> None:
+def top_by_blocks(g: GraphWriter, logprob: str, vocabulary: int, block: int) -> tuple[str, str]:
     """The C best of each row, (N, V), exactly: they lie in the C blocks with the largest maxima.
 
     Two small selections and a maximum per block cost half of one selection from the whole row. Of equal numbers the
     one in the better block comes first, then the lower token; so the first of C candidates are the same for any C.
+
+    Returns:
+        Their log-probabilities and their tokens, (N, C) each.
     """
     count = vocabulary // block
     size = g.constant([block], np.int64)
@@ -100,8 +164,7 @@ def top_by_blocks(g: GraphWriter, logprob: str, vocabulary: int, block: int) -> 
     _, best = g.op("TopK", [largest, g.one("Clip", "candidates", "", g.constant(count, np.int64))], outputs=2, axis=-1)
     taken = g.one("GatherND", blocks, g.one("Unsqueeze", best, g.constant([-1], np.int64)), batch_dims=1)
     row = g.one("Reshape", taken, g.constant([0, -1], np.int64))
-    place = "place"
-    g.named_pair("TopK", [row, "candidates"], ("top_logprob", place), axis=-1)
+    top_logprob, place = g.op("TopK", [row, "candidates"], outputs=2, axis=-1)
     which = g.one("GatherElements", best, g.one("Div", place, size), axis=1)
     within = g.one("Mod", place, size)
-    g.named("Add", [g.one("Mul", which, size), within], "top_token")
+    return top_logprob, g.one("Add", g.one("Mul", which, size), within)

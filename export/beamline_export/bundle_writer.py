@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 
 import beamline_server
-from beamline_export.build_graphs import build_decoder_step, build_encoder
+from beamline_export.build_graphs import build_graphs
 from beamline_export.calibration import (
     MOST_SENTENCES,
     RangeStore,
@@ -35,7 +35,7 @@ from beamline_export.expectation_check import ExpectedOutputs
 from beamline_export.expectations import Expectations, read_expectations
 from beamline_export.families.registry import Family, detect
 from beamline_export.graph_writer import WeightsFile
-from beamline_export.graphs import GraphSpec, decoder_step_graph, encoder_graph
+from beamline_export.graphs import GraphSpec, bundle_graphs
 from beamline_export.known_settings import bounded
 from beamline_export.parity import Probe, check_contract, check_parity, random_sources
 from beamline_export.precision import STORES, CalibratedInt8Store, WeightStore
@@ -43,8 +43,6 @@ from beamline_export.progress import Progress
 from beamline_export.spec import Checkpoint, ExportError, check_weights
 from beamline_export.vocabularies import check_vocabularies
 from beamline_server.bundle import (
-    DECODER_STEP,
-    ENCODER,
     FORMAT_VERSION,
     MANIFEST,
     NAME_PATTERN,
@@ -256,21 +254,14 @@ def _write(
     activations: Activations | None,
 ) -> "_Writing":
     """All files but the manifest."""
-    _write_graphs(checkpoint, store, folder)
+    with WeightsFile(folder / WEIGHTS) as weights:
+        graphs = build_graphs(checkpoint, store, options.precision, weights)
+    for file, graph in graphs.items():
+        (folder / file).write_bytes(graph.SerializeToString(deterministic=True))
     _copy_tokenizer(checkpoint, source, folder)
     weightless = dataclasses.replace(checkpoint, weights={})
     name = options.name or _plain_name(source)
     return _Writing(weightless, store.cache, folder, options, name, activations, _sums(folder))
-
-
-def _write_graphs(checkpoint: Checkpoint, store: WeightStore, folder: Path) -> None:
-    with WeightsFile(folder / WEIGHTS) as weights:
-        graphs = {
-            ENCODER: build_encoder(checkpoint, store, weights),
-            DECODER_STEP: build_decoder_step(checkpoint, store, weights),
-        }
-    for name, graph in graphs.items():
-        (folder / name).write_bytes(graph.SerializeToString(deterministic=True))
 
 
 def _copy_tokenizer(checkpoint: Checkpoint, source: Path, folder: Path) -> None:
@@ -302,12 +293,7 @@ class _Writing:
 
     def contracts(self) -> dict[str, GraphSpec]:
         """What the graphs promise."""
-        spec = self.checkpoint.spec
-        layers, width = spec.decoder_layers, spec.d_model
-        return {
-            ENCODER: encoder_graph(layers, width, self.cache),
-            DECODER_STEP: decoder_step_graph(layers, width, spec.target_vocabulary, self.cache),
-        }
+        return bundle_graphs(self.checkpoint.spec, self.options.precision, self.cache)
 
     def manifest(self, *, parity: dict[str, Any] | None = None, golden: list[dict[str, Any]] | None = None) -> Bundle:
         """Write the manifest, and read it as the server will.
@@ -329,6 +315,7 @@ class _Writing:
             "dimensions": {
                 "d_model": spec.d_model,
                 "decoder_layers": spec.decoder_layers,
+                "decoder_heads": spec.decoder_heads,
                 "source_vocabulary": spec.source_vocabulary,
                 "target_vocabulary": spec.target_vocabulary,
                 "max_source_tokens": spec.max_source_positions,

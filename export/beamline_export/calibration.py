@@ -63,8 +63,8 @@ class RangeStore(Fp32Store):
 
 
 def _add_range(g: GraphWriter, x: str, product: str) -> None:
-    inputs = [g.one("Abs", x), g.constant([-1], np.int64)]
-    g.add_output(g.named("ReduceMax", inputs, f"{_RANGE}{product}", keepdims=0), TensorSpec("float32", ("N",)))
+    largest = g.one("ReduceMax", g.one("Abs", x), g.constant([-1], np.int64), keepdims=0)
+    g.add_output(largest, f"{_RANGE}{product}", TensorSpec("float32", ("N",)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,7 @@ class GraphWriter:
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, TensorProto] = {}
         self._made: dict[str, tuple[str, ...]] = {}
+        self._outputs: dict[str, str] = {}
         self._added: dict[str, TensorSpec] = {}
 
     def op(self, kind: str, inputs: Sequence[str], *, outputs: int = 1, **attributes: Any) -> list[str]:
@@ -89,18 +90,14 @@ class GraphWriter:
         """Append a node with one output; returns its name."""
         return self.op(kind, inputs, **attributes)[0]
 
-    def named(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        """Append a node whose only output is a graph output of this name."""
-        self._append(kind, inputs, [output], attributes)
-        return output
+    def output(self, value: str, name: str) -> None:
+        """Make what a node gives the graph output of this name."""
+        self._outputs[value] = name
 
-    def named_pair(self, kind: str, inputs: Sequence[str], outputs: tuple[str, str], **attributes: Any) -> None:
-        """Append a node whose two outputs are graph outputs of these names."""
-        self._append(kind, inputs, outputs, attributes)
-
-    def add_output(self, value: str, tensor: TensorSpec) -> None:
-        """Make a value of this graph one of its outputs, beyond the contract."""
-        self._added[value] = tensor
+    def add_output(self, value: str, name: str, tensor: TensorSpec) -> None:
+        """As `output`, beyond the contract."""
+        self.output(value, name)
+        self._added[name] = tensor
 
     def once(self, key: str, make: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
         """Names of values that this graph computes once, at the first use."""
@@ -122,6 +119,9 @@ class GraphWriter:
 
     def model(self, name: str, spec: GraphSpec) -> onnx.ModelProto:
         """The finished graph with the inputs and outputs of its contract, and what `add_output` added."""
+        for node in self._nodes:
+            node.input[:] = [self._outputs.get(value, value) for value in node.input]
+            node.output[:] = [self._outputs.get(value, value) for value in node.output]
         graph = helper.make_graph(
             self._nodes,
             name,

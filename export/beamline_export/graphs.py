@@ -1,5 +1,9 @@
 """The graph contract as data: names, types and symbolic axes of what goes in and comes out.
 
+`bundle_graphs` says which graphs there are. The decoder is one graph where attention is a node of it (CUDA), and where
+the engine computes attention itself (CPU), the pieces between the attentions: each computes row by row, and takes what
+the attention before it gave, and the residual of the piece before.
+
 Axes: S sentences, N rows, Q query length of the attention rectangle, P slots of the self-attention pool, R source
 length of the cross-attention rectangle, D width, C candidates per row.
 
@@ -14,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from beamline_export.spec import TransformerSpec
+from beamline_server.bundle import DECODER_STEP, ENCODER, decoder_graphs, decoder_pieces
 from beamline_server.engine.ort.cuda.row_mover import row_parts
 
 Axis = str | int
@@ -42,6 +48,24 @@ class GraphSpec:
             side: {name: [tensor.element_type, *tensor.axes] for name, tensor in tensors.items()}
             for side, tensors in sides.items()
         }
+
+
+def bundle_graphs(spec: TransformerSpec, precision: str, cache: ElementType) -> dict[str, GraphSpec]:
+    """The contracts of all graphs of a bundle, by the names of their files.
+
+    Args:
+        spec: The architecture.
+        precision: The bundle's.
+        cache: Element type of keys and values.
+    """
+    layers, width, vocabulary = spec.decoder_layers, spec.d_model, spec.target_vocabulary
+    contracts = {
+        ENCODER: encoder_graph(layers, width, cache),
+        DECODER_STEP: decoder_step_graph(layers, width, vocabulary, cache),
+    }
+    for number, name in enumerate(decoder_pieces(layers)):
+        contracts[name] = decoder_piece_graph(number, layers, width, vocabulary)
+    return {name: contracts[name] for name in (ENCODER, *decoder_graphs(precision, layers))}
 
 
 def encoder_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:
@@ -84,7 +108,30 @@ def decoder_step_graph(layers: int, width: int, vocabulary: int, cache: ElementT
     }
     for i in range(layers):
         inputs |= {f"self_k_{i}": pool, f"self_v_{i}": pool, f"cross_k_{i}": rectangle, f"cross_v_{i}": rectangle}
-    outputs = {"top_logprob": TensorSpec("float32", ("N", "C")), "top_token": TensorSpec("int64", ("N", "C"))}
-    outputs["logprob"] = TensorSpec("float32", ("N", vocabulary))
-    outputs |= {f"self_{kind}_{i}_out": pool for i in range(layers) for kind in ("k", "v")}
-    return GraphSpec(inputs, outputs)
+    pools = {f"self_{kind}_{i}_out": pool for i in range(layers) for kind in ("k", "v")}
+    return GraphSpec(inputs, {**_candidates(vocabulary), **pools})
+
+
+def decoder_piece_graph(number: int, layers: int, width: int, vocabulary: int) -> GraphSpec:
+    """What one decoder piece computes of every live row; the first takes tokens, the last gives candidates.
+
+    `attended` is what the attention before the piece gave, `residual_in` the `residual` of the piece before.
+    `query_key_value` are queries, keys and values of the next self-attention side by side, `query` the queries of the
+    next cross-attention. `candidates` and `logprob` are as those of the whole step.
+    """
+    rows = TensorSpec("float32", ("N", width))
+    ids = TensorSpec("int64", ("N",))
+    inputs = {"ids": ids, "positions": ids} if number == 0 else {"attended": rows, "residual_in": rows}
+    if number == 2 * layers:
+        return GraphSpec({**inputs, "candidates": TensorSpec("int64", (1,))}, _candidates(vocabulary))
+    if number % 2:
+        return GraphSpec(inputs, {"residual": rows, "query": rows})
+    return GraphSpec(inputs, {"residual": rows, "query_key_value": TensorSpec("float32", ("N", 3 * width))})
+
+
+def _candidates(vocabulary: int) -> dict[str, TensorSpec]:
+    return {
+        "top_logprob": TensorSpec("float32", ("N", "C")),
+        "top_token": TensorSpec("int64", ("N", "C")),
+        "logprob": TensorSpec("float32", ("N", vocabulary)),
+    }

@@ -63,14 +63,17 @@ class Layers:
         total = self.g.one("Add", x, y)
         return self.norm(total, norm) if self.spec.norm_placement is NormPlacement.POST else total
 
-    def query_key_value(self, x: str, name: str) -> list[str]:
-        """Queries, keys and values of self-attention, each (N, D), by one product."""
+    def query_key_value(self, x: str, name: str) -> str:
+        """Queries, keys and values of self-attention side by side, (N, 3 D), by one product."""
         parts = [self.weights(f"{name}.{p}.weight") for p in ("query", "key", "value")]
         bias = self.weights(f"{name}.query.bias")
         # See `output`: keys and values go without their biases.
         padded = np.concatenate([bias, np.zeros(2 * self.spec.d_model, np.float32)])
-        product = self._linear(x, f"{name}.qkv", np.concatenate(parts), padded)
-        return self.g.op("Split", [product], outputs=3, axis=-1, num_outputs=3)
+        return self._linear(x, f"{name}.qkv", np.concatenate(parts), padded)
+
+    def split(self, x: str, count: int) -> list[str]:
+        """Cut (N, count D) into parts of (N, D) each."""
+        return self.g.op("Split", [x], outputs=count, axis=-1, num_outputs=count)
 
     def query(self, x: str, name: str) -> str:
         """Queries of cross-attention, (N, D)."""
@@ -81,8 +84,7 @@ class Layers:
         layers = range(self.spec.decoder_layers)
         names = [f"decoder.{i}.cross_attention.{p}.weight" for i in layers for p in ("key", "value")]
         product = self._linear(memory, "cross_kv", np.concatenate([self.weights(n) for n in names]), None)
-        count = len(names)
-        return self.g.op("Split", [product], outputs=count, axis=-1, num_outputs=count) if count > 1 else [product]
+        return self.split(product, len(names))
 
     def write(self, pool: str, rows: str) -> str:
         """Write rows (N, D) into their slots of a pool, in place; the pool as (S, P, D)."""

@@ -42,7 +42,9 @@ class WeightStore(ABC):
 
     def write(self, g: GraphWriter, pool: str, rows: str, width: int) -> str:  # noqa: ARG002 - fp16 needs it
         """Write rows (N, width) into the slots of a pool, in place; the pool as (S, P, width)."""
-        return g.named("ScatterND", [pool, "slot", rows], f"{pool}_out")
+        written = g.one("ScatterND", pool, "slot", rows)
+        g.output(written, f"{pool}_out")
+        return written
 
     def vector(self, g: GraphWriter, name: str, values: Array) -> str:
         """A bias or a normalization weight, in the type of activations."""
@@ -110,7 +112,8 @@ class Fp16Store(WeightStore):
 
         (places,) = g.once("slot parts", lambda: (g.one("Add", "slot", g.weight("row_part_numbers", numbers)),))
         parts = g.one("Reshape", rows, g.constant([-1, count, part], np.int64))
-        written = g.named("ScatterND", [pool, places, parts], f"{pool}_out")
+        written = g.one("ScatterND", pool, places, parts)
+        g.output(written, f"{pool}_out")
         return g.one("Reshape", written, g.constant([0, 0, width], np.int64))
 
     def vector(self, g: GraphWriter, name: str, values: Array) -> str:

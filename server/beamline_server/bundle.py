@@ -2,11 +2,13 @@
 
 A bundle is a folder:
 
-    manifest.json       this module's `Manifest`
-    encoder.onnx        ids -> cross-attention keys and values
-    decoder_step.onnx   one step of the decoder over packed rows
-    weights.bin         every weight once; both graphs point into it
-    tokenizer files     as the manifest names them
+    manifest.json           this module's `Manifest`
+    encoder.onnx            ids -> cross-attention keys and values
+    decoder_step.onnx       one step of the decoder over packed rows; for CUDA (fp16, fp32)
+    decoder_piece_….onnx    the same step cut at its attentions; for the CPU (int8, fp32): piece 0 before the first
+                            self-attention, one piece after each attention
+    weights.bin             every weight once; all graphs point into it
+    tokenizer files         as the manifest names them
 
 The server refuses what it cannot verify and says which file and why. It holds what it serves in memory: files that
 change later change nothing, so a file may be a link to wherever a store keeps the content. Files that it does not know,
@@ -26,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from beamline_server.engine.request import MAX_BEAMS, MAX_LENGTH_PENALTY
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 ENCODER = "encoder.onnx"
 DECODER_STEP = "decoder_step.onnx"
@@ -36,12 +38,25 @@ EXIT_BUNDLE = 3
 """Exit status of a command whose bundle cannot be served."""
 MOST_FOREIGN_TOLD = 8
 """Files that are no part of a bundle are named up to so many."""
+MOST_LAYERS = 1000
+"""Decoders of more layers are no models: it bounds how many files are looked for."""
 _LONGEST_MANIFEST = 16 * 1024 * 1024
 
 NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 Precision = Literal["fp32", "fp16", "int8"]
 TokenId = Annotated[int, Field(ge=0)]
+
+
+def decoder_pieces(layers: int) -> list[str]:
+    """Names of the graphs that a decoder step of so many layers is cut into at its attentions, in their order."""
+    return [f"decoder_piece_{number}.onnx" for number in range(2 * layers + 1)]
+
+
+def decoder_graphs(precision: str, layers: int) -> list[str]:
+    """Names of the decoder's graphs in a bundle: the whole step where CUDA runs it, the pieces where the CPU does."""
+    whole, pieces = [DECODER_STEP], decoder_pieces(layers)
+    return {"fp16": whole, "int8": pieces, "fp32": [*whole, *pieces]}[precision]
 
 
 class BundleError(Exception):
@@ -68,7 +83,8 @@ class Dimensions(_Model):
     """The sizes of the model that the engine needs."""
 
     d_model: int = Field(gt=0)
-    decoder_layers: int = Field(gt=0)
+    decoder_layers: int = Field(gt=0, le=MOST_LAYERS)
+    decoder_heads: int = Field(gt=0)
     source_vocabulary: int = Field(gt=0)
     target_vocabulary: int = Field(gt=1)
     max_source_tokens: int = Field(gt=0)
@@ -165,7 +181,7 @@ class Activations(_Model):
 class Manifest(_Model):
     """Everything the server needs to know about a bundle."""
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     name: str = Field(pattern=NAME_PATTERN)
     architecture: str
     precision: Precision
@@ -189,7 +205,10 @@ class Manifest(_Model):
         yield from self._token_problems()
         yield from self._golden_problems()
         yield from self._activation_problems()
-        defaults, longest = self.generation_defaults, self.dimensions.max_target_tokens
+        dimensions, defaults = self.dimensions, self.generation_defaults
+        if dimensions.d_model % dimensions.decoder_heads:
+            yield f"dimensions: decoder_heads {dimensions.decoder_heads} does not divide d_model {dimensions.d_model}"
+        longest = dimensions.max_target_tokens
         if not defaults.min_new_tokens <= defaults.max_new_tokens <= longest:
             limits = f"min_new_tokens {defaults.min_new_tokens}, max_new_tokens {defaults.max_new_tokens}"
             yield f"generation_defaults: {limits} and the model's {longest} positions are not in this order"
@@ -197,7 +216,8 @@ class Manifest(_Model):
             yield f"generation_defaults: n_best {defaults.n_best} is more than beam_size {defaults.beam_size}"
 
     def _file_problems(self) -> Iterator[str]:
-        for required in (ENCODER, DECODER_STEP, WEIGHTS, *self.tokenizer.files):
+        graphs = (ENCODER, *decoder_graphs(self.precision, self.dimensions.decoder_layers))
+        for required in (*graphs, WEIGHTS, *self.tokenizer.files):
             if required not in self.files:
                 yield f"files: {required!r} is not listed"
         for name in self.files:

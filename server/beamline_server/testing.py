@@ -21,7 +21,7 @@ from google.rpc import status_pb2
 from prometheus_client import CollectorRegistry
 
 from beamline.v1.generation_pb2_grpc import GenerationServiceStub
-from beamline_server.bundle import MANIFEST, Bundle, FileEntry, Manifest
+from beamline_server.bundle import FORMAT_VERSION, MANIFEST, Bundle, FileEntry, Manifest, decoder_graphs
 from beamline_server.engine.errors import EngineError, EngineStopped, RequestCancelled
 from beamline_server.engine.request import (
     Completed,
@@ -81,9 +81,9 @@ class ByteTokenizer:
 def make_manifest(**changes: object) -> Manifest:
     """A manifest for the byte tokenizer, with these fields changed."""
     entry = {"sha256": "0" * 64, "bytes": 0}
-    files = ("encoder.onnx", "decoder_step.onnx", "weights.bin")
+    files = ("encoder.onnx", *decoder_graphs("fp32", 1), "weights.bin")
     fields: dict[str, object] = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "name": "test-model",
         "architecture": "marian",
         "precision": "fp32",
@@ -91,6 +91,7 @@ def make_manifest(**changes: object) -> Manifest:
         "dimensions": {
             "d_model": 8,
             "decoder_layers": 1,
+            "decoder_heads": 2,
             "source_vocabulary": VOCABULARY,
             "target_vocabulary": VOCABULARY,
             "max_source_tokens": 512,

@@ -10,11 +10,19 @@ from typing import Any
 
 import pytest
 
-from beamline_server.bundle import MANIFEST, BundleError, load_bundle, read_manifest
+from beamline_server.bundle import (
+    DECODER_STEP,
+    MANIFEST,
+    BundleError,
+    decoder_graphs,
+    decoder_pieces,
+    load_bundle,
+    read_manifest,
+)
 from beamline_server.testing import make_manifest, write_bundle
 
 CALIBRATED = {"scaled": "calibrated", "sentences": 400, "ranges": {"head.weight": 8.5, "cross_kv": 0.0}}
-FILES = ["encoder.onnx", "decoder_step.onnx", "weights.bin"]
+FILES = ["encoder.onnx", *decoder_graphs("fp32", 1), "weights.bin"]
 
 
 def scale(activations: object) -> Callable[[Any], object]:
@@ -158,7 +166,7 @@ def test_tokenizer_files_must_be_listed(edit: Callable[..., Path]) -> None:
     assert error.problem == "files: '../../tokenizer.json' is not listed"
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5, [1], ...])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None, 1.5, [1], ...])
 def test_another_format_version_asks_for_another_export(version: object, edit: Callable[..., Path]) -> None:
     def change(data: dict[str, object]) -> None:
         data.pop("format_version")
@@ -168,10 +176,10 @@ def test_another_format_version_asks_for_another_export(version: object, edit: C
     error = refused(edit(change))
     assert error.path.name == MANIFEST
     assert error.problem.startswith("format version ")
-    assert error.problem.endswith("this server reads 1: export the model again")
+    assert error.problem.endswith("this server reads 2: export the model again")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"format_version": 1'])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"format_version": 2'])
 def test_a_manifest_that_is_no_json_is_named(content: bytes, bundle: Path) -> None:
     (bundle / MANIFEST).write_bytes(content)
     error = refused(bundle)
@@ -211,6 +219,8 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
         (lambda d: d["dimensions"].update(heads=4), "dimensions.heads"),
         (lambda d: d["dimensions"].update(d_model=0), "dimensions.d_model"),
         (lambda d: d["dimensions"].update(d_model="8 or so"), "dimensions.d_model"),
+        (lambda d: d["dimensions"].update(decoder_layers=10**9), "dimensions.decoder_layers"),
+        (lambda d: d["dimensions"].pop("decoder_heads"), "dimensions.decoder_heads"),
         (lambda d: d["special_tokens"].update(eos=[-1]), "special_tokens.eos.0"),
         (lambda d: d["special_tokens"].update(pad=-1), "special_tokens.pad"),
         (lambda d: d["generation_defaults"].update(beam_size=17), "generation_defaults.beam_size"),
@@ -258,12 +268,28 @@ def test_all_invalid_fields_are_named_at_once(edit: Callable[..., Path]) -> None
         (scale({**CALIBRATED, "ranges": {}}), "activations: ranges, and how many sentences"),
         (scale({**CALIBRATED, "scaled": "per_row"}), "activations: ranges, and how many sentences"),
         (lambda d: d["files"].pop("decoder_step.onnx"), "files: 'decoder_step.onnx' is not listed"),
+        (lambda d: d["files"].pop("decoder_piece_2.onnx"), "files: 'decoder_piece_2.onnx' is not listed"),
+        (lambda d: d["dimensions"].update(decoder_layers=2), "files: 'decoder_piece_3.onnx' is not listed"),
+        (lambda d: d["dimensions"].update(decoder_heads=3), "dimensions: decoder_heads 3 does not divide d_model 8"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_named(
     change: Callable[[Any], object], problem: str, edit: Callable[..., Path]
 ) -> None:
     assert refused(edit(change)).problem.startswith(problem)
+
+
+@pytest.mark.parametrize(("precision", "unused"), [("fp16", decoder_pieces(1)), ("int8", [DECODER_STEP])])
+def test_graphs_that_no_device_of_a_precision_runs_need_not_be_there(
+    precision: str, unused: list[str], edit: Callable[..., Path]
+) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["precision"] = precision
+        for name in unused:
+            data["files"].pop(name)
+
+    bundle = load_bundle(edit(change))
+    assert set(bundle.manifest.files) == {"encoder.onnx", *decoder_graphs(precision, 1), "weights.bin"}
 
 
 def test_how_activations_are_scaled_is_read_and_need_not_be_told(edit: Callable[..., Path]) -> None:

@@ -22,7 +22,7 @@ from beamline_export.precision import Fp32Store
 from beamline_export.progress import Progress
 from beamline_export.reference import Reference
 from beamline_export.spec import Array, Checkpoint, ExportError
-from beamline_server.bundle import DECODER_STEP, ENCODER, MANIFEST, WEIGHTS, Bundle, load_bundle
+from beamline_server.bundle import DECODER_STEP, ENCODER, MANIFEST, WEIGHTS, Bundle, decoder_pieces, load_bundle
 
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 
@@ -291,20 +291,22 @@ def test_the_manifest_tells_how_the_bundle_came_to_be(checkpoint: Any, tmp_path:
     assert manifest.spec["norm_placement"] == "post"
     assert manifest.parity["device"] == "cpu"
     assert len(manifest.golden) == 3
-    assert set(manifest.graphs) == {"encoder.onnx", "decoder_step.onnx"}
+    assert list(manifest.graphs) == [ENCODER, DECODER_STEP, *decoder_pieces(1)]
+    assert manifest.graphs.keys() < manifest.files.keys()
+    assert (manifest.dimensions.decoder_layers, manifest.dimensions.decoder_heads) == (1, 4)
 
 
 def test_graphs_that_break_their_contract_are_named(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
     from beamline_export.graphs import decoder_step_graph
 
     bundle = export(checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent)
-    check_contract(bundle, {DECODER_STEP: decoder_step_graph(1, 32, "float32")})
+    check_contract(bundle, {DECODER_STEP: decoder_step_graph(1, 32, 120, "float32")})
     with pytest.raises(
         ExportError, match=r"decoder_step\.onnx does not meet its contract in cross_k_1, cross_v_1, self_k_1"
     ):
-        check_contract(bundle, {DECODER_STEP: decoder_step_graph(2, 32, "float32")})
+        check_contract(bundle, {DECODER_STEP: decoder_step_graph(2, 32, 120, "float32")})
     with pytest.raises(ExportError, match="does not meet its contract in ancestors, cross_k_0"):
-        check_contract(bundle, {DECODER_STEP: decoder_step_graph(1, 32, "float16")})
+        check_contract(bundle, {DECODER_STEP: decoder_step_graph(1, 32, 120, "float16")})
 
 
 def test_weights_are_given_up_before_the_reference_is_loaded(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
@@ -358,7 +360,8 @@ def test_nothing_is_measured_while_a_calibrated_bundle_serves(
 ) -> None:
     """One node quantizes, one multiplies; the ranges are in the graphs."""
     bundle = export(checkpoint.folder, tmp_path / "bundle", ExportOptions("int8", calibrate=sentences), silent)
-    kinds = [node.op_type for name in (ENCODER, DECODER_STEP) for node in onnx.load(bundle.file(name)).graph.node]
+    graphs = [ENCODER, *decoder_pieces(1)]
+    kinds = [node.op_type for name in graphs for node in onnx.load(bundle.file(name)).graph.node]
     assert bundle.manifest.activations is not None
     products = len(bundle.manifest.activations.ranges)
     assert kinds.count("QuantizeLinear") == kinds.count("MatMulIntegerToFloat") == products

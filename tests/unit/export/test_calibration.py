@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from beamline_export.agreement import search_all
-from beamline_export.build_graphs import build_decoder_step, build_encoder
+from beamline_export.build_graphs import build_graphs
 from beamline_export.bundle_writer import ExportOptions, export
 from beamline_export.calibration import (
     MOST_SENTENCES,
@@ -31,7 +31,7 @@ from beamline_export.progress import Progress
 from beamline_export.reference import HuggingFaceReference
 from beamline_export.spec import ExportError
 from beamline_export.testing import DECODER_START, EOS, write_hugging_face
-from beamline_server.bundle import DECODER_STEP, ENCODER, WEIGHTS, Bundle, FileEntry, GenerationDefaults, load_bundle
+from beamline_server.bundle import WEIGHTS, Bundle, FileEntry, GenerationDefaults, load_bundle
 from beamline_server.engine.ort.sessions import session_options
 from beamline_server.engine.request import EarlyStopping, SearchOptions
 from beamline_server.models.load import build_backend, model_rules
@@ -149,7 +149,7 @@ def test_a_range_is_the_largest_magnitude_of_a_products_input(tmp_path: Path) ->
         g, store = GraphWriter(weights), RangeStore()
         hidden = store.linear(g, "x", "up", weight, None)
         hidden = store.linear(g, hidden, "down", weight, weight[0], rectify=True)
-        g.named("Identity", [store.head(g, hidden, "table", weight, None)], "y")
+        g.output(store.head(g, hidden, "table", weight, None), "y")
     axes = ("N", 8)
     model = g.model("test", GraphSpec({"x": TensorSpec("float32", axes)}, {"y": TensorSpec("float32", axes)}))
     (tmp_path / "graph.onnx").write_bytes(model.SerializeToString())
@@ -170,15 +170,12 @@ def with_ranges(checkpoint: Path, target: Path) -> Bundle:
     bundle = export(checkpoint, target, ExportOptions(), Progress(io.StringIO()))
     read = detect(checkpoint).read(checkpoint)
     with WeightsFile(target / WEIGHTS) as weights:
-        graphs = {name: build(read, RangeStore(), weights) for name, build in BUILD.items()}
+        graphs = build_graphs(read, RangeStore(), "fp32", weights)
     for name, graph in graphs.items():
         (target / name).write_bytes(graph.SerializeToString())
     contents = {name: (target / name).read_bytes() for name in bundle.manifest.files}
     files = {n: FileEntry(sha256=hashlib.sha256(c).hexdigest(), bytes=len(c)) for n, c in contents.items()}
     return Bundle(target, bundle.manifest.model_copy(update={"files": files}), bundle.fingerprint)
-
-
-BUILD = {ENCODER: build_encoder, DECODER_STEP: build_decoder_step}
 
 
 class Inputs:

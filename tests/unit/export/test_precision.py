@@ -49,10 +49,6 @@ def normal(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def named(g: GraphWriter, value: str, output: str) -> str:
-    return g.named("Identity", [value], output)
-
-
 def test_columns_are_quantized_to_their_own_largest_value() -> None:
     weight = np.array([[1.27, -0.635, 0.0], [0.0, 0.0, 0.0], [-2.54, 0.02, 1.0]], np.float32)
     assert column_scales(weight)[[0, 2]] == pytest.approx([0.01, 0.02])
@@ -75,8 +71,8 @@ def test_rows_are_quantized_to_their_own_largest_value(
 
     def build(g: GraphWriter) -> dict[str, str]:
         quantized, scale, _ = quantize_rows(g, "x", rectify=rectify)
-        g.named("Cast", [quantized], "steps", to=1)
-        named(g, scale, "scale")
+        g.output(g.one("Cast", quantized, to=1), "steps")
+        g.output(scale, "scale")
         return {"steps": "float32", "scale": "float32"}
 
     found = run(tmp_path, build, {"x": x})
@@ -92,7 +88,7 @@ def test_a_row_without_size_gives_the_bias(store: Int8Store, rectify: bool, tmp_
     x = np.stack([np.zeros(16, np.float32), normal(16, seed=2), -np.abs(normal(16, seed=3)) * rectify])
 
     def build(g: GraphWriter) -> dict[str, str]:
-        named(g, store.linear(g, "x", "w", normal(8, 16), bias, rectify=rectify), "y")
+        g.output(store.linear(g, "x", "w", normal(8, 16), bias, rectify=rectify), "y")
         return {"y": "float32"}
 
     found = run(tmp_path, build, {"x": x})["y"]
@@ -107,7 +103,7 @@ def test_a_product_may_rectify_its_input(store: WeightStore, tmp_path: Path) -> 
     weight, x = normal(8, 64), normal(20, 64, seed=2)
 
     def build(g: GraphWriter) -> dict[str, str]:
-        named(g, store.linear(g, "x", "w", weight, None, rectify=True), "y")
+        g.output(store.linear(g, "x", "w", weight, None, rectify=True), "y")
         return {"y": "float32"}
 
     tolerance = 1e-5 if isinstance(store, Fp32Store) else 0.15
@@ -119,7 +115,7 @@ def test_what_lies_beyond_the_calibrated_range_saturates(tmp_path: Path) -> None
     weight, x = np.eye(16, dtype=np.float32), np.linspace(-4, 4, 48, dtype=np.float32).reshape(3, 16)
 
     def build(g: GraphWriter) -> dict[str, str]:
-        named(g, CalibratedInt8Store({"w": 2.0}).linear(g, "x", "w", weight, None), "y")
+        g.output(CalibratedInt8Store({"w": 2.0}).linear(g, "x", "w", weight, None), "y")
         return {"y": "float32"}
 
     together = run(tmp_path, build, {"x": x})["y"]
@@ -135,7 +131,7 @@ def test_int8_products_do_not_overflow(store: Int8Store, product: str, rows: int
     x, weight = np.ones((rows, 64), np.float32), np.ones((48, 64), np.float32)
 
     def build(g: GraphWriter) -> dict[str, str]:
-        named(g, getattr(store, product)(g, "x", "w", weight, None), "y")
+        g.output(getattr(store, product)(g, "x", "w", weight, None), "y")
         return {"y": "float32"}
 
     assert run(tmp_path, build, {"x": x})["y"] == pytest.approx(np.full((rows, 48), 64), rel=1e-5)
@@ -149,7 +145,7 @@ def test_an_int8_row_does_not_depend_on_its_neighbours(product: str, bias: bool,
     x = normal(24, 32, seed=2) * np.logspace(-3, 6, 24, dtype=np.float32)[:, None]
 
     def build(g: GraphWriter) -> dict[str, str]:
-        named(g, getattr(STORES["int8"](), product)(g, "x", "w", weight, addend), "y")
+        g.output(getattr(STORES["int8"](), product)(g, "x", "w", weight, addend), "y")
         return {"y": "float32"}
 
     together = run(tmp_path, build, {"x": x})["y"]
@@ -170,8 +166,8 @@ def test_a_tied_embedding_is_stored_once(precision: str, tmp_path: Path) -> None
     cache = store.cache
 
     def build(g: GraphWriter) -> dict[str, str]:
-        named(g, store.embedding(g, "ids", "table", table), "rows")
-        named(g, store.head(g, "x", "table", table, None), "logits")
+        g.output(store.embedding(g, "ids", "table", table), "rows")
+        g.output(store.head(g, "x", "table", table, None), "logits")
         return {"rows": cache, "logits": "float32"}
 
     x = normal(3, 32, seed=1).astype(cache)
@@ -237,7 +233,7 @@ def test_rows_are_written_into_their_slots(precision: str, width: int, tmp_path:
 
     def build(g: GraphWriter) -> dict[str, str]:
         after = store.write(g, "pool", "rows", width)
-        g.named("Reshape", [after, g.constant([15, width], np.int64)], "after")
+        g.output(g.one("Reshape", after, g.constant([15, width], np.int64)), "after")
         return {"after": str(np.dtype(store.cache))}
 
     named_slots = np.concatenate([slot, np.zeros((2, 1), np.int64)], axis=1)[:, None] if half else slot

@@ -17,13 +17,16 @@ def select(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     with WeightsFile(folder / "weights.bin") as weights:
         g = GraphWriter(weights)
-        top_by_blocks(g, "x", logprob.shape[1], block)
+        for value, name in zip(
+            top_by_blocks(g, "x", logprob.shape[1], block), ("top_logprob", "top_token"), strict=True
+        ):
+            g.output(value, name)
     inputs = {"x": TensorSpec("float32", ("N", "V")), "candidates": TensorSpec("int64", (1,))}
     outputs = {"top_logprob": TensorSpec("float32", ("N", "C")), "top_token": TensorSpec("int64", ("N", "C"))}
     model = g.model("test", GraphSpec(inputs, outputs)).SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    value, token = session.run(list(outputs), {"x": logprob, "candidates": np.array([count], np.int64)})
-    return value, token
+    best, token = session.run(list(outputs), {"x": logprob, "candidates": np.array([count], np.int64)})
+    return best, token
 
 
 @pytest.mark.parametrize("count", [1, 2, 10, 13, 34, 120])
