@@ -6,9 +6,7 @@ largest magnitude seen is the product's range.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +20,7 @@ from beamline_export.parity import Progress
 from beamline_export.precision import Fp32Store
 from beamline_export.spec import Array, ExportError
 from beamline_server.bundle import Bundle, GenerationDefaults
-from beamline_server.engine.ort.cpu import CpuBackend, CpuMemory
-from beamline_server.engine.ort.sessions import Sessions
+from beamline_server.engine.ort.cpu import CpuBackend
 from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, SearchOptions
 from beamline_server.models.forced import forced_decode
 from beamline_server.models.load import model_rules, usable_cores
@@ -38,6 +35,8 @@ _AT_ONCE = 16
 _MORE_TOKENS = 32
 """A search ends after this many tokens more than twice its source's."""
 _MOST_PROBLEMS = 8
+Magnitudes = NDArray[np.float32]
+"""The largest magnitude in each row of a product's input, (N,)."""
 _RANGE = "range:"
 """What the names of the additional outputs begin with; the product's name follows."""
 
@@ -177,15 +176,22 @@ def measure_ranges(
     Raises:
         ExportError: the graphs cannot be loaded, or their values leave fp32.
     """
-    backend, rules = _load(bundle), model_rules(bundle.manifest)
+    ranges: dict[str, float] = {}
+
+    def note(output: str, magnitudes: Magnitudes) -> None:
+        product = output.removeprefix(_RANGE)
+        # As numpy's maximum, which keeps a NaN.
+        ranges[product] = float(np.maximum(ranges.get(product, 0.0), magnitudes.max()))
+
+    backend, rules = _load(bundle, note), model_rules(bundle.manifest)
     # The engine would tell a search without finite scores as an error of its own, in its log.
     _, logprobs = forced_decode(backend, sources[0], (rules.decoder_start,))
-    _check_finite({**backend.ranges, "its log-probabilities": logprobs[0]})
+    _check_finite({**ranges, "its log-probabilities": logprobs[0]})
     batches = [sources[i : i + _AT_ONCE] for i in range(0, len(sources), _AT_ONCE)]
     for i in progress("calibrate", len(batches)):
         search_all(backend, rules, [(source, bounded_search(source, options)) for source in batches[i]])
-    _check_finite(backend.ranges)
-    return backend.ranges
+    _check_finite(ranges)
+    return ranges
 
 
 def bounded_search(source: Tokens, options: SearchOptions) -> SearchOptions:
@@ -199,50 +205,9 @@ def _check_finite(values: Mapping[str, float]) -> None:
         raise ExportError(f"the model's values are not finite in fp32, at {wrong[0]}; its weights or config are broken")
 
 
-def _load(bundle: Bundle) -> "_RangeBackend":
+def _load(bundle: Bundle, note: Callable[[str, Magnitudes], None]) -> CpuBackend:
     try:
-        return _RangeBackend(bundle, threads=usable_cores())
-    except Exception as error:  # onnxruntime raises many kinds
+        return CpuBackend(bundle, threads=usable_cores(), note=note)
+    except Exception as error:  # onnxruntime refuses in many ways
         reason = str(error).partition("\n")[0]
         raise ExportError(f"the fp32 model for the calibration cannot be loaded: {reason}") from error
-
-
-class _RangeBackend(CpuBackend):
-    """Notes the additional outputs of every call.
-
-    They are computed by a call of their own, whose caches are plain inputs: twice the work, and none of it in the way
-    of the one that counts.
-    """
-
-    def __init__(self, bundle: Bundle, *, threads: int) -> None:
-        super().__init__(bundle, threads=threads)
-        self.ranges: dict[str, float] = {}
-
-    def run_encoder(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """As `CpuBackend.run_encoder`."""
-        self._note(self._sessions.encoder, feeds)
-        return super().run_encoder(feeds)
-
-    def new_memory(self) -> CpuMemory:
-        """As `CpuBackend.new_memory`."""
-        return _RangeMemory(self._sessions, partial(self._note, self._sessions.decoder))
-
-    def _note(self, session: Any, feeds: Mapping[str, NDArray[Any]]) -> None:
-        outputs = [value.name for value in session.get_outputs() if value.name.startswith(_RANGE)]
-        for output, rows in zip(outputs, session.run(outputs, feeds), strict=True):
-            product = output.removeprefix(_RANGE)
-            # As numpy's maximum, which keeps a NaN.
-            self.ranges[product] = float(np.maximum(self.ranges.get(product, 0.0), rows.max()))
-
-
-class _RangeMemory(CpuMemory):
-    """Lets the inputs of every step be looked at before it is computed."""
-
-    def __init__(self, sessions: Sessions, note: Callable[[Mapping[str, NDArray[Any]]], None]) -> None:
-        super().__init__(sessions)
-        self._note = note
-
-    def run_decoder(self) -> None:
-        """As `CpuMemory.run_decoder`."""
-        self._note(self.feeds)
-        super().run_decoder()

@@ -78,7 +78,7 @@ def attend(  # noqa: PLR0913, PLR0917 - what attention is made of
     q, k, v, y, stride = query.reshape(-1), keys.reshape(-1), values.reshape(-1), out.reshape(-1), query.shape[1]
     scale = np.float32(1.0) / np.sqrt(np.float32(size))
     for row in range(len(list_of)):
-        places, count = lists[list_of[row]], np.int64(lengths[list_of[row]])
+        places, count = lists[list_of[row]], int(lengths[list_of[row]])
         if size % LANES == 0:
             score(q, row * stride, k, places, count, heads, size, scale, weights)
             normalize(weights, count, heads, inverse)

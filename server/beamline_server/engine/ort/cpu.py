@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from beamline_server.bundle import ENCODER, WEIGHTS, Bundle, decoder_piece
+from beamline_server.bundle import ENCODER, WEIGHTS, Bundle, decoder_pieces
 from beamline_server.engine.backend import Cache, Encoded, StepResult
 from beamline_server.engine.compiled import compiled
 from beamline_server.engine.ort.attention import TOGETHER, attend, room
@@ -61,7 +61,7 @@ class CpuBackend:
             )
 
         self._encoder = opened(ENCODER)
-        self.pieces = [opened(decoder_piece(i)) for i in range(2 * self.layers + 1)]
+        self.pieces = [opened(name) for name in decoder_pieces(self.layers)]
 
     def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
         """As `Backend.encode`."""
