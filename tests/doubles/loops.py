@@ -92,20 +92,31 @@ def run_loops(folder: Path, program: str = PROGRAM, *, confined: bool = False, *
 
     Warnings are errors, and so is a word on stderr. A confined process may write only what its user may, root, too.
     """
-    paths = map(str, (folder, REPOSITORY / "server", REPOSITORY / "protos"))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
-    environment |= {"PYTHONPATH": os.pathsep.join(paths), "XDG_CACHE_HOME": str(folder / "user"), **variables}
-    done = subprocess.run(
+    done = run_with_loops(folder, program, confined=confined, **variables)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return json.loads(done.stdout)
+
+
+def run_with_loops(
+    folder: Path, program: str, *, confined: bool = False, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python program that may import the package."""
+    return subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         preexec_fn=_drop_override if confined else None,
-        env=environment,
+        env=environment(folder) | variables,
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    return json.loads(done.stdout)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The variables of such a process: numba's defaults, the user's cache beside the package."""
+    paths = map(str, (folder, *(REPOSITORY / root for root in ("server", "protos"))))
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
+    return outer | {"PYTHONPATH": os.pathsep.join(paths), "XDG_CACHE_HOME": str(folder / "user")}
 
 
 def _drop_override() -> None:

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 # For every processor of this architecture: what an image's build has compiled runs elsewhere. numba reads it when it is
@@ -27,10 +28,12 @@ import numba
 import numba.core.config
 from numba.core.dispatcher import Dispatcher
 
-from beamline_server.engine.code_cache import CodeCache
+from beamline_server.engine.code_cache import CodeCache, Types, first_writable
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
+
+_HERE = Path(__file__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,19 @@ def is_off() -> bool:
     return bool(cast(Any, numba.core.config).DISABLE_JIT)
 
 
+def keeping_folder() -> Path | None:
+    """Where machine code that is compiled now will be kept; None if no folder can be written."""
+    return first_writable(_HERE)
+
+
+def to_compile() -> int:
+    """How many entry points have machine code neither in memory nor in a file."""
+    return sum(
+        types not in function.overloads and not function._cache.holds(types, function.targetctx)
+        for function, types in _calls()
+    )
+
+
 def make_ready(before_compiling: Callable[[int], object] = lambda _: None) -> Ready:
     """Load the machine code of all entry points, or compile it.
 
@@ -100,15 +116,19 @@ def make_ready(before_compiling: Callable[[int], object] = lambda _: None) -> Re
     Args:
         before_compiling: Is told how many have to be compiled, if any have.
     """
-    began = time.perf_counter()
-    calls = [(function, tuple(map(function.typeof_pyval, example()))) for function, example in _entry_points]
-    new = [(function, types) for function, types in calls if types not in function.overloads]
-    missing = sum(not function._cache.holds(types, function.targetctx) for function, types in new)
-    if missing:
+    began, calls = time.perf_counter(), _calls()
+    new = sum(types not in function.overloads for function, types in calls)
+    if missing := to_compile():
         before_compiling(missing)
-    for function, types in new:
-        function.compile(types)
+    for function, types in calls:
+        if types not in function.overloads:
+            function.compile(types)
     for function, _ in calls:
         function.disable_compile()
     kept = all(function._cache.is_kept(types) for function, types in calls)
-    return Ready(missing, len(new) - missing, kept, time.perf_counter() - began)
+    return Ready(missing, new - missing, kept, round(time.perf_counter() - began, 3))
+
+
+def _calls() -> list[tuple[Any, Types]]:
+    """All entry points, with the types that they are called with."""
+    return [(function, tuple(map(function.typeof_pyval, example()))) for function, example in _entry_points]

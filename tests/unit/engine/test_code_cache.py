@@ -1,5 +1,6 @@
 """Machine code in files: when it is used, when it is not, and where it lies. Each run is a process of its own."""
 
+import math
 import os
 import platform
 import shutil
@@ -174,3 +175,53 @@ def test_it_is_for_every_processor_of_the_architecture(tmp_path: Path) -> None:
     target = run_loops(tmp_path, TARGET)
 
     assert target[1:] == ["generic", ""]
+
+
+WORK = """
+import math
+import numpy as np
+from beamline_server.engine.compiled import compiled, entry_point
+
+@compiled
+def work(values, exponent):
+    if exponent < 0:
+        raise ValueError("negative")
+    longest = np.empty(2 * len(values), np.float32)
+    for i in range(len(values)):
+        longest[i] = math.log(values[i]) ** exponent / (values[i] - 1)
+    return longest, values.sum(), exponent > 1
+
+entry_point(work, lambda: (np.zeros(0), 0.5))
+"""
+CALLS = """
+import json, numpy as np, loops.work
+from beamline_server.engine.compiled import make_ready
+loaded = make_ready().loaded
+array, total, flag = loops.work.work(np.array([2.0, 4.0]), 1.5)
+errors = []
+for values, exponent in (([2.0], -1.0), ([1.0], 1.0)):
+    try:
+        loops.work.work(np.array(values), exponent)
+    except (ValueError, ZeroDivisionError) as error:
+        errors.append(f"{type(error).__name__}: {error}")
+print(json.dumps([loaded, [*map(float, array[:2])], len(array), total, flag, errors]))
+"""
+
+
+def test_loaded_machine_code_does_all_that_compiled_does(tmp_path: Path) -> None:
+    """It allocates, computes logarithms and powers, raises, and returns what has to be made into Python's."""
+    (write_loops(tmp_path) / "work.py").write_text(WORK)
+
+    was_compiled, *compiled = run_loops(tmp_path, CALLS)
+    was_loaded, *loaded = run_loops(tmp_path, CALLS)
+
+    assert (was_compiled, was_loaded) == (0, 1)
+    assert loaded == compiled
+    expected = [math.log(value) ** 1.5 / (value - 1) for value in (2, 4)]
+    assert loaded == [
+        pytest.approx(expected),
+        4,
+        6,
+        True,
+        ["ValueError: negative", "ZeroDivisionError: division by zero"],
+    ]
