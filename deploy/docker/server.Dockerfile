@@ -94,10 +94,9 @@ RUN if [ "${VARIANT}" = gpu ]; then \
       && awk '/not found/ && $1 != "libcuda.so.1" { print; missing = 1 } END { exit missing }' /tmp/linked >&2 \
       && rm /tmp/linked; \
     fi
-# The engine's loops have their machine code, whatever copying has done to file times.
-RUN beamline compile --check
-# The command starts.
-RUN beamline serve --help > /dev/null
+# The engine's loops have their machine code, and the command starts.
+RUN beamline compile --check \
+    && beamline serve --help > /dev/null
 
 EXPOSE 8001 8002
 STOPSIGNAL SIGTERM
