@@ -17,6 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo 'installing PyTorch and the rest into $(VENV); this takes some minutes'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/beamline compile
 	touch $@
 
 demo: $(STAMP)

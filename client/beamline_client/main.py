@@ -13,6 +13,7 @@ _DISTRIBUTION = "beamline-serving"
 """What pip calls this project; `beamline` on PyPI is somebody else's."""
 
 BUILT_IN: Mapping[str, str] = {
+    "compile": "beamline_server.compile_cli:main",
     "export": "beamline_export.cli:main",
     "inspect": "beamline_server.inspect_cli:main",
     "load": "beamline_client.load.cli:main",
@@ -32,6 +33,7 @@ class _About:
 
 
 _ABOUT: Mapping[str, _About] = {
+    "compile": _About("compile the engine's loops before the first start", "[server]"),
     "export": _About("write a PyTorch checkpoint as a bundle that the server reads", "[export,server]"),
     "inspect": _About("check a bundle and tell what is in it", "[server]"),
     "load": _About("put a server under load and measure it", "[load]"),

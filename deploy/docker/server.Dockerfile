@@ -44,6 +44,9 @@ RUN if [ "${VARIANT}" = gpu ]; then extra=server-gpu; else extra=server; fi \
     && python3 -m venv --without-pip /opt/beamline \
     && python3 -m pip --python /opt/beamline/bin/python3 install --no-cache-dir --no-index --find-links /wheels \
        "beamline-serving[${extra}]"
+# Machine code for the engine's loops, beside their source: no compiler runs when a server starts. It is for every
+# processor of the architecture that is built for.
+RUN /opt/beamline/bin/beamline compile
 # onnxruntime's CUDA provider looks for its libraries where the linker looks, and wheels put them elsewhere. One folder
 # of links, for LD_LIBRARY_PATH; it stays empty in the CPU variant.
 RUN mkdir /opt/beamline/cuda \
@@ -91,8 +94,9 @@ RUN if [ "${VARIANT}" = gpu ]; then \
       && awk '/not found/ && $1 != "libcuda.so.1" { print; missing = 1 } END { exit missing }' /tmp/linked >&2 \
       && rm /tmp/linked; \
     fi
-# The command starts.
-RUN beamline serve --help > /dev/null
+# The engine's loops have their machine code, and the command starts.
+RUN beamline compile --check \
+    && beamline serve --help > /dev/null
 
 EXPOSE 8001 8002
 STOPSIGNAL SIGTERM

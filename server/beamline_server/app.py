@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from beamline_server.allocator import give_back_freed
 from beamline_server.bundle import EXIT_BUNDLE, MOST_FOREIGN_TOLD, Bundle, BundleError, load_bundle
 from beamline_server.engine.admission import Admission, Continuous, RequestLevel
 from beamline_server.engine.backend import Backend
+from beamline_server.engine.compiled import is_off, keeping_folder, make_ready
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
 from beamline_server.listening import PortError, allow_most_descriptors
@@ -243,11 +244,31 @@ def build(bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: Ste
         exercise(bundle, backend, options)
 
     def warm_up_all() -> None:
+        _make_loops_ready()
         engine.warm_up(warm_up)
         # The largest batch is not the usual one: a server holds its caches when its traffic needs them.
         give_back_freed()
 
     return BuiltEngine(engine, device, warm_up_all)
+
+
+def _make_loops_ready() -> None:
+    if is_off():
+        message = "NUMBA_DISABLE_JIT is set: the engine's loops run as plain Python, some hundred times slower"
+        _log.warning(message, extra={"event": "engine_not_compiled"})
+        return
+    ready = make_ready(_tell_compiling)
+    _log.info("the engine's loops are machine code", extra={"event": "engine_compiled", **asdict(ready)})
+
+
+def _tell_compiling(functions: int) -> None:
+    folder = keeping_folder()
+    told = {"event": "engine_compiling", "functions": functions, "folder": folder}
+    if folder is None:
+        message = "compiling the engine's loops, as at every start: no folder can be written, see docs/deploy.md"
+        _log.warning(message, extra=told)
+    else:
+        _log.info("compiling the engine's loops, which takes up to a minute and is done once", extra=told)
 
 
 def admission(settings: Settings) -> Admission:

@@ -39,6 +39,9 @@ def is_stub(module: str) -> bool:
     return any(part.endswith(("_pb2", "_pb2_grpc")) for part in module.split("."))
 
 
+CODE_CACHE = "server/beamline_server/engine/code_cache.py"
+
+
 @dataclass(frozen=True)
 class Ban:
     """What the files below a folder must not import, but for some."""
@@ -73,6 +76,18 @@ BANS = [
             f"server/beamline_server/engine/ort/{name}.py"
             for name in ("sessions", "cuda", "fixed_run", "captured_graphs", "encoder_runs", "row_mover")
         ),
+    ),
+    Ban(
+        "server",
+        ("numba", "llvmlite"),
+        "functions are compiled by engine/compiled.py, which chooses the processor before numba is imported",
+        but=("server/beamline_server/engine/compiled.py", CODE_CACHE),
+    ),
+    Ban(
+        "server",
+        (CODE_CACHE.removeprefix("server/").removesuffix(".py").replace("/", "."),),
+        "imported before engine/compiled.py, it would bring numba without the choice of the processor",
+        but=("server/beamline_server/engine/compiled.py",),
     ),
     Ban("export", ("beamline_client", "beamline.v1", "grpc"), "an export needs no service"),
     Ban("export", ("onnxruntime",), "the server's engine/ort prepares for it before the first import"),

@@ -114,6 +114,7 @@ def test_it_installs_one_command_with_its_sub_commands(info: Path) -> None:
 
     assert dict(entries["console_scripts"]) == {"beamline": "beamline_client.main:main"}
     assert dict(entries["beamline.commands"]) == {
+        "compile": "beamline_server.compile_cli:main",
         "export": "beamline_export.cli:main",
         "inspect": "beamline_server.inspect_cli:main",
         "load": "beamline_client.load.cli:main",

@@ -1,23 +1,21 @@
-"""Writes the running sequences, or the sources of newcomers, into the input arrays of a graph. Compiled.
+"""How much running sequences need in a step, and sources as the inputs of the encoder. Compiled.
 
 A row is one live hypothesis, one token of a prefix, or one source token. Rows of all sequences are packed one after
-another, so that matrix products see no padding; attention alone works on a rectangle, of S batch indices with Q rows
-each. `pad_index` says which row stands at each place of the rectangle, `unpad_index` at which place each row stands.
+another, so that matrix products see no padding; attention in a graph works on a rectangle. `pad_index` says which row
+stands at each place of the rectangle, `unpad_index` at which place each row stands.
 
-The arrays may be larger than what is packed; what is left over is padding that changes nothing and stays finite, since
-caches hold finite numbers only. Then batch index 0 belongs to nobody: padding rows write their keys and values there.
+Arrays may be larger than what is packed; what is left over is padding that changes nothing and stays finite.
 
-Axes: S batch indices, N rows, Q rows of a sequence, P slots, R source positions.
+Axes: S sources, N rows, R source positions.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from beamline_server.engine.compiled import compiled
-from beamline_server.engine.table import IntArray, Table
+from beamline_server.engine.compiled import compiled, entry_point
+from beamline_server.engine.table import IntArray, Table, example
 
 LEAST_QUERIES = 2
 """Attention over one query takes another kernel, whose last bits differ: a lone row is computed twice instead."""
@@ -43,30 +41,16 @@ class Extent(NamedTuple):
     length: int
 
 
-class StepInputs(NamedTuple):
-    """Inputs of the decoder step but for its caches.
+class EncoderInputs(NamedTuple):
+    """Inputs of the encoder.
 
     Attributes:
         ids: The token of each row, (N,).
         positions: Its position, (N,).
-        slot: Batch index and slot of its key and value, and zeros, (N, 2 or 3).
-        pad_index: (S, Q).
+        pad_index: (S, R).
         unpad_index: (N,).
-        mask: Which slots each query attends to, (S, Q, P), as `attended` and `masked`.
         source_length: (S,).
     """
-
-    ids: IntArray
-    positions: IntArray
-    slot: IntArray
-    pad_index: IntArray
-    unpad_index: IntArray
-    mask: NDArray[Any]
-    source_length: IntArray
-
-
-class EncoderInputs(NamedTuple):
-    """Inputs of the encoder, as in `StepInputs`; R positions are the queries of a source."""
 
     ids: IntArray
     positions: IntArray
@@ -88,64 +72,6 @@ def extent(table: Table, members: IntArray) -> Extent:
         beams = max(beams, sequence.beams)
         length = max(length, sequence.length)
     return Extent(rows, queries, slots, source_length, beams, length)
-
-
-@compiled
-def widths(table: Table, indices: IntArray) -> IntArray:
-    """Slots or source positions of each of some sequences, whichever are more."""
-    result = np.empty(len(indices), np.int64)
-    for i in range(len(indices)):
-        sequence = table.sequences[indices[i]]
-        result[i] = max(sequence.slots_end, sequence.source_length)
-    return result
-
-
-@compiled
-def pack_step(
-    table: Table, members: IntArray, batch_index: IntArray, attended: Any, masked: Any, into: StepInputs
-) -> None:
-    """Write the rows of some sequences.
-
-    Args:
-        table: The running sequences.
-        members: Indices of those that are meant, (M,).
-        batch_index: The place of each of them in the batch, (M,).
-        attended: What the mask holds for a slot that a row descends from,
-        masked: and for others.
-        into: The inputs.
-    """
-    queries = into.pad_index.shape[1]
-    into.pad_index[:] = 0
-    into.source_length[:] = 1
-    into.mask[:] = masked
-    into.mask[:, :, 0] = attended
-    first = 0
-    for m in range(len(members)):
-        index, b = members[m], batch_index[m]
-        sequence = table.sequences[index]
-        into.source_length[b] = sequence.source_length
-        for query in range(queries):
-            # Places at which no row stands repeat the sequence's first one: finite, and thrown away.
-            r = query if query < sequence.rows else 0
-            into.pad_index[b, query] = first + r
-            write_mask(table.ancestors[index, r], attended, masked, into.mask[b, query])
-        for r in range(sequence.rows):
-            row = first + r
-            into.ids[row], into.positions[row] = sequence.token[r], sequence.position[r]
-            into.slot[row, 0], into.slot[row, 1] = b, sequence.slot[r]
-            into.unpad_index[row] = b * queries + r
-        first += sequence.rows
-    into.ids[first:] = 0
-    into.positions[first:] = 0
-    into.slot[first:, :2] = 0
-    into.unpad_index[first:] = 0
-
-
-@compiled
-def write_mask(ancestors: Any, attended: Any, masked: Any, mask: Any) -> None:
-    """Write the mask of one query, (P,), from the ancestors of its row, of which there may be more or fewer."""
-    for slot in range(min(len(ancestors), len(mask))):
-        mask[slot] = attended if ancestors[slot] else masked
 
 
 @compiled
@@ -175,6 +101,13 @@ def pack_encoder(ids: IntArray, lengths: IntArray, into: EncoderInputs) -> None:
     into.ids[first:] = 0
     into.positions[first:] = 0
     into.unpad_index[first:] = 0
+
+
+_NUMBERS, _RECTANGLE = np.zeros(1, np.int64), np.zeros((1, 1), np.int64)
+entry_point(extent, lambda: (example(), _NUMBERS))
+entry_point(
+    pack_encoder, lambda: (_NUMBERS, _NUMBERS, EncoderInputs(_NUMBERS, _NUMBERS, _RECTANGLE, _NUMBERS, _NUMBERS))
+)
 
 
 def flat(sources: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from beamline_server.engine.admission import MOST_ROWS
-from beamline_server.engine.compiled import compiled
-from beamline_server.engine.processors import Rules, is_one_of, process
-from beamline_server.engine.table import DEAD, BoolArray, FloatArray, IntArray, Table
+from beamline_server.engine.compiled import compiled, entry_point
+from beamline_server.engine.processors import Rules, SearchRules, is_one_of, process
+from beamline_server.engine.table import DEAD, BoolArray, FloatArray, IntArray, Table, example
 
 
 class Room(NamedTuple):
@@ -261,3 +261,9 @@ def is_taken(ancestors: BoolArray, live: int, slot: int) -> bool:
         if ancestors[k, slot]:
             return True
     return False
+
+
+_MEMBERS, _LOGPROB, _TOKEN = np.zeros(1, np.int64), np.zeros((1, 1), np.float32), np.zeros((1, 1), np.int64)
+entry_point(decide, lambda: (SearchRules(()).arrays(), example(), _MEMBERS, _LOGPROB, _TOKEN))
+entry_point(start, lambda: (example(), 0))
+entry_point(feed, lambda: (example(), 0))

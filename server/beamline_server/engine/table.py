@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beamline_server.engine.admission import MOST_ROWS
-from beamline_server.engine.compiled import compiled
+from beamline_server.engine.compiled import compiled, entry_point
 from beamline_server.engine.request import EarlyStopping, Finish, GenerationRequest, Hypothesis, LengthPenaltyKind
 
 DEAD = np.float32(-np.inf)
@@ -260,3 +260,13 @@ def agreed(table: Table, index: int, tokens: IntArray) -> int:
     while count < min(length, len(tokens)) and best[count] == tokens[count]:
         count += 1
     return count
+
+
+def example() -> Table:
+    """A table as calls of compiled functions get it, for their entry points."""
+    return SequenceTable(1, ()).arrays
+
+
+_TOKENS, _TOTALS = np.zeros(1, np.int64), np.zeros(1, np.float32)
+entry_point(path, lambda: (example(), 0, 0, 0, _TOKENS, _TOTALS))
+entry_point(certain, lambda: (example(), 0, 0, _TOKENS, _TOTALS))

@@ -86,7 +86,7 @@ def test_no_command_names_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
 
     err = capsys.readouterr().err
-    assert err.startswith("beamline: name a command: export, inspect, load, serve, translate; ")
+    assert err.startswith("beamline: name a command: compile, export, inspect, load, serve, translate; ")
     assert (err.count("\n"), "--help" in err) == (1, True)
 
 
@@ -94,7 +94,7 @@ def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[s
     assert main(["sevre"]) == 2
 
     err = capsys.readouterr().err
-    assert err.startswith("beamline: unknown command 'sevre'; there are: export, inspect, ")
+    assert err.startswith("beamline: unknown command 'sevre'; there are: compile, export, inspect, ")
     assert err.count("\n") == 1
 
 

@@ -81,6 +81,15 @@ def test_the_build_fails_when_the_export_side_slips_in(runtime: list[str]) -> No
     assert "('torch', 'transformers', 'onnx')" in check
 
 
+def test_the_image_has_the_machine_code_and_its_user_finds_it(docker: Path, runtime: list[str]) -> None:
+    """A container with a read-only root would compile at every start."""
+    installed = stages(docker / "server.Dockerfile")["installed"]
+    [compiled] = [i for i, line in enumerate(installed) if line == "RUN /opt/beamline/bin/beamline compile"]
+    assert any("pip" in line for line in installed[:compiled])
+    [check] = [i for i, line in enumerate(runtime) if "beamline compile --check" in line]
+    assert check > runtime.index("USER 65532:65532")
+
+
 def test_every_variant_names_an_extra_that_exists(docker: Path, repository: Path) -> None:
     extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = set(re.findall(r"extra=([\w-]+)", (docker / "server.Dockerfile").read_text()))

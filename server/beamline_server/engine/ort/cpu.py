@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from beamline_server.bundle import ENCODER, WEIGHTS, Bundle, decoder_pieces
 from beamline_server.engine.backend import Cache, Encoded, StepResult
-from beamline_server.engine.compiled import compiled
+from beamline_server.engine.compiled import compiled, entry_point
 from beamline_server.engine.ort.attention import TOGETHER, attend, room
 from beamline_server.engine.ort.c_api import Binding, NativeSession, address, check
 from beamline_server.engine.ort.settings import ENCODER_INPUTS, settings, usable_cores
 from beamline_server.engine.ort.vectors import call
 from beamline_server.engine.pack import LEAST_QUERIES, EncoderInputs, Extent, extent, flat, pack_encoder
-from beamline_server.engine.table import FloatArray, IntArray, Table
+from beamline_server.engine.table import FloatArray, IntArray, Table, example
 
 PAGE = 16
 """Slots of a page."""
@@ -244,7 +244,8 @@ class CpuCache:
         self._own.give(index, 1)
         self._cross.give(index, length)
         pages = self._cross.pages
-        where = place(pages.pages[index], np.arange(length))
+        slots = np.arange(length)
+        where = pages.pages[index, slots // PAGE] * PAGE + slots % PAGE
         for t, tensor in enumerate(encoded.tensors):
             pages[t % 2][t // 2, where] = tensor[number, :length]
 
@@ -302,17 +303,7 @@ class _Steps:
         self._sizes = (rows, slots, sources)
         self._bound.clear()
         self.room = room(self._backend.heads, max(slots, sources))
-        self.buffers = Buffers(
-            ids=np.zeros(rows, np.int64),
-            positions=np.zeros(rows, np.int64),
-            query_key_value=np.zeros((rows, 3 * width), np.float32),
-            query=np.zeros((rows, width), np.float32),
-            attended=np.zeros((rows, width), np.float32),
-            residual=np.zeros((2, rows, width), np.float32),
-            own=_lists(rows, slots),
-            cross=_lists(rows, sources),
-            slot=np.zeros(rows, np.int32),
-        )
+        self.buffers = buffers(rows, slots, sources, width)
 
     def _bind(self, rows: int, candidates: int, logprobs: bool) -> _Bound:
         pieces = self._backend.pieces
@@ -350,6 +341,21 @@ class _Steps:
         if piece % 2:
             return outputs | {"query": buffers.query[:rows]}
         return outputs | {"query_key_value": buffers.query_key_value[:rows]}
+
+
+def buffers(rows: int, slots: int, sources: int, width: int) -> Buffers:
+    """Buffers for so many rows, which attend to so many slots and source positions."""
+    return Buffers(
+        ids=np.zeros(rows, np.int64),
+        positions=np.zeros(rows, np.int64),
+        query_key_value=np.zeros((rows, 3 * width), np.float32),
+        query=np.zeros((rows, width), np.float32),
+        attended=np.zeros((rows, width), np.float32),
+        residual=np.zeros((2, rows, width), np.float32),
+        own=_lists(rows, slots),
+        cross=_lists(rows, sources),
+        slot=np.zeros(rows, np.int32),
+    )
 
 
 def _lists(rows: int, longest: int) -> Lists:
@@ -446,7 +452,7 @@ def run_step(  # noqa: PLR0913, PLR0917 - graphs, and what lies between them
     for piece in range(last):
         status = call(run, sessions[piece], 0, bindings[piece])
         if status != 0:
-            return status
+            return int(status)
         layer = piece // 2
         if piece % 2 == 0:
             write(buffers, own.keys[layer], own.values[layer], rows)
@@ -465,7 +471,7 @@ def run_step(  # noqa: PLR0913, PLR0917 - graphs, and what lies between them
             inverse,
             buffers.attended,
         )
-    return call(run, sessions[last], 0, bindings[last])
+    return int(call(run, sessions[last], 0, bindings[last]))
 
 
 @compiled
@@ -478,3 +484,19 @@ def write(buffers: Buffers, keys: FloatArray, values: FloatArray, rows: int) -> 
             keys[slot, d] = new[width + d]
         for d in range(width):
             values[slot, d] = new[2 * width + d]
+
+
+_PAGES = np.zeros((1, 1), np.int32)
+
+
+def _run_example() -> tuple[Any, ...]:
+    numbers, into = np.zeros(1, np.int64), buffers(1, 1, 1, 1)
+    pages = _Memory(1, 1).pages
+    return 0, numbers, numbers, 1, into, pages, pages, 1, *room(1, 1)
+
+
+entry_point(lacking, lambda: (example(), np.zeros(1, np.int64), np.zeros(1, np.int64)))
+entry_point(
+    pack_rows, lambda: (example(), np.zeros(1, np.int64), *(_Memory(1, 1).pages.pages,) * 2, buffers(1, 1, 1, 1))
+)
+entry_point(run_step, _run_example)

@@ -1,8 +1,8 @@
 """How onnxruntime computes the graphs of a bundle, and what they call their inputs."""
 
 import os
-from functools import cache
-from pathlib import Path
+
+from beamline_server.engine.processor import processor, sums_int8_exactly
 
 SPIN_US = 300
 """How long a thread without work stays awake, in microseconds: about as long as the host takes between two steps
@@ -10,8 +10,7 @@ SPIN_US = 300
 ENCODER_INPUTS = ("ids", "positions", "row_of", "back", "source_length")
 """What the graph calls the fields of `pack.EncoderInputs`, in their order."""
 STEP_INPUTS = ("ids", "positions", "slot", "row_of", "back", "ancestors", "source_length")
-"""What the graph calls the fields of `pack.StepInputs`, in their order."""
-_VNNI = frozenset({"avx_vnni", "avx512_vnni"})
+"""What the graph calls the fields of `cuda.rectangle.StepInputs`, in their order."""
 
 
 def settings(threads: int) -> dict[str, str]:
@@ -27,26 +26,10 @@ def settings(threads: int) -> dict[str, str]:
         "session.intra_op.spin_duration_us": str(SPIN_US),
         # Unsigned weights, which are summed in 32 bits everywhere; where signed ones are as well, those are twice as
         # fast.
-        "session.x64quantprecision": str(int(not sums_int8_exactly(_processor()))),
+        "session.x64quantprecision": str(int(not sums_int8_exactly(processor()))),
         # On CPU the fused kernel is several times slower than its parts (onnxruntime 1.31).
         "optimization.disable_specified_optimizers": "SkipLayerNormFusion;BiasSkipLayerNormFusion",
     }
-
-
-def sums_int8_exactly(processor: str) -> bool:
-    """Whether an x86 processor sums products of unsigned and signed bytes in 32 bits; without VNNI, 16 saturate.
-
-    Args:
-        processor: As /proc/cpuinfo describes it.
-    """
-    return not _VNNI.isdisjoint(processor.split())
-
-
-@cache
-def _processor() -> str:
-    """What is known of it: nothing where there is no such file. Being exact then comes before being fast."""
-    file = Path("/proc/cpuinfo")
-    return file.read_text("utf-8", errors="replace") if file.exists() else ""
 
 
 def usable_cores() -> int:

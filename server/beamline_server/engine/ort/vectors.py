@@ -4,7 +4,7 @@ Loops over numbers are only turned into vector instructions where the order of a
 (docs/performance.md): so they are written out here, for any processor, which has its own vectors of 4, 8 or 16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ _INT = ir.IntType(32)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 
 
-operation: Any = intrinsic
-"""Makes an operation for compiled loops of a function that is given types and returns the code to generate."""
+def operation(generator: Callable[..., Any]) -> Any:
+    """Make an operation for compiled loops of a function that is given types and returns the code to generate."""
+    return intrinsic(generator)
 
 
 class _VectorType(types.Type):  # type: ignore[misc]  # numba comes without types

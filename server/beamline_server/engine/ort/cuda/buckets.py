@@ -16,7 +16,8 @@ import numpy as np
 
 from beamline_server.engine.admission import SHARED_WIDTH, WIDTHS
 from beamline_server.engine.backend import Encoded, StepResult
-from beamline_server.engine.pack import Extent, extent, widths
+from beamline_server.engine.ort.cuda.rectangle import widths
+from beamline_server.engine.pack import Extent, extent
 from beamline_server.engine.table import IntArray, Table
 
 _WIDTHS = np.array(WIDTHS)

@@ -22,6 +22,7 @@ from beamline_server.engine.backend import Encoded, StepResult
 from beamline_server.engine.ort.cuda.buckets import FromBatch, FromEncoder, Origin
 from beamline_server.engine.ort.cuda.captured_graphs import CapturedGraphs
 from beamline_server.engine.ort.cuda.fixed_run import KEPT_RUNS, DeviceBuffer, FixedRun
+from beamline_server.engine.ort.cuda.rectangle import MASK_VALUES, StepInputs, pack_step
 from beamline_server.engine.ort.cuda.row_mover import RowMover, flat_rows
 from beamline_server.engine.ort.cuda.shapes import (
     LEAST_SLOTS,
@@ -33,17 +34,8 @@ from beamline_server.engine.ort.cuda.shapes import (
 )
 from beamline_server.engine.ort.sessions import Sessions
 from beamline_server.engine.ort.settings import STEP_INPUTS
-from beamline_server.engine.pack import Extent, StepInputs, pack_step
+from beamline_server.engine.pack import Extent
 from beamline_server.engine.table import IntArray, Table
-
-_MASKED = np.float16(-1e4)
-"""What an additive mask adds where a row has no ancestor: finite, so that a row without any gives no NaN in fp16."""
-_MASK_VALUES: dict[np.dtype[Any], tuple[Any, Any]] = {
-    np.dtype(np.bool_): (True, False),
-    # As bits: neither NumPy nor compiled loops have fast arithmetic for half precision.
-    np.dtype(np.uint16): (np.uint16(0), _MASKED.view(np.uint16)),
-}
-"""What the mask holds for slots that are attended to, and for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +199,7 @@ class CudaMemory:
         with self._lock:
             run = self._run_for(needed, candidates, logprobs=logprobs)
             inputs = _step_inputs(run)
-            attended, masked = _MASK_VALUES[inputs.mask.dtype]
+            attended, masked = MASK_VALUES[inputs.mask.dtype]
             pack_step(table, members, self.batch_index, attended, masked, inputs)
             run.send()
             self._graphs.run(run)
