@@ -25,7 +25,7 @@ def sums_int8_exactly(description: str) -> bool:
 def target(description: str) -> str:
     """The kind of processor to compile for, so that what an image's build has compiled runs elsewhere.
 
-    Either x86-64-v3, most x86 processors since 2013, whose vectors and fused products attention needs to be fast; or any
-    of this architecture. What it costs is in docs/adr/0011-compiled-loops.md.
+    Either x86-64-v3, most x86 processors since 2013, whose vectors and fused products attention needs to be fast, or
+    any of this architecture. What it costs is in docs/adr/0011-compiled-loops.md.
     """
     return "x86-64-v3" if _LEVEL_3.issubset(description.split()) else "generic"

@@ -96,8 +96,10 @@ def start(table: Table, index: int) -> None:
     sequence.fed = sequence.length = sequence.slots_end = 0
     sequence.live, sequence.done = 1, False
     sequence.score[0] = 0.0
-    sequence.finished_score[:] = DEAD
-    table.ancestors[index] = False
+    for k in range(MOST_ROWS):
+        sequence.finished_score[k] = DEAD
+        for p in range(table.ancestors.shape[2]):
+            table.ancestors[index, k, p] = False
     feed(table, index)
 
 
@@ -110,7 +112,8 @@ def feed(table: Table, index: int) -> None:
         position = sequence.fed + row
         sequence.token[row] = table.prefix[index, position]
         sequence.position[row] = sequence.slot[row] = position
-        table.ancestors[index, row, : position + 1] = True
+        for p in range(position + 1):
+            table.ancestors[index, row, p] = True
     sequence.fed += sequence.rows
     sequence.slots_end = sequence.fed
 
@@ -239,15 +242,17 @@ def take_slots(table: Table, index: int, live: int, parent: IntArray) -> None:
     # Slots from the highest in use on are free, so this many hold all that is in use and a free one for each.
     end = sequence.slots_end + live
     for k in range(live):
-        spare[k, :end] = ancestors[first + parent[k], :end]
+        for p in range(end):
+            spare[k, p] = ancestors[first + parent[k], p]
     slot = 0
     for k in range(live):
         while is_taken(spare, live, slot):
             slot += 1
         spare[k, slot] = True
         sequence.slot[k] = slot
-    ancestors[:live, :end] = spare[:live, :end]
-    ancestors[live : sequence.rows, :end] = False
+    for k in range(max(live, sequence.rows)):
+        for p in range(end):
+            ancestors[k, p] = k < live and spare[k, p]
     while end > 0 and not is_taken(spare, live, end - 1):
         end -= 1
     sequence.rows = sequence.live = live

@@ -222,18 +222,23 @@ def certain(table: Table, index: int, known: int, tokens: IntArray, totals: Floa
     change, so no other finished hypothesis can still win.
     """
     sequence = table.sequences[index]
-    step, several = sequence.length, sequence.live > 1
-    leads_on = np.arange(MOST_ROWS) < sequence.live
-    while several and step > known:
+    step, count = sequence.length, sequence.live
+    leads_on = np.zeros(MOST_ROWS, np.bool_)
+    for k in range(count):
+        leads_on[k] = True
+    while count > 1 and step > known:
         step -= 1
-        several = continued(table, index, step, leads_on) > 1
-    if several:
+        count = continued(table, index, step, leads_on)
+    if count > 1:
         # Siblings that part at the last known step may still agree on a token; only wider searches could tell, and
         # waiting one step longer is right for all.
         return known
-    path(table, index, step, leads_on.argmax(), tokens, totals)
+    hypothesis = 0
+    while not leads_on[hypothesis]:
+        hypothesis += 1
+    path(table, index, step, hypothesis, tokens, totals)
     if sequence.finished_score[0] > DEAD:
-        return agreed(table, index, tokens[:step])
+        return agreed(table, index, tokens, step)
     return int(step)
 
 
@@ -244,20 +249,23 @@ def continued(table: Table, index: int, step: int, leads_on: BoolArray) -> int:
     for k in range(MOST_ROWS):
         if leads_on[k]:
             parents[table.parents[index, step, k]] = True
-    leads_on[:] = parents
-    return int(parents.sum())
+    count = 0
+    for k in range(MOST_ROWS):
+        leads_on[k] = parents[k]
+        count += parents[k]
+    return count
 
 
 @compiled
-def agreed(table: Table, index: int, tokens: IntArray) -> int:
-    """How many of some tokens the best finished hypothesis begins with."""
+def agreed(table: Table, index: int, tokens: IntArray, known: int) -> int:
+    """How many of the first `known` tokens the best finished hypothesis begins with."""
     sequence = table.sequences[index]
     length = sequence.finished_length[0]
     best, totals = np.empty(length, np.int64), np.empty(length, np.float32)
     path(table, index, length - 1, sequence.finished_parent[0], best, totals)
     best[length - 1] = sequence.finished_token[0]
     count = 0
-    while count < min(length, len(tokens)) and best[count] == tokens[count]:
+    while count < min(length, known) and best[count] == tokens[count]:
         count += 1
     return count
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils as _cgutils
+from numba.core import types
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, register_model
 
 LANES = 16
+_get_or_insert_function: Any = _cgutils.get_or_insert_function
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -24,16 +26,16 @@ def operation(generator: Callable[..., Any]) -> Any:
     return intrinsic(generator)
 
 
-class _VectorType(types.Type):  # type: ignore[misc]  # numba comes without types
+class _VectorType(types.Type):
     def __init__(self) -> None:
         super().__init__(name="Vector16")
 
 
-_vector = _VectorType()
+_vector: Any = _VectorType()  # type: ignore[no-untyped-call]  # numba comes without types
 
 
-@register_model(_VectorType)  # type: ignore[untyped-decorator]  # as above
-class _VectorModel(PrimitiveModel):  # type: ignore[misc]  # as above
+@register_model(_VectorType)
+class _VectorModel(PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _VECTOR)
 
@@ -54,7 +56,7 @@ def _spread(builder: Any, number: Any, lanes: int) -> Any:
 def _each(builder: Any, name: str, *operands: Any) -> Any:
     """An operation of LLVM's, lane by lane."""
     kind = ir.FunctionType(_VECTOR, [_VECTOR] * len(operands))
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f32"), operands)
+    return builder.call(_get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f32"), operands)
 
 
 def _halves(builder: Any, vector: Any, lanes: int) -> tuple[Any, Any]:
@@ -68,7 +70,8 @@ def _larger(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-def _pointer(context: Any, builder: Any, kind: Any, array: Any, offset: Any, to: Any) -> Any:
+def _pointer(context: Any, builder: Any, kind: Any, place: Sequence[Any], to: Any) -> Any:
+    array, offset = place
     data = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [offset]), to.as_pointer())
 
@@ -95,7 +98,7 @@ def load(typing: Any, array: Any, offset: Any) -> Any:
     """16 neighbours in a flat array of floats."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _unaligned(builder.load(_pointer(context, builder, signature.args[0], *arguments, _VECTOR)))
+        return _unaligned(builder.load(_pointer(context, builder, signature.args[0], arguments, _VECTOR)))
 
     return _vector(array, types.int64), generate
 
@@ -105,7 +108,7 @@ def store(typing: Any, array: Any, offset: Any, vector: Any) -> Any:
     """Write a vector to 16 neighbours in a flat array of floats."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        where = _pointer(context, builder, signature.args[0], *arguments[:2], _VECTOR)
+        where = _pointer(context, builder, signature.args[0], arguments[:2], _VECTOR)
         _unaligned(builder.store(arguments[2], where))
         return context.get_dummy_value()
 
@@ -180,7 +183,7 @@ def store_totals(typing: Any, array: Any, offset: Any, a: Any, b: Any, c: Any, d
             return builder.fadd(*parts)
 
         sums = builder.fmul(pairs(pairs(*quarters[:2]), pairs(*quarters[2:])), _spread(builder, factor, 4))
-        where = _pointer(context, builder, signature.args[0], array, offset, ir.VectorType(_FLOAT, 4))
+        where = _pointer(context, builder, signature.args[0], (array, offset), ir.VectorType(_FLOAT, 4))
         _unaligned(builder.store(sums, where))
         return context.get_dummy_value()
 
