@@ -69,6 +69,10 @@ class ByteTokenizer:
         """The bytes of a text, and end-of-sequence."""
         return [*text.encode(), EOS]
 
+    def encode_target(self, text: str) -> list[int]:
+        """The bytes of a text."""
+        return [*text.encode()]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of bytes; incomplete characters become U+FFFD."""
         return bytes(token for token in ids if token < EOS).decode("utf-8", "replace")

@@ -22,6 +22,9 @@ class SpaceEater:
     def encode(self, text: str) -> list[int]:
         return [len(word) for word in text.split()]
 
+    def encode_target(self, text: str) -> list[int]:
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(" " + "x" * token for token in ids).lstrip()
 
