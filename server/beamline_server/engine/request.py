@@ -53,6 +53,7 @@ class GenerationRequest:
         options: How to search.
         deadline: Time of the engine's clock (monotonic seconds) after which no answer is wanted.
         stream: Whether to deliver `Piece` events on the way.
+        target_prefix: Target tokens that are given, after the decoder start.
     """
 
     id: RequestId
@@ -60,6 +61,7 @@ class GenerationRequest:
     options: SearchOptions
     deadline: float | None = None
     stream: bool = False
+    target_prefix: tuple[int, ...] = ()
 
 
 class Finish(Enum):
