@@ -27,6 +27,7 @@ from beamline_client.results import (
     EarlyStopping,
     FinishReason,
     Hypothesis,
+    Input,
     LengthPenaltyKind,
     Limits,
     ModelInfo,
@@ -35,6 +36,7 @@ from beamline_client.results import (
     SearchOptions,
     ServerInfo,
     Source,
+    TargetPrefix,
     Timing,
 )
 
@@ -50,6 +52,7 @@ __all__ = [
     "FieldViolation",
     "FinishReason",
     "Hypothesis",
+    "Input",
     "InvalidRequest",
     "LengthPenaltyKind",
     "Limits",
@@ -63,6 +66,7 @@ __all__ = [
     "ServerError",
     "ServerInfo",
     "Source",
+    "TargetPrefix",
     "Timing",
     "Unavailable",
 ]

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from beamline_client.errors import InvalidRequest
 from beamline_client.results import Result
 
-_INPUT_PATH = re.compile(r"inputs?(?:\[(\d+)\])?(?:\.\w+)*")
+_SOURCE_PATH = re.compile(r"inputs?(?:\[(\d+)\])?(?:\.(?!target_prefix\b)\w+)*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +71,18 @@ def generate_in_order(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def batched(lines: Iterable[Line], *, lines_at_once: int, bytes_at_once: int) -> Iterator[list[Line]]:
-    """Puts lines into batches of so many lines and bytes of text at most; a line that is larger has one of its own.
+def batched(
+    lines: Iterable[Line], *, lines_at_once: int, bytes_at_once: int, bytes_around: int = 0
+) -> Iterator[list[Line]]:
+    """Puts lines into batches of so many lines and bytes at most; a line that is larger has one of its own.
 
-    A batch that is full of lines comes without a look at the next line.
+    Counted are the bytes of the texts and `bytes_around` each. A batch that is full of lines comes without a look at
+    the next line.
     """
     batch: list[Line] = []
     size = 0
     for line in lines:
-        more = len(line.text.encode(errors="replace"))
+        more = len(line.text.encode(errors="replace")) + bytes_around
         if batch and size + more > bytes_at_once:
             yield batch
             batch, size = [], 0
@@ -93,13 +96,13 @@ def batched(lines: Iterable[Line], *, lines_at_once: int, bytes_at_once: int) ->
 
 
 def problems_of(error: InvalidRequest) -> Mapping[int, str]:
-    """What the refusal of a request says about each of its inputs, by their places.
+    """What the refusal of a request says about each of its sources, by their places.
 
-    Empty if it is not about inputs alone: then no input can be left out to mend it.
+    Empty if it is not about sources alone: then no line can be left out to mend it.
     """
     found: dict[int, str] = {}
     for violation in error.violations:
-        path = _INPUT_PATH.fullmatch(violation.field)
+        path = _SOURCE_PATH.fullmatch(violation.field)
         # Without a field it says how many more there are.
         if (path is None and violation.field) or violation.field == "inputs":
             return {}

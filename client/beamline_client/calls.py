@@ -13,7 +13,7 @@ import grpc
 from beamline.v1 import generation_pb2 as pb
 from beamline_client import converters
 from beamline_client.errors import REQUEST_ID_KEY, FieldViolation, InvalidRequest, ProtocolError, from_rpc_error
-from beamline_client.results import Piece, Result, SearchOptions, Source
+from beamline_client.results import Input, Piece, Result, SearchOptions, Source
 
 DEFAULT_TIMEOUT_S = 30.0
 DEFAULT_MAX_SEND_BYTES = 1024 * 1024
@@ -80,7 +80,7 @@ class CallBuilder:
     answered: threading.Event = field(default_factory=threading.Event, init=False)
     """Set once anything has come from the target."""
 
-    def generate(self, inputs: Sequence[Source], options: CallOptions) -> Call[pb.GenerateRequest]:
+    def generate(self, inputs: Sequence[Source | Input], options: CallOptions) -> Call[pb.GenerateRequest]:
         """A call of GenerationService.Generate."""
         request = pb.GenerateRequest(
             inputs=converters.inputs_to_pb(inputs),
@@ -90,7 +90,7 @@ class CallBuilder:
         )
         return self._call(request, options)
 
-    def stream(self, source: Source, options: CallOptions) -> Call[pb.GenerateStreamRequest]:
+    def stream(self, source: Source | Input, options: CallOptions) -> Call[pb.GenerateStreamRequest]:
         """A call of GenerationService.GenerateStream."""
         request = pb.GenerateStreamRequest(
             input=converters.input_to_pb(source),

@@ -62,6 +62,7 @@ def _task(arguments: argparse.Namespace) -> Task:
         server=arguments.server,
         timeout_s=arguments.timeout,
         options=_call_options(arguments),
+        target_prefix=arguments.target_prefix,
         texts=tuple(arguments.text),
         file=arguments.file,
         output=arguments.output,
@@ -177,6 +178,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     search.add_argument("--min-new-tokens", type=_count, metavar="N", help="least length of a hypothesis")
     search.add_argument("--max-new-tokens", type=_positive(int), metavar="N", help="greatest length of a hypothesis")
+    prefix = search.add_mutually_exclusive_group()
+    prefix.add_argument(
+        "--target-prefix", metavar="TEXT", help="what every target begins with; generation continues from there"
+    )
+    prefix.add_argument(
+        "--target-prefix-ids",
+        type=_token_ids,
+        dest="target_prefix",
+        metavar="ID,ID,…",
+        help="the same as token ids, such as a language code",
+    )
 
     shape = parser.add_argument_group("output")
     shape.add_argument("--scores", action="store_true", help="print the source, then score<TAB>text")
@@ -194,6 +206,13 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 
     number.__name__ = f"positive {kind.__name__}"  # argparse prints it for a text that is no number
     return number
+
+
+def _token_ids(text: str) -> tuple[int, ...]:
+    ids = text.split(",")
+    if not all(number.isascii() and number.isdecimal() for number in ids):
+        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between them, such as 8,17, not {text!r}")
+    return tuple(map(int, ids))
 
 
 def _count(text: str) -> int:

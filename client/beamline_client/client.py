@@ -27,7 +27,7 @@ from beamline_client.calls import (
 from beamline_client.channel import channel_credentials, channel_options
 from beamline_client.errors import BeamlineError
 from beamline_client.readiness import ReadinessWait
-from beamline_client.results import Piece, Result, ServerInfo, Source
+from beamline_client.results import Input, Piece, Result, ServerInfo, Source
 
 
 class AsyncClient:
@@ -86,11 +86,12 @@ class AsyncClient:
         """Disconnects; calls that are still running raise asyncio.CancelledError. Closing twice is allowed."""
         await self._channel.close(None)
 
-    async def generate(self, inputs: Sequence[Source], **options: Unpack[CallOptions]) -> list[Result]:
+    async def generate(self, inputs: Sequence[Source | Input], **options: Unpack[CallOptions]) -> list[Result]:
         """Generates for several sources in one request.
 
         Args:
-            inputs: Texts or sequences of token ids, at most `Limits.max_inputs`.
+            inputs: Texts or sequences of token ids, each alone or in an `Input` that says what its target begins with;
+                at most `Limits.max_inputs`.
             **options: See `CallOptions`.
 
         Returns:
@@ -101,12 +102,12 @@ class AsyncClient:
             response = await self._stub.Generate(call.request, timeout=call.timeout_s, metadata=call.metadata)
         return converters.results_from_pb(response, inputs=len(inputs))
 
-    async def generate_one(self, source: Source, **options: Unpack[CallOptions]) -> Result:
-        """Generates for one text or one sequence of token ids; see `generate`."""
+    async def generate_one(self, source: Source | Input, **options: Unpack[CallOptions]) -> Result:
+        """Generates for one text, sequence of token ids or `Input`; see `generate`."""
         (result,) = await self.generate([source], **options)
         return result
 
-    async def stream(self, source: Source, **options: Unpack[CallOptions]) -> AsyncIterator[Piece | Result]:
+    async def stream(self, source: Source | Input, **options: Unpack[CallOptions]) -> AsyncIterator[Piece | Result]:
         """Generates for one source and yields the best hypothesis piece by piece, then the result.
 
         What was yielded never changes: the result's best text is the pieces put together, or continues them. Leaving
@@ -194,19 +195,19 @@ class Client:
         """Disconnects; calls that are still running, in other threads, raise `Cancelled`. Closing twice is allowed."""
         self._channel.close()
 
-    def generate(self, inputs: Sequence[Source], **options: Unpack[CallOptions]) -> list[Result]:
+    def generate(self, inputs: Sequence[Source | Input], **options: Unpack[CallOptions]) -> list[Result]:
         """Generates for several sources in one request; see `AsyncClient.generate`."""
         call = self._calls.generate(inputs, options)
         with call.errors_mapped():
             response = self._stub.Generate(call.request, timeout=call.timeout_s, metadata=call.metadata)
         return converters.results_from_pb(response, inputs=len(inputs))
 
-    def generate_one(self, source: Source, **options: Unpack[CallOptions]) -> Result:
-        """Generates for one text or one sequence of token ids; see `AsyncClient.generate`."""
+    def generate_one(self, source: Source | Input, **options: Unpack[CallOptions]) -> Result:
+        """Generates for one text, sequence of token ids or `Input`; see `AsyncClient.generate`."""
         (result,) = self.generate([source], **options)
         return result
 
-    def stream(self, source: Source, **options: Unpack[CallOptions]) -> Iterator[Piece | Result]:
+    def stream(self, source: Source | Input, **options: Unpack[CallOptions]) -> Iterator[Piece | Result]:
         """Generates for one source and yields its pieces, then its result; see `AsyncClient.stream`."""
         call = self._calls.stream(source, options)
         rpc = self._stub.GenerateStream(call.request, timeout=call.timeout_s, metadata=call.metadata)

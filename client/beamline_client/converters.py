@@ -10,6 +10,7 @@ from beamline_client.results import (
     EarlyStopping,
     FinishReason,
     Hypothesis,
+    Input,
     LengthPenaltyKind,
     Limits,
     ModelInfo,
@@ -37,52 +38,63 @@ _FINISH_REASONS = {
 _PLAIN_SEARCH_FIELDS = ("beam_size", "n_best", "length_penalty", "min_new_tokens", "max_new_tokens")
 
 
-def inputs_to_pb(inputs: Sequence[Source]) -> list[pb.Input]:
-    """Converts the sources of one request.
+def inputs_to_pb(inputs: Sequence[Source | Input]) -> list[pb.Input]:
+    """Converts the inputs of one request.
 
     Raises:
-        InvalidRequest: A source cannot be sent; names every such source.
-        TypeError: `inputs` is a single text, or a source is neither text nor a sequence of integers.
+        InvalidRequest: Some cannot be sent; names everything that cannot.
+        TypeError: `inputs` is a single one, or a source or a target prefix is neither text nor a sequence of integers.
     """
-    if isinstance(inputs, str):
-        raise TypeError("inputs is a single text; pass a list of sources, or use generate_one")
-    converted: list[pb.Input] = []
+    if isinstance(inputs, str | Input):
+        raise TypeError("inputs is a single one; pass a list, or use generate_one")
     violations: list[FieldViolation] = []
-    for index, source in enumerate(inputs):
-        try:
-            converted.append(input_to_pb(source, field=f"inputs[{index}]"))
-        except InvalidRequest as error:
-            violations.extend(error.violations)
+    converted = [_input_to_pb(entry, f"inputs[{index}]", violations) for index, entry in enumerate(inputs)]
     if violations:
         raise InvalidRequest("some inputs cannot be sent", violations=violations)
     return converted
 
 
-def input_to_pb(source: Source, *, field: str = "input") -> pb.Input:
-    """Converts one source.
-
-    Args:
-        source: Text or token ids.
-        field: Its path in the request, for the error.
+def input_to_pb(entry: Source | Input) -> pb.Input:
+    """Converts the input of a stream.
 
     Raises:
-        InvalidRequest: The text is not valid Unicode, or an id is no 32-bit integer.
-        TypeError: The source is neither text nor a sequence of integers.
+        InvalidRequest: A text in it is not valid Unicode, or an id no 32-bit integer; names everything that cannot be
+            sent.
+        TypeError: The source or the target prefix is neither text nor a sequence of integers.
     """
-    if isinstance(source, str):
-        try:
-            source.encode()
-        except UnicodeEncodeError as error:
-            problem = FieldViolation(f"{field}.text", f"not valid Unicode at character {error.start}")
-            raise InvalidRequest("the text cannot be sent", violations=[problem]) from error
-        return pb.Input(text=source)
-    if isinstance(source, bytes | bytearray):
-        raise TypeError("a source is text (str) or a sequence of token ids, not bytes")
+    violations: list[FieldViolation] = []
+    converted = _input_to_pb(entry, "input", violations)
+    if violations:
+        raise InvalidRequest("the input cannot be sent", violations=violations)
+    return converted
+
+
+def _input_to_pb(entry: Source | Input, path: str, violations: list[FieldViolation]) -> pb.Input:
+    """Converts one input as far as it can be sent; notes what cannot."""
+    source, prefix = (entry.source, entry.target_prefix) if isinstance(entry, Input) else (entry, None)
+    message = pb.Input()
+    _put_content(message, source, path, violations)
+    if prefix is not None:
+        message.target_prefix.SetInParent()  # an empty one is the server's to refuse
+        _put_content(message.target_prefix, prefix, f"{path}.target_prefix", violations)
+    return message
+
+
+def _put_content(
+    message: pb.Input | pb.TargetPrefix, content: str | Sequence[int], path: str, violations: list[FieldViolation]
+) -> None:
+    if isinstance(content, bytes | bytearray):
+        raise TypeError("a source or a target prefix is text (str) or a sequence of token ids, not bytes")
     try:
-        return pb.Input(token_ids=pb.TokenIds(ids=source))
+        if isinstance(content, str):
+            content.encode()
+            message.text = content
+        else:
+            message.token_ids.CopyFrom(pb.TokenIds(ids=content))
+    except UnicodeEncodeError as error:
+        violations.append(FieldViolation(f"{path}.text", f"not valid Unicode at character {error.start}"))
     except ValueError as error:
-        problem = FieldViolation(f"{field}.token_ids", str(error))
-        raise InvalidRequest("the token ids cannot be sent", violations=[problem]) from error
+        violations.append(FieldViolation(f"{path}.token_ids", str(error)))
 
 
 def search_to_pb(search: SearchOptions | None) -> pb.SearchOptions | None:
@@ -194,6 +206,7 @@ def info_from_pb(message: pb.GetInfoResponse) -> ServerInfo:
             max_beam_size=limits.max_beam_size,
             max_message_bytes=limits.max_message_bytes,
             max_duration_s=_seconds(limits.max_duration),
+            max_target_tokens=limits.max_target_tokens,
         ),
         default_search=search_from_pb(message.default_search),
         versions=dict(message.versions),

@@ -19,15 +19,26 @@ class Intake:
     Attributes:
         limits: As the server tells them.
         truncate: Whether a text that is too long is cut; otherwise it has a problem.
+        beside_bytes: Room in a message for what is sent with each text.
     """
 
     limits: Limits
     truncate: bool
+    beside_bytes: int = 0
 
     @property
     def longest_text(self) -> int:
-        """Most bytes of UTF-8 in one text."""
-        return min(self.limits.max_text_bytes, self.limits.max_message_bytes - _REQUEST_BYTES - _TEXT_BYTES)
+        """Most bytes of UTF-8 in one text; none where what is sent with it fills a message."""
+        return max(0, min(self.limits.max_text_bytes, self._room - self._around))
+
+    @property
+    def _room(self) -> int:
+        """Most bytes of texts, and of what is around them, in one message."""
+        return self.limits.max_message_bytes - _REQUEST_BYTES
+
+    @property
+    def _around(self) -> int:
+        return _TEXT_BYTES + self.beside_bytes
 
     def checked(self, lines: Iterable[Line]) -> Iterator[Line]:
         """The lines, those with a problem that would not fit into a message."""
@@ -36,8 +47,8 @@ class Intake:
     def batches(self, lines: Iterable[Line], most: int) -> Iterator[list[Line]]:
         """The lines in requests of `most` lines, or fewer where the server takes fewer lines or bytes at once."""
         at_once = min(most, self.limits.max_inputs)
-        room = self.limits.max_message_bytes - _REQUEST_BYTES - at_once * _TEXT_BYTES
-        return batched(self.checked(lines), lines_at_once=at_once, bytes_at_once=room)
+        checked = self.checked(lines)
+        return batched(checked, lines_at_once=at_once, bytes_at_once=self._room, bytes_around=self._around)
 
     def cut(self, text: str) -> str:
         """The text, or of a longer one as many whole characters as fit."""

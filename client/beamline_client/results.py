@@ -7,6 +7,18 @@ from typing import TypeAlias
 
 Source: TypeAlias = str | Sequence[int]
 """One source: text for the served model's tokenizer, or token ids as its encoder expects them."""
+TargetPrefix: TypeAlias = str | Sequence[int]
+"""What a target begins with: text, or token ids as the model's decoder expects them, without its start token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One source and what its target begins with; without a prefix, the same as the source alone."""
+
+    source: Source
+    target_prefix: TargetPrefix | None = None
+    """Given by the caller; generation continues from there. Part of the text that comes back, and not of the token
+    ids. None lets the model begin."""
 
 
 class LengthPenaltyKind(enum.Enum):
@@ -53,9 +65,9 @@ class SearchOptions:
     early_stopping: EarlyStopping | None = None
     """When the search ends. Has no effect on greedy search."""
     min_new_tokens: int | None = None
-    """Least number of generated tokens before end-of-sequence."""
+    """Least number of generated tokens before end-of-sequence; a target prefix is not counted."""
     max_new_tokens: int | None = None
-    """Greatest number of generated tokens, end-of-sequence included."""
+    """Greatest number of generated tokens, end-of-sequence included; a target prefix is not counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +75,13 @@ class Hypothesis:
     """One generated sequence."""
 
     text: str
-    """The text; empty when the model has no tokenizer."""
+    """The text of the whole target, `Input.target_prefix` included; empty when the model has no tokenizer."""
     score: float
-    """What hypotheses are ranked by: the length-penalized sum of token log-probabilities (natural log)."""
+    """What hypotheses are ranked by: the length-penalized sum of the generated tokens' log-probabilities (natural)."""
     finish_reason: FinishReason | None
     """Why it ended; None when the server gives a reason that this client does not know."""
     token_ids: tuple[int, ...] | None = None
-    """Generated token ids, end-of-sequence included; None when they were not asked for."""
+    """Generated token ids, end-of-sequence included and a target prefix not; None when they were not asked for."""
     token_logprobs: tuple[float, ...] | None = None
     """Log-probability of each generated token (natural log); None when they were not asked for."""
 
@@ -117,9 +129,9 @@ class Piece:
     """A piece of the best hypothesis that will not change any more."""
 
     text: str
-    """Text to append to what was received before."""
+    """Text to append to what was received before; that of a target prefix comes with the first pieces."""
     token_ids: tuple[int, ...] = ()
-    """The token ids that have become certain; empty when they were not asked for."""
+    """The generated token ids that have become certain; empty when they were not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +173,8 @@ class Limits:
     """Most bytes in one request message."""
     max_duration_s: float
     """Longest time that a request may take, in seconds."""
+    max_target_tokens: int = 0
+    """Most tokens in one target, a prefix and what is generated together; 0 if the server does not know prefixes."""
 
 
 @dataclass(frozen=True, slots=True)

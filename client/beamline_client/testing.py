@@ -3,7 +3,8 @@
     with FakeServer() as server, Client(server.target) as client:
         assert client.generate_one("hello").text == "HELLO"
 
-It "translates" to upper case, word by word, and scores hypothesis k (0, 1, …) with -0.5·(k + 1).
+It "translates" to upper case, word by word, behind the target prefix if there is one, and scores hypothesis k
+(0, 1, …) with -0.5·(k + 1).
 
     with RecordingProxy() as proxy:  # and the variables of `proxy.environment` set
         ...
@@ -78,9 +79,10 @@ class ReceivedCall:
 
 def shouted(source: pb.Input, search: pb.SearchOptions, output: pb.OutputOptions) -> pb.Result:
     """The result that the fake server gives for this input."""
-    text = source.text.upper() if source.HasField("text") else " ".join(str(i) for i in source.token_ids.ids)
-    ids = range(len(text.split()))
-    result = pb.Result(source_tokens=len(text.split()))
+    generated = _in_words(source).upper()
+    ids = range(len(generated.split()))
+    text = f"{_in_words(source.target_prefix)} {generated}" if source.HasField("target_prefix") else generated
+    result = pb.Result(source_tokens=len(ids))
     for rank in range(search.n_best or 1):
         result.hypotheses.add(
             text=text if rank == 0 else f"{text} #{rank + 1}",
@@ -97,6 +99,10 @@ def shouted(source: pb.Input, search: pb.SearchOptions, output: pb.OutputOptions
     return result
 
 
+def _in_words(content: pb.Input | pb.TargetPrefix) -> str:
+    return content.text if content.HasField("text") else " ".join(str(i) for i in content.token_ids.ids)
+
+
 def described() -> pb.GetInfoResponse:
     """What the fake server tells about itself.
 
@@ -111,6 +117,7 @@ def described() -> pb.GetInfoResponse:
             max_new_tokens=512,
             max_beam_size=16,
             max_message_bytes=1024 * 1024,
+            max_target_tokens=512,
         ),
         default_search=pb.SearchOptions(beam_size=4, n_best=1),
     )
@@ -124,7 +131,9 @@ def _generate(request: pb.GenerateRequest, _context: grpc.ServicerContext) -> pb
 
 def _stream(request: pb.GenerateStreamRequest, _context: grpc.ServicerContext) -> Iterator[pb.GenerateStreamResponse]:
     result = shouted(request.input, request.search, request.output)
-    for index, word in enumerate(result.hypotheses[0].text.split()):
+    count = len(_in_words(request.input).split())
+    # What a target begins with comes with the first word.
+    for index, word in enumerate(result.hypotheses[0].text.rsplit(maxsplit=count - 1) if count else []):
         text = word if index == 0 else f" {word}"
         yield pb.GenerateStreamResponse(
             piece=pb.Piece(text=text, token_ids=[index] if request.output.token_ids else ())

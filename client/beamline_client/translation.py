@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -12,11 +13,12 @@ from beamline.text_lines import NotText, TextLine, read_lines
 from beamline_client.bulk import Generated, Line, generate_in_order, problems_of
 from beamline_client.calls import CallOptions
 from beamline_client.client import Client
+from beamline_client.converters import input_to_pb
 from beamline_client.errors import InvalidRequest
 from beamline_client.intake import Intake
 from beamline_client.progress import CLEAR_LINE, Progress
 from beamline_client.rendering import on_one_line
-from beamline_client.results import Limits, Piece, Result
+from beamline_client.results import Input, Limits, Piece, Result, TargetPrefix
 
 PROGRAM = "beamline translate"
 
@@ -34,6 +36,8 @@ class Task:
     server: str
     timeout_s: float
     options: CallOptions
+    target_prefix: TargetPrefix | None
+    """What every target begins with; None lets the model begin."""
     texts: tuple[str, ...]
     """Given by themselves; without any, lines are read."""
     file: str | None
@@ -102,13 +106,14 @@ def translate(task: Task) -> Tally:
 
     Raises:
         BeamlineError: The server or the way to it failed.
-        TextUnusable: A text cannot be translated, or the server takes none.
+        TextUnusable: A text or the target prefix cannot be used, or the server takes no texts.
         OSError: A file cannot be read or written.
     """
     with ExitStack() as stack:
+        stack.enter_context(_prefix_named(task.target_prefix))
         source = stack.enter_context(_source(task))
         client = stack.enter_context(Client(task.server, timeout_s=task.timeout_s, max_send_bytes=_ANY_SIZE))
-        intake = Intake(_limits(client), task.options.get("truncate", False))
+        intake = _intake(task, client)
         output = stack.enter_context(_output(task.output))
         is_live = sys.stderr.isatty() and not output.isatty()
         tally = Tally(task.skip, sys.stderr, CLEAR_LINE if is_live else "")
@@ -151,6 +156,42 @@ def _output(path: str | None) -> Iterator[TextIO]:
         sys.stdout.flush()
 
 
+@contextmanager
+def _prefix_named(prefix: TargetPrefix | None) -> Iterator[None]:
+    """Tells a refusal of the target prefix, which all inputs of a request have, once and by the command's flags."""
+    try:
+        yield
+    except InvalidRequest as error:
+        found = [violation.description for violation in error.violations if ".target_prefix" in violation.field]
+        if not found or any(violation.field.startswith("search.") for violation in error.violations):
+            raise
+        problem = re.sub(r"search\.(\w+)", lambda option: f"--{option[1].replace('_', '-')}", found[0])
+        raise TextUnusable(f"{_prefix_flag(prefix)}: {problem}") from error
+
+
+def _prefix_flag(prefix: TargetPrefix | None) -> str:
+    return "--target-prefix" if isinstance(prefix, str) else "--target-prefix-ids"
+
+
+def _intake(task: Task, client: Client) -> Intake:
+    limits, truncate, prefix = _limits(client), task.options.get("truncate", False), task.target_prefix
+    if prefix is None:
+        return Intake(limits, truncate)
+    if not limits.max_target_tokens:
+        raise TextUnusable(
+            f"the server at {client.target} takes no notice of target prefixes: leave {_prefix_flag(prefix)} out, or "
+            "serve the model with a newer Beamline"
+        )
+    beside_bytes = input_to_pb(Input("", prefix)).ByteSize()
+    intake = Intake(limits, truncate, beside_bytes)
+    if not intake.longest_text:
+        raise TextUnusable(
+            f"{_prefix_flag(prefix)}: has {beside_bytes} bytes, which leaves no room for a text in a message of "
+            f"{limits.max_message_bytes}; shorten it"
+        )
+    return intake
+
+
 def _limits(client: Client) -> Limits:
     info = client.info()
     if not info.model.has_tokenizer:
@@ -167,10 +208,10 @@ def _generated(
     """Every text with what became of it, in order; of a stream, its pieces are written by then."""
     lines = _texts(task.texts) if task.texts else map(_line, read_lines(source))
     if task.stream:
-        return _streamed(client, intake, lines, task.options, output)
+        return _streamed(task, client, intake, lines, output)
 
     def generate(texts: Sequence[str]) -> list[Result]:
-        results = client.generate([intake.cut(text) for text in texts], **task.options)
+        results = client.generate([Input(intake.cut(text), task.target_prefix) for text in texts], **task.options)
         return [intake.marked(text, result) for text, result in zip(texts, results, strict=True)]
 
     # Somebody who types waits for the answer to each line.
@@ -180,14 +221,15 @@ def _generated(
 
 
 def _streamed(
-    client: Client, intake: Intake, lines: Iterable[Line], options: CallOptions, output: TextIO
+    task: Task, client: Client, intake: Intake, lines: Iterable[Line], output: TextIO
 ) -> Generator[Generated, None, None]:
     for line in intake.checked(lines):
         if line.is_blank or line.problem is not None:
             yield Generated(line, problem=line.problem)
             continue
         try:
-            result = _write_pieces(client.stream(intake.cut(line.text), **options), output)
+            entry = Input(intake.cut(line.text), task.target_prefix)
+            result = _write_pieces(client.stream(entry, **task.options), output)
         except InvalidRequest as error:
             if not (problems := problems_of(error)):
                 raise

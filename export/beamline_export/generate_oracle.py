@@ -59,27 +59,33 @@ class GenerateOracle:
         self._model = model
         self._rules = rules
 
-    def search(self, sources: Sequence[Tokens], options: SearchOptions) -> list[tuple[Ranked, ...]]:
-        """The `n_best` hypotheses of each source, searched as one padded batch; greedy ones have no score (nan)."""
+    def search(
+        self, sources: Sequence[Tokens], options: SearchOptions, target_prefix: Tokens = ()
+    ) -> list[tuple[Ranked, ...]]:
+        """The `n_best` hypotheses of each source, searched as one padded batch; greedy ones have no score (nan).
+
+        Their tokens are the generated ones, which follow `target_prefix`.
+        """
         width = max(map(len, sources))
         padding = next(iter(self._rules.search.eos), 0)
         ids = torch.tensor([[*source, *[padding] * (width - len(source))] for source in sources])
         mask = torch.tensor([[1] * len(source) + [0] * (width - len(source)) for source in sources])
-        return self._hypotheses(self._generate(options, input_ids=ids, attention_mask=mask), options)
+        output = self._generate(options, target_prefix, input_ids=ids, attention_mask=mask)
+        return self._hypotheses(output, options, target_prefix)
 
-    def trace(self, source: Tokens, options: SearchOptions) -> SearchTrace:
-        """The steps of one search.
+    def trace(self, source: Tokens, options: SearchOptions, target_prefix: Tokens = ()) -> SearchTrace:
+        """The steps of one search, after `target_prefix`.
 
         Raises:
             AssertionError: `reference_search` comes to something else from the same log-probabilities.
         """
         recorder = _Recorder(renormalize=bool(self._model.generation_config.renormalize_logits))
         output = self._generate(
-            options, input_ids=torch.tensor([source]), logits_processor=LogitsProcessorList([recorder])
+            options, target_prefix, input_ids=torch.tensor([source]), logits_processor=LogitsProcessorList([recorder])
         )
         rules, start = self._rules.search, self._rules.decoder_start
-        trace = reference_search(recorder.logprobs, rules, options, start)
-        found = self._hypotheses(output, options)[0]
+        trace = reference_search(recorder.logprobs, rules, options, start, target_prefix)
+        found = self._hypotheses(output, options, target_prefix)[0]
         same = [h.tokens for h in trace.hypotheses][: options.n_best] == [h.tokens for h in found]
         assert same, "reference_search does not follow generate"
         return trace
@@ -96,7 +102,8 @@ class GenerateOracle:
                     False, find_parting(self.trace(source, options), backend, self._rules, source, options)
                 )
 
-    def _generate(self, options: SearchOptions, **inputs: Any) -> Any:
+    def _generate(self, options: SearchOptions, target_prefix: Tokens, **inputs: Any) -> Any:
+        start = [self._rules.decoder_start, *target_prefix]
         beams: dict[str, Any] = {}
         if options.beam_size > 1:
             beams = {
@@ -107,6 +114,7 @@ class GenerateOracle:
         with quiet_transformers(), torch.inference_mode():
             return self._model.generate(
                 **inputs,
+                decoder_input_ids=torch.tensor([start] * len(inputs["input_ids"])),
                 num_beams=options.beam_size,
                 max_new_tokens=options.max_new_tokens,
                 min_new_tokens=options.min_new_tokens,
@@ -115,16 +123,16 @@ class GenerateOracle:
                 **beams,
             )
 
-    def _hypotheses(self, output: Any, options: SearchOptions) -> list[tuple[Ranked, ...]]:
-        tokens = [self._generated(row) for row in output.sequences.tolist()]
+    def _hypotheses(self, output: Any, options: SearchOptions, target_prefix: Tokens) -> list[tuple[Ranked, ...]]:
+        tokens = [self._generated(row[1 + len(target_prefix) :]) for row in output.sequences.tolist()]
         scores = [math.nan] * len(tokens) if options.beam_size == 1 else output.sequences_scores.tolist()
         ranked = [Ranked(*pair) for pair in zip(tokens, scores, strict=True)]
         lists = (ranked[i : i + options.n_best] for i in range(0, len(ranked), options.n_best))
         return [tuple(h for h in hypotheses if not h.score < _PHANTOM) for hypotheses in lists]
 
     def _generated(self, row: Sequence[int]) -> Tokens:
-        """Without the decoder's start, up to the first end of sequence."""
-        tokens = tuple(row[1:])
+        """What follows the given tokens, up to the first end of sequence."""
+        tokens = tuple(row)
         end = next((i for i, token in enumerate(tokens) if token in self._rules.search.eos), len(tokens))
         return tokens[: end + 1]
 

@@ -5,7 +5,7 @@ explain it: lists, no arrays over sentences, no slots.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -68,7 +68,11 @@ class SearchTrace:
 
 
 def reference_search(
-    next_logprobs: NextLogprobs, rules: SearchRules, options: SearchOptions, decoder_start: int
+    next_logprobs: NextLogprobs,
+    rules: SearchRules,
+    options: SearchOptions,
+    decoder_start: int,
+    target_prefix: Sequence[int] = (),
 ) -> SearchTrace:
     """Search one sentence.
 
@@ -77,12 +81,15 @@ def reference_search(
         rules: What the model fixes: end of sequence, bans, forced tokens.
         options: How to search.
         decoder_start: First decoder input.
+        target_prefix: Tokens that are given, after the decoder start; a forced first token gives way to them.
     """
+    if target_prefix:
+        rules = replace(rules, forced_first=None)
     beams = [Candidate((), np.float32(0))]
     finished: list[Ranked] = []
     steps: list[Step] = []
     for step in range(options.max_new_tokens):
-        logprobs = next_logprobs([(decoder_start, *beam.tokens) for beam in beams])
+        logprobs = next_logprobs([(decoder_start, *target_prefix, *beam.tokens) for beam in beams])
         logprobs = np.stack([processed(row, step, rules, options) for row in logprobs])
         count = rules.candidates_per_beam * options.beam_size
         ranked = _rank(beams, logprobs, count + 1)

@@ -69,6 +69,10 @@ class ByteTokenizer:
         """The bytes of a text, and end-of-sequence."""
         return [*text.encode(), EOS]
 
+    def encode_target(self, text: str) -> list[int]:
+        """The bytes of a text."""
+        return [*text.encode()]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of bytes; incomplete characters become U+FFFD."""
         return bytes(token for token in ids if token < EOS).decode("utf-8", "replace")
@@ -136,9 +140,10 @@ def make_completed(number: RequestId, tokens: Iterable[int], *, n_best: int = 1)
 
 
 def shouted(request: GenerationRequest) -> Sequence[Event]:
-    """A script: the source in upper case, at once."""
-    upper = (token - 32 if ord("a") <= token <= ord("z") else token for token in request.source)
-    return [make_completed(request.id, upper, n_best=request.options.n_best)]
+    """A script: the source in upper case, at once; after a target prefix, what is left of it behind as many tokens."""
+    upper = [token - 32 if ord("a") <= token <= ord("z") else token for token in request.source]
+    left = upper[min(len(request.target_prefix), len(upper) - 1) :]
+    return [make_completed(request.id, left, n_best=request.options.n_best)]
 
 
 def silent(request: GenerationRequest) -> Sequence[Event]:

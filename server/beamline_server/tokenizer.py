@@ -1,7 +1,8 @@
 """Text to token ids and back, with the tokenizer files of a bundle.
 
 Text is text: special tokens that are written in it are read as the characters they are made of, or as unknown where a
-vocabulary has them as words. Marian's language code at the beginning of a text is the one exception.
+vocabulary has them as words. Marian's language code at the beginning of a text is the one exception. That holds for
+sources and for the beginnings of targets.
 """
 
 import json
@@ -35,6 +36,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Source ids of a text, with the model's begin- and end-of-sequence ids."""
+        ...
+
+    def encode_target(self, text: str) -> list[int]:
+        """Target ids of a text that further ids may follow: nothing is added to it."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -98,10 +103,20 @@ def _check_size(ids: int, vocabulary: int) -> None:
         raise ValueError(f"it has ids up to {ids - 1}, the model has {vocabulary}")
 
 
-def _plain(ids: Iterable[int], control: Collection[int | None], unknown: int | None) -> list[int]:
+def _plain(ids: Iterable[int | None], control: Collection[int | None], unknown: int | None) -> list[int]:
     """The ids of a text, in which special tokens are unknown words; left out if the vocabulary has no such word."""
     plain = (unknown if i in control else i for i in ids)
     return [i for i in plain if i is not None]
+
+
+def _beyond(ids: Iterable[int], manifest: Manifest) -> frozenset[int]:
+    """Those of a target tokenizer's ids that the model does not have."""
+    return frozenset(i for i in ids if i >= manifest.dimensions.target_vocabulary)
+
+
+def _known(unknown: int | None, beyond: Collection[int]) -> int | None:
+    """The id of unknown words, if the model has it."""
+    return None if unknown in beyond else unknown
 
 
 class CleanedUp:
@@ -113,6 +128,10 @@ class CleanedUp:
     def encode(self, text: str) -> list[int]:
         """As `Tokenizer.encode`."""
         return self._inner.encode(text)
+
+    def encode_target(self, text: str) -> list[int]:
+        """As `Tokenizer.encode_target`."""
+        return self._inner.encode_target(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """As `Tokenizer.decode`."""
@@ -156,32 +175,57 @@ class _MarianTokenizer:
 
     def __init__(self, read: Read, manifest: Manifest) -> None:
         own = "target_vocab.json" in manifest.tokenizer.files
-        self._source = read_sentencepiece("source.spm", read("source.spm"))
+        source = read_sentencepiece("source.spm", read("source.spm"))
         target = read_sentencepiece("target.spm", read("target.spm"))
-        # As transformers.
-        self._target = target if own else self._source
-        self._ids = read_vocabulary("vocab.json", read("vocab.json"))
-        _check_size(max(self._ids.values()) + 1, manifest.dimensions.source_vocabulary)
-        target_ids = read_vocabulary("target_vocab.json", read("target_vocab.json")) if own else self._ids
-        self._unknown = self._ids["<unk>"]
-        special = _special_ids(manifest) | {target_ids.get("<unk>")}
-        self._pieces = {number: piece for piece, number in target_ids.items() if number not in special}
-        self._eos = manifest.special_tokens.source_eos
-        self._control = {self._eos, self._ids.get("</s>"), self._ids.get("<pad>")}
+        # As transformers, which write with the source's pieces what they read with the target's.
+        self._decoder = target if own else source
+        ids = read_vocabulary("vocab.json", read("vocab.json"))
+        _check_size(max(ids.values()) + 1, manifest.dimensions.source_vocabulary)
+        target_ids = read_vocabulary("target_vocab.json", read("target_vocab.json")) if own else ids
+        self._eos, special, unknown = manifest.special_tokens.source_eos, _special_ids(manifest), ids["<unk>"]
+        self._source = _MarianReader(source, ids, {self._eos}, unknown)
+        beyond = _beyond(target_ids.values(), manifest)
+        self._target = _MarianReader(target, target_ids, special | beyond, _known(target_ids.get("<unk>"), beyond))
+        silent = special | {target_ids.get("<unk>")}
+        self._pieces = {number: piece for piece, number in target_ids.items() if number not in silent}
 
     def encode(self, text: str) -> list[int]:
-        code = text.find("<<") + 2 if text.startswith(">>") and "<<" in text else 0
-        pieces = [text[:code]] if code else []
-        pieces += self._source.encode(text[code:], out_type=str)
-        ids = _plain((self._ids.get(piece, self._unknown) for piece in pieces), self._control, self._unknown)
+        ids = self._source.ids(text)
         return ids if self._eos is None else [*ids, self._eos]
 
+    def encode_target(self, text: str) -> list[int]:
+        return self._target.ids(text)
+
     def decode(self, ids: Sequence[int]) -> str:
-        text = self._target.decode_pieces([self._pieces[i] for i in ids if i in self._pieces])
+        text = self._decoder.decode_pieces([self._pieces[i] for i in ids if i in self._pieces])
         return str(text).replace("\u2581", " ").strip()
 
     def settled(self, ids: Sequence[int]) -> str:
         return whole_characters(self.decode(ids))
+
+
+class _MarianReader:
+    """Reads texts of one side of a MarianMT model: a SentencePiece model, and the ids of its pieces.
+
+    `control` are ids that no text is read as, but for a language code; those of `</s>` and `<pad>` are added.
+    """
+
+    def __init__(
+        self, model: Any, ids: Mapping[str, int], control: Collection[int | None], unknown: int | None
+    ) -> None:
+        self._model = model
+        self._ids = ids
+        self._control = {*control, ids.get("</s>"), ids.get("<pad>")}
+        self._unknown = unknown
+
+    def ids(self, text: str) -> list[int]:
+        code = text.find("<<") + 2 if text.startswith(">>") and "<<" in text else 0
+        language = self._numbers([text[:code]] if code else [])
+        words = self._numbers(self._model.encode(text[code:], out_type=str))
+        return [*_plain(language, (), self._unknown), *_plain(words, self._control, self._unknown)]
+
+    def _numbers(self, pieces: Sequence[str]) -> list[int | None]:
+        return [self._ids.get(piece, self._unknown) for piece in pieces]
 
 
 def read_vocabulary(name: str, content: bytes) -> dict[str, int]:
@@ -205,20 +249,30 @@ class _SentencePieceTokenizer:
         self._target = read_sentencepiece("target.spm", read("target.spm"))
         _check_size(self._source.get_piece_size(), manifest.dimensions.source_vocabulary)
         self._bos, self._eos = manifest.special_tokens.source_bos, manifest.special_tokens.source_eos
-        self._control = {self._bos, self._eos, *map(self._source.piece_to_id, ("<s>", "</s>", "<pad>"))}
-        self._unknown = self._source.unk_id()
         self._special = _special_ids(manifest)
         self._size = self._target.get_piece_size()
+        self._control = _control_pieces(self._source) | {self._bos, self._eos}
+        beyond = _beyond(range(self._size), manifest)
+        self._target_control = _control_pieces(self._target) | self._special | beyond
+        self._target_unknown = _known(self._target.unk_id(), beyond)
 
     def encode(self, text: str) -> list[int]:
-        ids = _plain(self._source.encode(text), self._control, self._unknown)
+        ids = _plain(self._source.encode(text), self._control, self._source.unk_id())
         return _enclosed(ids, self._bos, self._eos)
+
+    def encode_target(self, text: str) -> list[int]:
+        return _plain(self._target.encode(text), self._target_control, self._target_unknown)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._target.decode([int(i) for i in ids if i not in self._special and i < self._size]))
 
     def settled(self, ids: Sequence[int]) -> str:
         return whole_characters(self.decode(ids))
+
+
+def _control_pieces(model: Any) -> frozenset[int]:
+    """Ids of the pieces that a SentencePiece model may have for the ends of a text, or of its unknown one."""
+    return frozenset(map(model.piece_to_id, ("<s>", "</s>", "<pad>")))
 
 
 class _JsonTokenizer:
@@ -229,30 +283,49 @@ class _JsonTokenizer:
 
     def __init__(self, read: Read, manifest: Manifest) -> None:
         own = "target_tokenizer.json" in manifest.tokenizer.files
-        self._source = read_json_tokenizer(read("tokenizer.json"))
-        self._target = read_json_tokenizer(read("target_tokenizer.json")) if own else self._source
-        tokens, vocabulary = manifest.special_tokens, manifest.dimensions.source_vocabulary
+        source = read_json_tokenizer(read("tokenizer.json"))
+        self._decoder = read_json_tokenizer(read("target_tokenizer.json")) if own else source
+        tokens, sizes = manifest.special_tokens, manifest.dimensions
         self._bos, self._eos = tokens.source_bos, tokens.source_eos
         self._special = _special_ids(manifest)
-        self._unknown = unknown_id(self._source, vocabulary)
-        special = {i for i, token in self._source.get_added_tokens_decoder().items() if token.special}
-        # Pretrained tokenizers may know more tokens than the model, <mask> for one.
-        beyond = {i for i in self._source.get_vocab(with_added_tokens=True).values() if i >= vocabulary}
-        self._control = ({self._bos, self._eos} | special | beyond) - {self._unknown}
+        self._source = _JsonReader(source, sizes.source_vocabulary, {self._bos, self._eos})
+        self._target = _JsonReader(self._decoder, sizes.target_vocabulary, self._special)
 
     def encode(self, text: str) -> list[int]:
-        encoding = self._source.encode(text)
-        # Those that the post-processor has added are meant.
-        pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
-        ids = (self._unknown if not added and i in self._control else i for i, added in pairs)
-        return _enclosed((i for i in ids if i is not None), self._bos, self._eos)
+        return _enclosed(self._source.ids(text, whole=True), self._bos, self._eos)
+
+    def encode_target(self, text: str) -> list[int]:
+        return self._target.ids(text, whole=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(i) for i in ids if i not in self._special]
-        return str(self._target.decode(kept, skip_special_tokens=True))
+        return str(self._decoder.decode(kept, skip_special_tokens=True))
 
     def settled(self, ids: Sequence[int]) -> str:
         return whole_characters(self.decode(ids))
+
+
+class _JsonReader:
+    """Reads texts of one side with a tokenizer of the tokenizers library, into the first `vocabulary` ids.
+
+    `control` are ids that no text is read as; those of the tokenizer's own special tokens are added.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, control: Collection[int | None]) -> None:
+        self._tokenizer = tokenizer
+        self._unknown = unknown_id(tokenizer, vocabulary)
+        special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        # Pretrained tokenizers may know more tokens than the model, <mask> for one.
+        beyond = {i for i in tokenizer.get_vocab(with_added_tokens=True).values() if i >= vocabulary}
+        self._control = {*control, *special, *beyond} - {self._unknown}
+
+    def ids(self, text: str, *, whole: bool) -> list[int]:
+        """The ids of a text, of a whole one with what the post-processor puts around it."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=whole)
+        # Those that the post-processor has added are meant.
+        pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        ids = (self._unknown if not added and i in self._control else i for i, added in pairs)
+        return [i for i in ids if i is not None]
 
 
 def read_json_tokenizer(content: bytes) -> Any:

@@ -143,11 +143,19 @@ def test_generate_stream_answers_any_message(small_stub: Any, request: pb.Genera
     assert [token for message in pieces for token in message.piece.token_ids] == list(best.token_ids)
 
 
-valid_inputs = st.one_of(
-    st.builds(lambda text: pb.Input(text=text), st.text(min_size=1, max_size=12)),
-    st.builds(
-        lambda ids: pb.Input(token_ids=pb.TokenIds(ids=ids)), st.lists(st.integers(0, 5999), min_size=1, max_size=12)
-    ),
+def contents(texts: st.SearchStrategy[str], ids: st.SearchStrategy[int]) -> st.SearchStrategy[dict[str, Any]]:
+    """What sources and target prefixes are made with."""
+    return st.one_of(
+        st.builds(lambda text: {"text": text}, texts),
+        st.builds(lambda ids: {"token_ids": {"ids": ids}}, st.lists(ids, min_size=1, max_size=12)),
+    )
+
+
+valid_sources = contents(st.text(min_size=1, max_size=12), st.integers(0, 5999))
+# A text of spaces has no tokens; 0 ends a target, and 5999 is the decoder's start.
+valid_prefixes = contents(st.text(max_size=11).map("a{}".format), st.integers(1, 5998))
+valid_inputs = st.builds(
+    lambda source, prefix: pb.Input(**source, target_prefix=prefix), valid_sources, st.none() | valid_prefixes
 )
 
 

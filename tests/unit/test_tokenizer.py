@@ -49,7 +49,7 @@ def bundle_of(folder: Path, kind: str, files: list[str], **tokens: Any) -> Bundl
         "d_model": 8,
         "decoder_layers": 1,
         "source_vocabulary": tokens.pop("vocabulary", 6000),
-        "target_vocabulary": 6000,
+        "target_vocabulary": tokens.pop("target_vocabulary", 6000),
         "max_source_tokens": 64,
         "max_target_tokens": 64,
     }
@@ -98,6 +98,13 @@ def test_marian_text_equals_that_of_transformers(text: str, marian: Tokenizer, t
     assert marian.decode(ids) == their_marian.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("text", [*TEXTS, "I do not know.", "  a  b"])
+def test_the_beginning_of_a_marian_target_has_the_ids_of_transformers(
+    text: str, marian: Tokenizer, their_marian: Any
+) -> None:
+    assert marian.encode_target(text) == their_marian(text_target=text, add_special_tokens=False)["input_ids"]
+
+
 def test_marian_round_trips(marian: Tokenizer) -> None:
     """The embedded model has one vocabulary for both sides."""
     text = "Je ne sais pas, dit-elle."
@@ -125,6 +132,21 @@ def test_a_language_code_is_one_token(tmp_path: Path) -> None:
     with_code = tokenizer.encode(">>deu<< Bonjour.")
     assert with_code == [6000, *tokenizer.encode("Bonjour.")]
     assert tokenizer.encode(">>xyz<< Bonjour.")[0] == vocabulary["<unk>"]
+    assert tokenizer.encode_target(">>deu<< Guten") == [6000, *tokenizer.encode_target("Guten")]
+    assert tokenizer.encode_target(">>xyz<< Guten")[0] == vocabulary["<unk>"]
+
+
+def test_a_language_code_that_leaves_no_trace_in_text_is_one_token_too(tmp_path: Path) -> None:
+    for name in MARIAN_FILES:
+        shutil.copy(MODEL / name, tmp_path)
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps({**vocabulary, ">>deu<<": 6000}))
+    bundle = bundle_of(tmp_path, "marian", MARIAN_FILES, vocabulary=6001, target_vocabulary=6001)
+    entry = bundle.manifest.tokenizer.model_copy(update={"special": (EOS, 1, PAD, 6000)})
+    tokenizer = loaded(Bundle(tmp_path, bundle.manifest.model_copy(update={"tokenizer": entry}), ""))
+    ids = tokenizer.encode_target(">>deu<< Guten")
+    assert ids[0] == 6000
+    assert tokenizer.decode(ids) == "Guten"
 
 
 def test_marian_may_have_a_vocabulary_of_its_own_for_the_target(tmp_path: Path) -> None:
@@ -136,6 +158,22 @@ def test_marian_may_have_a_vocabulary_of_its_own_for_the_target(tmp_path: Path) 
     tokenizer = loaded(bundle_of(tmp_path, "marian", [*MARIAN_FILES, "target_vocab.json"]))
     ids = tokenizer.encode("Bonjour.")[:-1]
     assert tokenizer.decode([i + 7 for i in ids]) == "Bonjour."
+
+
+def test_the_beginning_of_a_target_has_the_targets_own_vocabulary(tmp_path: Path, marian: Tokenizer) -> None:
+    for name in MARIAN_FILES:
+        shutil.copy(MODEL / name, tmp_path)
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    shifted = {piece: (number + 7) % 6000 for piece, number in vocabulary.items()}
+    (tmp_path / "target_vocab.json").write_text(json.dumps(shifted))
+    tokens = {"eos": [7], "decoder_start": 6, "pad": None, "source_eos": EOS}
+    tokenizer = loaded(bundle_of(tmp_path, "marian", [*MARIAN_FILES, "target_vocab.json"], **tokens))
+    with quiet_transformers():
+        theirs = transformers.MarianTokenizer.from_pretrained(tmp_path, separate_vocabs=True)
+    for text in ["I do not know.", "日本語", ">>en<< a", ""]:
+        ids = tokenizer.encode_target(text)
+        assert ids == theirs(text_target=text, add_special_tokens=False)["input_ids"]
+        assert ids == [(i + 7) % 6000 for i in marian.encode_target(text)]
 
 
 def test_threads_share_a_tokenizer(marian: Tokenizer) -> None:
@@ -180,6 +218,8 @@ def test_a_tokenizer_json_equals_transformers(byte_pairs: Path) -> None:
     for text in ["the cat", "", "Ünïcödé 🙂\n", "the cat sat on the mat and did not move for a long time"]:
         ids = theirs(text, truncation=False, padding=False)["input_ids"]
         assert ours.encode(text) == ids
+        assert ours.encode_target(text) == theirs(text_target=text, add_special_tokens=False)["input_ids"]
+        assert ours.encode_target(text) == ids[1:-1]
         assert ours.decode([2, *ids, 1, 1]) == theirs.decode(ids, skip_special_tokens=True) == text
 
 
@@ -192,8 +232,11 @@ def test_words_that_the_model_does_not_have_are_unknown(tmp_path: Path) -> None:
     tokens = {"source_eos": 2, "eos": [2], "decoder_start": 2, "pad": None}
     whole = loaded(bundle_of(tmp_path, "tokenizers", ["tokenizer.json"], **tokens))
     small = loaded(bundle_of(tmp_path, "tokenizers", ["tokenizer.json"], vocabulary=3, **tokens))
+    narrow = loaded(bundle_of(tmp_path, "tokenizers", ["tokenizer.json"], target_vocabulary=3, **tokens))
     assert whole.encode("a new a") == [1, 3, 1, 2]
     assert small.encode("a new a") == [1, 0, 1, 2]
+    assert whole.encode_target("a new a") == small.encode_target("a new a") == [1, 3, 1]
+    assert narrow.encode_target("a new a") == [1, 0, 1]
 
 
 def test_special_ids_are_added_where_the_tokenizer_does_not(tmp_path: Path) -> None:
@@ -211,6 +254,8 @@ def test_special_ids_are_added_where_the_tokenizer_does_not(tmp_path: Path) -> N
     two = loaded(bundle_of(tmp_path, "tokenizers", ["tokenizer.json", "target_tokenizer.json"], **tokens))
     assert two.encode("a b c") == [7, 1, 2, 0, 8]
     assert two.decode([5, 1, 2, 3]).split() == ["x", "y"]
+    assert one.encode_target("a b c") == [1, 2, 0]
+    assert two.encode_target("x") == [1]
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +278,52 @@ def test_sentencepiece_round_trips_between_its_special_ids(pieces: Path) -> None
     ids = tokenizer.encode("the dog sat")
     assert (ids[0], ids[-1]) == (1, 2)
     assert tokenizer.decode([*ids, 5999]) == "the dog sat"
+    assert tokenizer.encode_target("the dog sat") == ids[1:-1]
     assert tokenizer.encode("") == [1, 2]
+    assert tokenizer.encode_target("") == []
+
+
+def test_pieces_that_the_model_does_not_have_are_unknown_at_the_beginning_of_a_target(pieces: Path) -> None:
+    tokens = {"source_eos": 2, "eos": [2], "decoder_start": 1, "pad": None}
+    files = ["source.spm", "target.spm"]
+    whole = loaded(bundle_of(pieces, "sentencepiece", files, **tokens)).encode_target("the dog sat")
+    most = max(whole)
+    small = loaded(bundle_of(pieces, "sentencepiece", files, target_vocabulary=most, **tokens))
+    assert small.encode_target("the dog sat") == [0 if i == most else i for i in whole]
+
+
+def test_pieces_are_left_out_where_the_model_has_not_even_the_unknown_one(tmp_path: Path, marian: Tokenizer) -> None:
+    for name in MARIAN_FILES:
+        shutil.copy(MODEL / name, tmp_path)
+    ids = marian.encode_target("I do not know.")
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    known = {piece: number for piece, number in vocabulary.items() if piece != "<unk>"}
+    (tmp_path / "target_vocab.json").write_text(json.dumps({**known, "<unk>": 6000}))
+    tokens = {"target_vocabulary": max(ids)}
+    tokenizer = loaded(bundle_of(tmp_path, "marian", [*MARIAN_FILES, "target_vocab.json"], eos=[0], pad=None, **tokens))
+    assert tokenizer.encode_target("I do not know.") == [i for i in ids if i != max(ids)]
+    assert tokenizer.encode_target(">>xyz<<") == []
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["one-vocabulary", "two-vocabularies"])
+def test_marian_targets_are_read_with_the_targets_pieces(own: bool, pieces: Path, tmp_path: Path) -> None:
+    shutil.copy(MODEL / "source.spm", tmp_path)
+    shutil.copy(pieces / "target.spm", tmp_path)
+    vocabulary = json.loads((MODEL / "vocab.json").read_text())
+    model = sentencepiece.SentencePieceProcessor(model_file=str(pieces / "target.spm"))
+    for piece in map(model.id_to_piece, range(model.get_piece_size())):
+        vocabulary.setdefault(piece, len(vocabulary))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "target_vocab.json").write_text(json.dumps(vocabulary))
+    files = [*MARIAN_FILES, "target_vocab.json"] if own else MARIAN_FILES
+    sizes = {"vocabulary": len(vocabulary), "target_vocabulary": len(vocabulary)}
+    tokenizer = loaded(bundle_of(tmp_path, "marian", files, **sizes))
+    with quiet_transformers():
+        theirs = transformers.MarianTokenizer.from_pretrained(tmp_path, separate_vocabs=own)
+    text = "the cat sat on the mat"
+    assert tokenizer.encode_target(text) == theirs(text_target=text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode_target(text) != tokenizer.encode(text)[:-1]
+    assert tokenizer.decode(tokenizer.encode_target(text)) == text
 
 
 WRITTEN = ["a </s> b", "</s>", "<s> a", "a<pad>b", "</s></s>", " </s>", "the <mask> sat", "<unk> <s></s> x"]
@@ -246,6 +336,7 @@ def test_special_tokens_in_a_text_are_text_to_byte_pairs(text: str, byte_pairs: 
     assert (ids[0], ids[-1]) == (0, 2)
     assert not set(ids[1:-1]) & {0, 1, 2, 3}
     assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_target(text) == ids[1:-1]
 
 
 @pytest.mark.parametrize("text", WRITTEN)
@@ -257,14 +348,21 @@ def test_special_tokens_in_a_text_are_text_to_marian(text: str, marian: Tokenize
     assert PAD not in ids
     pieces = their_marian.spm_source.encode(text, out_type=str)
     assert ids[:-1] == [their_marian.encoder.get(piece, 1) for piece in pieces]
+    target = marian.encode_target(text)
+    assert not {EOS, PAD} & set(target)
+    assert target == [
+        their_marian.encoder.get(piece, 1) for piece in their_marian.spm_target.encode(text, out_type=str)
+    ]
 
 
 @pytest.mark.parametrize("text", WRITTEN)
 def test_special_tokens_in_a_text_are_text_to_sentencepiece(text: str, pieces: Path) -> None:
     tokens = {"source_bos": 1, "source_eos": 2, "eos": [2], "decoder_start": 1, "pad": None}
-    ids = loaded(bundle_of(pieces, "sentencepiece", ["source.spm", "target.spm"], **tokens)).encode(text)
+    tokenizer = loaded(bundle_of(pieces, "sentencepiece", ["source.spm", "target.spm"], **tokens))
+    ids = tokenizer.encode(text)
     assert (ids[0], ids[-1]) == (1, 2)
     assert not set(ids[1:-1]) & {1, 2}
+    assert tokenizer.encode_target(text) == ids[1:-1]
 
 
 def test_special_tokens_that_are_words_of_a_vocabulary_are_unknown(tmp_path: Path) -> None:
@@ -277,6 +375,7 @@ def test_special_tokens_that_are_words_of_a_vocabulary_are_unknown(tmp_path: Pat
     ours = loaded(bundle_of(tmp_path, "tokenizers", ["tokenizer.json"], **tokens))
     assert ours.encode("a </s> b") == [4, 1, 0, 2, 3]
     assert ours.encode("<s> a </s>") == [4, 0, 1, 0, 3]
+    assert ours.encode_target("<s> a </s>") == [0, 1, 0]
 
 
 def test_special_tokens_that_are_pieces_of_a_model_are_unknown(tmp_path: Path) -> None:
@@ -295,15 +394,15 @@ def test_special_tokens_that_are_pieces_of_a_model_are_unknown(tmp_path: Path) -
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     end = processor.piece_to_id("<end>")
     tokens = {"source_eos": end, "eos": [end], "decoder_start": 1, "pad": None}
-    ids = loaded(bundle_of(tmp_path, "sentencepiece", ["source.spm", "target.spm"], **tokens)).encode(
-        "the<end> cat<pad>"
-    )
+    tokenizer = loaded(bundle_of(tmp_path, "sentencepiece", ["source.spm", "target.spm"], **tokens))
+    ids = tokenizer.encode("the<end> cat<pad>")
     assert (ids.count(end), ids[-1]) == (1, end)
     assert processor.piece_to_id("<pad>") not in ids
     vocabulary = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     marian = loaded(bundle_of(tmp_path, "marian", MARIAN_FILES, **tokens))
     assert marian.encode("the<end> cat<pad>") == ids
+    assert tokenizer.encode_target("the<end> cat<pad>") == marian.encode_target("the<end> cat<pad>") == ids[:-1]
 
 
 def test_a_language_code_stays_the_first_token_alone(marian: Tokenizer) -> None:
@@ -336,6 +435,7 @@ def test_texts_are_cleaned_up_as_by_transformers(text: str, byte_pairs: Path, tm
     bundle = bundle_of(byte_pairs, "tokenizers", ["tokenizer.json"], **JSON_TOKENS)
     ours = loaded(cleaning(bundle))
     ids = ours.encode(text)
+    assert ours.encode_target(text) == loaded(bundle).encode_target(text) == ids[1:-1]
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     assert loaded(bundle).decode(ids) == text
 
@@ -368,6 +468,7 @@ def test_ids_that_leave_no_trace_may_be_named(marian: Tokenizer) -> None:
     ids = marian.encode("Je ne sais pas.")
     assert 2 in ids
     assert named.decode(ids) == "Je ne sais pas."
+    assert 2 in named.encode_target("I do not know.")
     assert loaded(bundle).decode(ids) == "Je ne sais pas"
 
 

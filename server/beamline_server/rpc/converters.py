@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from beamline.v1 import generation_pb2 as pb
-from beamline_server.bundle import Dimensions, GenerationDefaults
+from beamline_server.bundle import Dimensions, GenerationDefaults, Manifest
 from beamline_server.engine.errors import Violation
 from beamline_server.engine.request import MAX_LENGTH_PENALTY, EarlyStopping, LengthPenaltyKind, SearchOptions
+from beamline_server.rpc.content import ContentReader
 from beamline_server.rpc.desk import Source
 from beamline_server.rpc.errors import InvalidRequest, ModelNotFound
+from beamline_server.rpc.target_prefix import TargetPrefixReader
 from beamline_server.settings import Settings, SettingsError
 from beamline_server.tokenizer import Tokenizer
 
@@ -37,6 +39,7 @@ class Limits:
     max_text_bytes: int
     max_source_tokens: int
     max_new_tokens: int
+    max_target_tokens: int
     max_beam_size: int
 
 
@@ -53,7 +56,6 @@ class Order:
     """A checked request."""
 
     sources: tuple[Source, ...]
-    options: SearchOptions
     output: Output
 
 
@@ -73,6 +75,7 @@ def limits_of(settings: Settings, dimensions: Dimensions) -> Limits:
         max_text_bytes=settings.max_text_bytes,
         max_source_tokens=dimensions.max_source_tokens,
         max_new_tokens=possible if wanted == "auto" else wanted,
+        max_target_tokens=possible,
         max_beam_size=settings.max_beam_size,
     )
 
@@ -98,8 +101,7 @@ class RequestReader:
         model_name: The name it is served by.
         limits: What requests may ask for.
         defaults: What unset options mean.
-        source_vocabulary: Number of source ids.
-        source_eos: The id that ends a source and that truncation keeps, if there is one.
+        manifest: The model's.
         tokenizer: None for a model that takes token ids alone.
     """
 
@@ -109,16 +111,20 @@ class RequestReader:
         model_name: str,
         limits: Limits,
         defaults: SearchOptions,
-        source_vocabulary: int,
-        source_eos: int | None,
+        manifest: Manifest,
         tokenizer: Tokenizer | None,
     ) -> None:
         self._model_name = model_name
         self._limits = limits
         self._defaults = defaults
-        self._source_vocabulary = source_vocabulary
-        self._source_eos = source_eos
-        self._tokenizer = tokenizer
+        self._has_tokenizer = tokenizer is not None
+        # Truncation keeps the id that ends a source, if there is one.
+        self._source_eos = manifest.special_tokens.source_eos
+        sizes, longest_text = manifest.dimensions, limits.max_text_bytes
+        of_source, of_target = (None, None) if tokenizer is None else (tokenizer.encode, tokenizer.encode_target)
+        self._sources = ContentReader(sizes.source_vocabulary, longest_text, of_source)
+        targets = ContentReader(sizes.target_vocabulary, longest_text, of_target)
+        self._prefixes = TargetPrefixReader(targets, manifest.special_tokens, limits.max_target_tokens)
 
     def generate(self, request: pb.GenerateRequest) -> Order:
         """Check a request and resolve it.
@@ -149,53 +155,45 @@ class RequestReader:
         options = self._defaults
         if request.HasField("search"):
             options = _SearchReader(request.search, self._defaults, self._limits, violations).options()
-        sources = [self._source(path, entry, request.truncate_source, violations) for path, entry in inputs]
+        sources = [self._source(path, entry, request, options, violations) for path, entry in inputs]
         if violations:
             raise InvalidRequest(tuple(violations))
         output = Output(self._wants_ids(request.output), request.output.token_logprobs)
-        return Order(tuple(sources), options, output)
+        return Order(tuple(sources), output)
 
     def _wants_ids(self, output: pb.OutputOptions) -> bool:
         """Without a tokenizer there is nothing else to return, so ids are left out only on request."""
-        return output.token_ids if output.HasField("token_ids") else self._tokenizer is None
+        return output.token_ids if output.HasField("token_ids") else not self._has_tokenizer
 
-    def _source(self, path: str, entry: pb.Input, truncate: bool, violations: list[Violation]) -> Source:
-        """The source of one input; an empty one where there are violations."""
-        content = entry.WhichOneof("content")
-        if content == "text":
-            field, tokens, problem = f"{path}.text", *self._tokenized(entry.text)
-        elif content == "token_ids":
-            field, tokens, problem = f"{path}.token_ids", *self._checked(entry.token_ids.ids)
-        else:
-            field, tokens, problem = path, (), "is missing; expected text or token_ids"
-        limit = self._limits.max_source_tokens
+    def _source(
+        self,
+        path: str,
+        entry: pb.Input,
+        request: pb.GenerateRequest | pb.GenerateStreamRequest,
+        options: SearchOptions,
+        violations: list[Violation],
+    ) -> Source:
+        """The source of one input with its options; an empty one where there are violations."""
+        tokens, truncated = self._source_tokens(path, entry, request.truncate_source, violations)
+        if not entry.HasField("target_prefix"):
+            return Source(tokens, truncated, options)
+        prefix = self._prefixes.read(f"{path}.target_prefix", entry.target_prefix, request.search)
+        if prefix.problem is not None:
+            violations.append(Violation(prefix.field, prefix.problem))
+        return Source(tokens, truncated, self._prefixes.leaves(len(prefix.tokens), options), prefix.tokens)
+
+    def _source_tokens(
+        self, path: str, entry: pb.Input, truncate: bool, violations: list[Violation]
+    ) -> tuple[tuple[int, ...], bool]:
+        """The source ids of one input, and whether they were cut."""
+        content, limit = self._sources.read(path, entry), self._limits.max_source_tokens
+        tokens, problem = content.tokens, content.problem
         truncated = len(tokens) > limit
         if problem is None and truncated and not truncate:
             problem = f"has {len(tokens)} tokens; expected at most {limit}, or truncate_source"
         if problem is not None:
-            violations.append(Violation(field, problem))
-        return Source(self._cut(tokens) if truncated else tokens, truncated)
-
-    def _tokenized(self, text: str) -> tuple[tuple[int, ...], str | None]:
-        limit = self._limits.max_text_bytes
-        if self._tokenizer is None:
-            return (), "cannot be read: this model has no tokenizer; expected token_ids"
-        if not text:
-            return (), "is empty"
-        # No character has more than four bytes: most texts need no encoding to be measured.
-        if 4 * len(text) > limit and (size := len(text.encode())) > limit:
-            return (), f"has {size} bytes; expected at most {limit}"
-        tokens = tuple(self._tokenizer.encode(text))
-        return tokens, None if tokens else "has no tokens"
-
-    def _checked(self, ids: Sequence[int]) -> tuple[tuple[int, ...], str | None]:
-        tokens, vocabulary = tuple(ids), self._source_vocabulary
-        if not tokens:
-            return (), "is empty"
-        if min(tokens) >= 0 and max(tokens) < vocabulary:
-            return tokens, None
-        index = next(index for index, token in enumerate(tokens) if not 0 <= token < vocabulary)
-        return (), f"has the id {tokens[index]} at index {index}; expected 0 to {vocabulary - 1}"
+            violations.append(Violation(content.field, problem))
+        return self._cut(tokens) if truncated else tokens, truncated
 
     def _cut(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         limit = self._limits.max_source_tokens

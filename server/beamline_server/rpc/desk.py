@@ -58,10 +58,12 @@ class EngineLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One source sequence of a call."""
+    """One source sequence of a call, and how to search for its target."""
 
     tokens: tuple[int, ...]
     truncated: bool
+    options: SearchOptions
+    target_prefix: tuple[int, ...] = ()
 
 
 class _Ticket(Protocol):
@@ -118,7 +120,7 @@ class Desk:
         except RuntimeError:  # the loop is closed: nobody waits any more
             _log.debug("events came after the end", extra={"event": "late_events", "count": len(events)})
 
-    async def ask(self, sources: Sequence[Source], options: SearchOptions, call: Call) -> Sequence[Completed]:
+    async def ask(self, sources: Sequence[Source], call: Call) -> Sequence[Completed]:
         """Generate for all sources; if one fails, the others are cancelled.
 
         Returns:
@@ -128,30 +130,34 @@ class Desk:
             NotAccepting: the desk is not open.
             EngineError: the engine's, for the first source that failed.
         """
-        requests = self._requests(sources, options, call, stream=False)
+        requests = self._requests(sources, call, stream=False)
         ticket = _Batch(self._loop, requests[0].id, len(requests))
         with self._placed(requests, ticket):
             return await ticket.answers()
 
     @contextmanager
-    def stream(self, source: Source, options: SearchOptions, call: Call) -> Iterator["TokenStream"]:
+    def stream(self, source: Source, call: Call) -> Iterator["TokenStream"]:
         """Generate for one source, with pieces on the way; leaving the block early cancels.
 
         Raises:
             NotAccepting: the desk is not open.
             EngineError: the engine's refusal.
         """
-        requests = self._requests([source], options, call, stream=True)
+        requests = self._requests([source], call, stream=True)
         ticket = TokenStream(requests[0].id)
         with self._placed(requests, ticket):
             yield ticket
 
-    def _requests(
-        self, sources: Sequence[Source], options: SearchOptions, call: Call, *, stream: bool
-    ) -> tuple[GenerationRequest, ...]:
-        numbers = self._numbers
+    def _requests(self, sources: Sequence[Source], call: Call, *, stream: bool) -> tuple[GenerationRequest, ...]:
         return tuple(
-            GenerationRequest(RequestId(next(numbers)), source.tokens, options, call.deadline_s, stream)
+            GenerationRequest(
+                id=RequestId(next(self._numbers)),
+                source=source.tokens,
+                options=source.options,
+                deadline=call.deadline_s,
+                stream=stream,
+                target_prefix=source.target_prefix,
+            )
             for source in sources
         )
 

@@ -67,6 +67,7 @@ def info_message(model: ServedModel, settings: Settings, limits: Limits, default
             max_text_bytes=limits.max_text_bytes,
             max_source_tokens=limits.max_source_tokens,
             max_new_tokens=limits.max_new_tokens,
+            max_target_tokens=limits.max_target_tokens,
             max_beam_size=limits.max_beam_size,
             max_message_bytes=settings.max_message_bytes,
             max_duration=duration(settings.max_duration_s),

@@ -34,15 +34,17 @@ class ResponseWriter:
     def result(self, source: Source, answer: Completed, output: Output) -> pb.Result:
         """The outcome for one source."""
         return pb.Result(
-            hypotheses=[self._hypothesis(hypothesis, output) for hypothesis in answer.hypotheses],
+            hypotheses=[self._hypothesis(source, hypothesis, output) for hypothesis in answer.hypotheses],
             source_tokens=len(source.tokens),
             source_truncated=source.truncated,
             timing=_timing(answer.timing),
         )
 
-    def _hypothesis(self, hypothesis: Hypothesis, output: Output) -> pb.Hypothesis:
+    def _hypothesis(self, source: Source, hypothesis: Hypothesis, output: Output) -> pb.Hypothesis:
+        # Together, for a word may go on where the prefix ends.
+        target = (*source.target_prefix, *hypothesis.tokens)
         return pb.Hypothesis(
-            text="" if self._tokenizer is None else self._tokenizer.decode(hypothesis.tokens),
+            text="" if self._tokenizer is None else self._tokenizer.decode(target),
             score=hypothesis.score,
             finish_reason=_FINISH_REASONS[hypothesis.finish],
             token_ids=hypothesis.tokens if output.token_ids else None,

@@ -52,8 +52,7 @@ def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | No
         model_name=model.name,
         limits=limits,
         defaults=defaults,
-        source_vocabulary=manifest.dimensions.source_vocabulary,
-        source_eos=manifest.special_tokens.source_eos,
+        manifest=manifest,
         tokenizer=tokenizer,
     )
     servicer = GenerationServicer(

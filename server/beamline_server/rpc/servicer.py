@@ -77,9 +77,9 @@ class GenerationServicer(GenerationServiceServicer):
         """See the proto."""
         del context
         order = await self._text.run(request.ByteSize(), self._reader.generate, request)
-        answers = await self._desk.ask(order.sources, order.options, current_call.get())
+        answers = await self._desk.ask(order.sources, current_call.get())
         self._count(order, answers)
-        return await self._text.run(_text_bytes(answers), self._writer.response, order, answers)
+        return await self._text.run(_text_bytes(order, answers), self._writer.response, order, answers)
 
     @generates
     async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Any) -> None:  # noqa: N802 - gRPC's
@@ -87,9 +87,9 @@ class GenerationServicer(GenerationServiceServicer):
         call = current_call.get()
         order = await self._text.run(request.ByteSize(), self._reader.stream, request)
         (source,) = order.sources
-        pieces = PieceWriter(self._tokenizer, token_ids=order.output.token_ids)
+        pieces = PieceWriter(self._tokenizer, source.target_prefix, token_ids=order.output.token_ids)
         first = True
-        with self._desk.stream(source, order.options, call) as tokens:
+        with self._desk.stream(source, call) as tokens:
             while True:
                 event = await tokens.next()
                 if isinstance(event, Completed):
@@ -104,7 +104,7 @@ class GenerationServicer(GenerationServiceServicer):
             self._metrics.first_result(self._clock() - call.arrived_s)
         if (piece := pieces.rest(event.hypotheses[0])) is not None:
             await context.write(piece)
-        result = await self._text.run(_text_bytes([event]), self._writer.result, source, event, order.output)
+        result = await self._text.run(_text_bytes(order, [event]), self._writer.result, source, event, order.output)
         await context.write(pb.GenerateStreamResponse(result=result))
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: Any) -> pb.GetInfoResponse:  # noqa: N802 - gRPC's
@@ -115,9 +115,10 @@ class GenerationServicer(GenerationServiceServicer):
 
     def _count(self, order: Order, answers: Sequence[Completed]) -> None:
         for source, answer in zip(order.sources, answers, strict=True):
-            self._metrics.generated(answer, source_tokens=len(source.tokens), beam_size=order.options.beam_size)
+            self._metrics.generated(answer, source_tokens=len(source.tokens), beam_size=source.options.beam_size)
 
 
-def _text_bytes(answers: Sequence[Completed]) -> int:
-    tokens = sum(len(hypothesis.tokens) for answer in answers for hypothesis in answer.hypotheses)
-    return _BYTES_PER_TOKEN * tokens
+def _text_bytes(order: Order, answers: Sequence[Completed]) -> int:
+    pairs = zip(order.sources, answers, strict=True)
+    texts = ((source.target_prefix, hypothesis.tokens) for source, answer in pairs for hypothesis in answer.hypotheses)
+    return _BYTES_PER_TOKEN * sum(len(prefix) + len(tokens) for prefix, tokens in texts)

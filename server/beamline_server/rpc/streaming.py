@@ -7,17 +7,22 @@ from beamline_server.engine.request import Hypothesis
 from beamline_server.tokenizer import Tokenizer
 
 
-class TextPrefix:
+class GrowingText:
     """Turns tokens that come bit by bit into text that comes bit by bit.
 
     The tokens are decoded from the first one each time, because pieces of a text do not decode to pieces of its text:
     leading spaces vanish, and a character may be spread over several tokens. What the tokenizer does not call settled
     is held back; so is text that does not continue what was told before.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        begun: The tokens that it begins with, whose text comes with that of the first further ones.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, begun: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
+        self._begun = tuple(begun)
+        self._tokens = [*begun]
         self._told = ""
 
     def extend(self, tokens: Sequence[int]) -> str:
@@ -26,8 +31,8 @@ class TextPrefix:
         return self._further(self._tokenizer.settled(self._tokens))
 
     def finish(self, tokens: Sequence[int]) -> str:
-        """Take all tokens there are; returns what has not been told of their text, whatever it ends with."""
-        return self._further(self._tokenizer.decode(tokens))
+        """Take all further tokens there are; returns what has not been told of the text, whatever it ends with."""
+        return self._further(self._tokenizer.decode((*self._begun, *tokens)))
 
     def _further(self, text: str) -> str:
         if not text.startswith(self._told):
@@ -44,22 +49,23 @@ class PieceWriter:
 
     Args:
         tokenizer: None for a model whose results are token ids alone.
-        token_ids: Whether token ids are asked for.
+        target_prefix: The ids that the text begins with before any are generated.
+        token_ids: Whether the generated token ids are asked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, *, token_ids: bool) -> None:
-        self._prefix = None if tokenizer is None else TextPrefix(tokenizer)
+    def __init__(self, tokenizer: Tokenizer | None, target_prefix: Sequence[int] = (), *, token_ids: bool) -> None:
+        self._text = None if tokenizer is None else GrowingText(tokenizer, target_prefix)
         self._token_ids = token_ids
         self._tokens = 0
 
     def piece(self, tokens: Sequence[int]) -> pb.GenerateStreamResponse | None:
         """The message that tells further tokens; None if it would be empty."""
         self._tokens += len(tokens)
-        return self._message("" if self._prefix is None else self._prefix.extend(tokens), tokens)
+        return self._message("" if self._text is None else self._text.extend(tokens), tokens)
 
     def rest(self, best: Hypothesis) -> pb.GenerateStreamResponse | None:
         """The message that tells what pieces have not told of the best hypothesis; None if they have told it all."""
-        text = "" if self._prefix is None else self._prefix.finish(best.tokens)
+        text = "" if self._text is None else self._text.finish(best.tokens)
         return self._message(text, best.tokens[self._tokens :])
 
     def _message(self, text: str, tokens: Sequence[int]) -> pb.GenerateStreamResponse | None:

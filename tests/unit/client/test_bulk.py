@@ -112,17 +112,22 @@ def test_a_failure_comes_in_its_place() -> None:
 
 
 @given(
-    sizes=st.lists(st.integers(0, 9), max_size=30), lines_at_once=st.integers(1, 5), bytes_at_once=st.integers(-1, 20)
+    sizes=st.lists(st.integers(0, 9), max_size=30),
+    lines_at_once=st.integers(1, 5),
+    bytes_at_once=st.integers(-1, 20),
+    around=st.integers(0, 4),
 )
-def test_batches_have_all_lines_and_no_more_than_fit(sizes: list[int], lines_at_once: int, bytes_at_once: int) -> None:
+def test_batches_have_all_lines_and_no_more_than_fit(
+    sizes: list[int], lines_at_once: int, bytes_at_once: int, around: int
+) -> None:
     lines = numbered(["x" * size for size in sizes])
 
-    batches = list(batched(lines, lines_at_once=lines_at_once, bytes_at_once=bytes_at_once))
+    batches = list(batched(lines, lines_at_once=lines_at_once, bytes_at_once=bytes_at_once, bytes_around=around))
 
     assert [line for batch in batches for line in batch] == lines
     for batch in batches:
         assert 1 <= len(batch) <= lines_at_once
-        assert len(batch) == 1 or sum(len(line.text) for line in batch) <= bytes_at_once
+        assert len(batch) == 1 or sum(len(line.text) + around for line in batch) <= bytes_at_once
 
 
 class TestRefusals:
@@ -160,6 +165,8 @@ class TestRefusals:
             [FieldViolation("inputs[0].text", "is odd"), FieldViolation("search.beam_size", "is 99")],
             [FieldViolation("inputs", "has 9 entries; expected 1 to 4")],
             [FieldViolation("inputs[7].text", "is not there")],
+            [FieldViolation("inputs[0].target_prefix.text", "is empty")],
+            [FieldViolation("inputs[0].text", "is odd"), FieldViolation("inputs[0].target_prefix", "is missing")],
         ],
     )
     def test_what_no_line_is_to_blame_for_is_raised(self, violations: list[FieldViolation]) -> None:

@@ -420,6 +420,119 @@ def test_search_options_that_are_left_out_stay_unset(server: FakeServer, transla
     assert server.requests()[0].search == pb.SearchOptions()
 
 
+class TestTargetPrefix:
+    """What every target begins with."""
+
+    @pytest.mark.parametrize("arguments", [[], ["--stream"]])
+    def test_every_target_begins_with_it(self, server: FakeServer, translate: Translate, arguments: list[str]) -> None:
+        assert translate("one", "two", "--target-prefix", "Now", *arguments) == (0, "Now ONE\nNow TWO\n", "")
+        assert translate("one", "two", "--target-prefix-ids", "8,17", *arguments) == (0, "8 17 ONE\n8 17 TWO\n", "")
+        sent = [entry for request in server.requests() for entry in getattr(request, "inputs", None) or [request.input]]
+        assert [list(entry.target_prefix.token_ids.ids) for entry in sent] == [[], [], [8, 17], [8, 17]]
+        assert [entry.target_prefix.text for entry in sent] == ["Now", "Now", "", ""]
+
+    def test_without_it_nothing_is_sent(self, server: FakeServer, translate: Translate) -> None:
+        translate("one")
+
+        assert not server.requests()[0].inputs[0].HasField("target_prefix")
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["--target-prefix", "a", "--target-prefix-ids", "1"],
+            *(["--target-prefix-ids", ids] for ids in ("", "1,", "x", "1.5", "\u0663")),
+        ],
+    )
+    def test_what_is_no_prefix_ends_with_status_2(self, translate: Translate, arguments: list[str]) -> None:
+        with pytest.raises(SystemExit) as caught:
+            translate("x", *arguments)
+        assert caught.value.code == 2
+
+    @staticmethod
+    def refusing(*violations: tuple[str, str]) -> Callable[..., pb.GenerateResponse]:
+        def generate(_request: pb.GenerateRequest, context: grpc.ServicerContext) -> pb.GenerateResponse:
+            found = error_details_pb2.BadRequest()
+            for field, description in violations:
+                found.field_violations.add(field=field, description=description)
+            Failure(grpc.StatusCode.INVALID_ARGUMENT, "; ".join(map(": ".join, violations)), [found]).end(context)
+            return pb.GenerateResponse()
+
+        return generate
+
+    @pytest.mark.parametrize(
+        ("arguments", "flag"),
+        [(["--target-prefix", "Now"], "--target-prefix"), (["--target-prefix-ids", "1"], "--target-prefix-ids")],
+    )
+    @pytest.mark.parametrize("further", [[], ["--on-error", "skip"], ["--stream"]], ids=lambda further: further[-1:])
+    def test_its_refusal_is_told_once_and_ends_everything(
+        self, server: FakeServer, translate: Translate, arguments: list[str], flag: str, further: list[str]
+    ) -> None:
+        problem = "has 300 tokens, and search.max_new_tokens is 300; expected at most 512 together"
+        fields = ("inputs[0].target_prefix.text", "inputs[1].target_prefix.text", "inputs[1].text")
+        server.generate = self.refusing(*((field, problem) for field in fields), ("", "and 3 more violations"))
+        server.stream = self.refusing(("input.target_prefix.text", problem))  # type: ignore[assignment]  # never returns
+
+        status, out, err = translate("one", "two", *arguments, *further)
+
+        told = problem.replace("search.max_new_tokens", "--max-new-tokens")
+        assert (status, out, err) == (2, "", f"beamline translate: {flag}: {told}\n")
+
+    def test_a_refusal_that_is_about_more_is_told_as_it_is(self, server: FakeServer, translate: Translate) -> None:
+        server.generate = self.refusing(("inputs[0].target_prefix.text", "is odd"), ("search.beam_size", "is 99"))
+
+        status, _, err = translate("one", "--target-prefix", "x")
+
+        assert status == 2
+        assert "the request is not valid: " in err
+        assert "search.beam_size: is 99" in err
+
+    @pytest.mark.parametrize(
+        ("arguments", "problem"),
+        [
+            (["--target-prefix", "caf\udce9"], "--target-prefix: not valid Unicode at character 3"),
+            (["--target-prefix-ids", "99999999999"], "--target-prefix-ids: Value out of range: 99999999999"),
+        ],
+    )
+    def test_one_that_cannot_be_sent_is_named(
+        self, server: FakeServer, translate: Translate, arguments: list[str], problem: str
+    ) -> None:
+        assert translate("one", *arguments) == (2, "", f"beamline translate: {problem}\n")
+        assert server.requests() == []
+
+    def test_a_server_that_does_not_know_prefixes_is_told(self, server: FakeServer, translate: Translate) -> None:
+        server.info.limits.max_target_tokens = 0
+
+        status, out, err = translate("one", "--target-prefix", "x")
+
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "takes no notice of target prefixes: leave --target-prefix out" in err
+        assert server.requests() == []
+
+    def test_requests_have_no_more_bytes_than_the_server_takes(
+        self, server: FakeServer, translate: Translate, tmp_path: Path
+    ) -> None:
+        server.info.limits.max_message_bytes = 4096
+        lines = [f"{number}{'x' * (number * 37 % 700)}" for number in range(60)]
+
+        status, out, _ = translate(
+            "--file", written(tmp_path / "in.txt", "\n".join(lines)), "--target-prefix", "p" * 900
+        )
+
+        assert status == 0
+        assert out == "".join(f"{'p' * 900} {line.upper()}\n" for line in lines)
+        assert all(request.ByteSize() <= 4096 for request in server.requests())
+        assert len(server.requests()) < 30
+
+    def test_one_that_fills_a_message_is_told(self, server: FakeServer, translate: Translate) -> None:
+        server.info.limits.max_message_bytes = 4096
+
+        status, out, err = translate("one", "--target-prefix", "p" * 3600, "--truncate")
+
+        assert (status, out) == (2, "")
+        assert "leaves no room for a text in a message of 4096; shorten it" in err
+        assert server.requests() == []
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         "arguments",

@@ -14,6 +14,7 @@ from beamline_client import (
     AsyncClient,
     Client,
     DeadlineExceeded,
+    Input,
     InvalidRequest,
     Piece,
     ProtocolError,
@@ -41,6 +42,21 @@ def test_results_come_in_the_order_of_the_inputs(server: FakeServer, call: Call)
     results = call(server.target, "generate", ["one", [5, 6], "three"])
 
     assert [result.text for result in results] == ["ONE", "5 6", "THREE"]
+
+
+def test_targets_begin_as_they_are_told_to(server: FakeServer, call: Call) -> None:
+    results = call(server.target, "generate", ["one", Input("two", "deux"), Input([5, 6], [7])], token_ids=True)
+
+    assert [result.text for result in results] == ["ONE", "deux TWO", "7 5 6"]
+    assert [result.best.token_ids for result in results] == [(0,), (0,), (0, 1)]
+    assert call(server.target, "generate_one", Input("two", "deux")).text == "deux TWO"
+
+
+def test_a_stream_has_what_its_target_begins_with_in_its_first_piece(server: FakeServer, call: Call) -> None:
+    *pieces, result = call(server.target, "stream", Input("two three", "un deux"), token_ids=True)
+
+    assert pieces == [Piece("un deux TWO", (0,)), Piece(" THREE", (1,))]
+    assert result.text == "un deux TWO THREE"
 
 
 def test_one_input_gives_one_result(server: FakeServer, call: Call) -> None:

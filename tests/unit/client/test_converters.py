@@ -9,6 +9,7 @@ from beamline_client import (
     FieldViolation,
     FinishReason,
     Hypothesis,
+    Input,
     InvalidRequest,
     LengthPenaltyKind,
     Limits,
@@ -77,8 +78,44 @@ def test_inputs_that_cannot_be_sent_are_all_named() -> None:
     assert caught.value.violations[0] == FieldViolation("inputs[1].text", "not valid Unicode at character 5")
 
 
-@pytest.mark.parametrize("inputs", ["a text", [b"bytes"], [3]], ids=["bare-text", "bytes", "bare-id"])
-def test_inputs_of_the_wrong_kind_are_type_errors(inputs: list[Source]) -> None:
+def test_an_input_may_say_what_its_target_begins_with() -> None:
+    prefixes = [None, "Hello", [5, 6], "", ()]
+    inputs = [Input("Bonjour.", prefix) for prefix in prefixes]
+    assert convert.inputs_to_pb([*inputs, Input([7], "Hello")]) == [
+        pb.Input(text="Bonjour."),
+        pb.Input(text="Bonjour.", target_prefix=pb.TargetPrefix(text="Hello")),
+        pb.Input(text="Bonjour.", target_prefix=pb.TargetPrefix(token_ids=pb.TokenIds(ids=[5, 6]))),
+        pb.Input(text="Bonjour.", target_prefix=pb.TargetPrefix(text="")),
+        pb.Input(text="Bonjour.", target_prefix=pb.TargetPrefix(token_ids=pb.TokenIds())),
+        pb.Input(token_ids=pb.TokenIds(ids=[7]), target_prefix=pb.TargetPrefix(text="Hello")),
+    ]
+
+
+def test_an_empty_target_prefix_is_sent_for_the_server_to_refuse() -> None:
+    message = convert.input_to_pb(Input("Bonjour.", ()))
+    assert message.target_prefix.WhichOneof("content") == "token_ids"
+    assert not convert.input_to_pb(Input("Bonjour.")).HasField("target_prefix")
+
+
+def test_target_prefixes_that_cannot_be_sent_are_all_named() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        convert.inputs_to_pb([Input("\ud800", "\ud800"), "fine", Input("fine", [1 << 31])])
+
+    assert [violation.field for violation in caught.value.violations] == [
+        "inputs[0].text",
+        "inputs[0].target_prefix.text",
+        "inputs[2].target_prefix.token_ids",
+    ]
+    with pytest.raises(InvalidRequest, match=r"input\.target_prefix\.text: not valid Unicode at character 0"):
+        convert.input_to_pb(Input("fine", "\ud800"))
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    ["a text", [b"bytes"], [3], Input("a text"), [Input("a", b"b")], [Input(3)]],  # type: ignore[arg-type]  # meant
+    ids=["bare-text", "bytes", "bare-id", "bare-input", "bytes-prefix", "bare-id-in-an-input"],
+)
+def test_inputs_of_the_wrong_kind_are_type_errors(inputs: list[Source | Input]) -> None:
     with pytest.raises(TypeError):
         convert.inputs_to_pb(inputs)
 
@@ -165,6 +202,7 @@ def test_server_info_keeps_everything() -> None:
         max_beam_size=5,
         max_message_bytes=6,
         max_duration=Duration(seconds=7),
+        max_target_tokens=8,
     )
 
     info = convert.info_from_pb(
@@ -175,6 +213,6 @@ def test_server_info_keeps_everything() -> None:
 
     for field in pb.ModelInfo.DESCRIPTOR.fields:
         assert getattr(info.model, field.name) == getattr(model, field.name)
-    assert info.limits == Limits(1, 2, 3, 4, 5, 6, 7.0)
+    assert info.limits == Limits(1, 2, 3, 4, 5, 6, 7.0, 8)
     assert info.default_search == SearchOptions(beam_size=4)
     assert info.versions == {"beamline": "0.1.0"}

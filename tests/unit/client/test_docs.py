@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from google.protobuf import json_format
 
+from beamline.v1 import generation_pb2 as pb
 from beamline_client import AddressUnusable, AsyncClient, CallOptions, Client
 from beamline_client.testing import FakeServer
 
@@ -25,6 +27,20 @@ def test_the_program_runs(server: FakeServer, capsys: pytest.CaptureFixture[str]
     exec(program.replace("localhost:8001", server.target), {})
 
     assert capsys.readouterr().out.startswith("BONJOUR. (")
+
+
+def test_the_program_with_a_target_prefix_runs(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    section = PAGE.partition("## Target prefixes")[2].partition("\n## ")[0]
+    [program] = re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+
+    exec(program.replace("localhost:8001", server.target), {})
+
+    assert capsys.readouterr().out == "I have JE NE SAIS PAS.\n"
+
+
+@pytest.mark.parametrize("body", re.findall(r"^grpcurl .*-d '(\{\"inputs\".*?)'", PAGE, re.MULTILINE))
+def test_what_is_sent_from_a_shell_is_a_request(body: str) -> None:
+    assert json_format.Parse(body, pb.GenerateRequest()).inputs
 
 
 def test_all_options_and_methods_are_told_and_no_others() -> None:

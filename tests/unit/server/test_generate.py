@@ -67,6 +67,75 @@ async def test_options_reach_the_engine_resolved() -> None:
     assert request.source == (ord("a"), EOS)
 
 
+def prefixed(source: str, prefix: str, **fields: Any) -> pb.GenerateRequest:
+    request = text(source, **fields)
+    request.inputs[0].target_prefix.text = prefix
+    return request
+
+
+async def test_a_target_prefix_reaches_the_engine_and_is_in_the_text_alone() -> None:
+    output = pb.OutputOptions(token_ids=True, token_logprobs=True)
+    async with serving() as service:
+        response = await service.stub.Generate(
+            prefixed("hello", "He", output=output, search=pb.SearchOptions(n_best=2))
+        )
+        [request] = await service.engine.submitted()
+    assert request.target_prefix == tuple(b"He")
+    [result] = response.results
+    assert [hypothesis.text for hypothesis in result.hypotheses] == ["HeLLO", "HeLLO"]
+    assert list(result.hypotheses[0].token_ids) == [*b"LLO", EOS]
+    assert len(result.hypotheses[0].token_logprobs) == 4
+    assert result.source_tokens == 6
+
+
+async def test_a_character_that_a_target_prefix_begins_is_decoded_whole() -> None:
+    request = pb.GenerateRequest(inputs=[pb.Input(token_ids=pb.TokenIds(ids=[0, 0xA9, EOS]))])
+    request.inputs[0].target_prefix.token_ids.ids.append(0xC3)
+    async with serving() as service:
+        response = await service.stub.Generate(request)
+    assert response.results[0].hypotheses[0].text == "é"
+
+
+async def test_a_target_prefix_leaves_less_room_for_its_own_input() -> None:
+    request = prefixed("a", "x" * 200)
+    request.inputs.add(text="b")
+    async with serving() as service:
+        await service.stub.Generate(request)
+        first, second = await service.engine.submitted()
+    assert (first.options.max_new_tokens, second.options.max_new_tokens) == (56, 128)
+
+
+async def test_large_target_prefixes_give_the_same_answer() -> None:
+    async with serving() as service:
+        response = await service.stub.Generate(prefixed("a" * 300, "é" * 100, search=pb.SearchOptions(n_best=4)))
+    assert {hypothesis.text for hypothesis in response.results[0].hypotheses} == {"é" * 100 + "A" * 100}
+
+
+async def test_every_violation_of_target_prefixes_is_reported_at_once() -> None:
+    request = pb.GenerateRequest(
+        inputs=[
+            pb.Input(text="a", target_prefix=pb.TargetPrefix()),
+            pb.Input(text="b", target_prefix=pb.TargetPrefix(text="")),
+            pb.Input(text="", target_prefix=pb.TargetPrefix(token_ids=pb.TokenIds(ids=[EOS]))),
+            pb.Input(text="c", target_prefix=pb.TargetPrefix(text="x" * 100)),
+        ],
+        search=pb.SearchOptions(max_new_tokens=200, beam_size=0),
+    )
+    async with serving() as service:
+        error = await failure_of(service.stub.Generate(request))
+    assert error.code == CODE.INVALID_ARGUMENT
+    found = error.detail(error_details_pb2.BadRequest).field_violations
+    assert [violation.field for violation in found] == [
+        "search.beam_size",
+        "inputs[0].target_prefix",
+        "inputs[1].target_prefix.text",
+        "inputs[2].text",
+        "inputs[2].target_prefix.token_ids",
+        "inputs[3].target_prefix.text",
+    ]
+    assert found[-1].description == "has 100 tokens, and search.max_new_tokens is 200; expected at most 256 together"
+
+
 async def test_large_texts_give_the_same_answer() -> None:
     long = "word " * 1000
     async with serving() as service:
@@ -252,6 +321,7 @@ async def test_info_tells_limits_and_defaults() -> None:
         fingerprint="f" * 64,
     )
     assert (info.limits.max_beam_size, info.limits.max_new_tokens, info.limits.max_source_tokens) == (3, 100, 512)
+    assert info.limits.max_target_tokens == 256
     assert info.limits.max_duration.ToMilliseconds() == 12_500
     assert (info.default_search.beam_size, info.default_search.n_best) == (3, 1)
     assert info.default_search.max_new_tokens == 100

@@ -56,6 +56,22 @@ async def test_a_result_at_once_is_one_piece_and_the_result() -> None:
     assert first == 1
 
 
+async def test_the_text_of_a_target_prefix_comes_with_the_first_piece() -> None:
+    request = pb.GenerateStreamRequest(input=pb.Input(text="né ici"), output=pb.OutputOptions(token_ids=True))
+    request.input.target_prefix.token_ids.ids.extend(tokens("né")[:2])
+    async with serving(script=silent) as service:
+        call, submitted = await begun(service, request)
+        assert submitted.target_prefix == tokens("né")[:2]
+        service.engine.tell(Piece(submitted.id, tokens("né")[2:]))
+        assert (await call.read()).piece == pb.Piece(text="né", token_ids=tokens("né")[2:])
+        service.engine.tell(make_completed(submitted.id, (*tokens("né ici")[2:], EOS)))
+        assert (await call.read()).piece == pb.Piece(text=" ici", token_ids=(*tokens(" ici"), EOS))
+        result = (await call.read()).result
+        assert result.hypotheses[0].text == "né ici"
+        assert list(result.hypotheses[0].token_ids) == [*tokens("né ici")[2:], EOS]
+        assert await call.read() == END
+
+
 async def test_pieces_that_come_together_are_one() -> None:
     async with serving(script=silent) as service:
         call, request = await begun(service)

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from beamline_server.engine.request import Finish, Hypothesis
-from beamline_server.rpc.streaming import PieceWriter, TextPrefix
+from beamline_server.rpc.streaming import GrowingText, PieceWriter
 from beamline_server.testing import EOS, ByteTokenizer
 from beamline_server.tokenizer import CleanedUp
 
@@ -21,6 +21,9 @@ class SpaceEater:
 
     def encode(self, text: str) -> list[int]:
         return [len(word) for word in text.split()]
+
+    def encode_target(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(" " + "x" * token for token in ids).lstrip()
@@ -45,7 +48,7 @@ def pieces_of(tokens: Sequence[int], cuts: Sequence[int]) -> list[list[int]]:
 @given(tokens=BYTES, cuts=st.lists(st.integers(0, 30), max_size=8))
 def test_any_bytes_in_any_pieces_add_up_to_the_whole(tokens: list[int], cuts: list[int]) -> None:
     tokenizer = ByteTokenizer()
-    prefix, told = TextPrefix(tokenizer), ""
+    prefix, told = GrowingText(tokenizer), ""
     for piece in pieces_of(tokens, cuts):
         told += prefix.extend(piece)
         assert tokenizer.decode(tokens).startswith(told)
@@ -57,7 +60,7 @@ def test_any_bytes_in_any_pieces_add_up_to_the_whole(tokens: list[int], cuts: li
 def test_text_that_is_cleaned_up_is_told_once_it_is_settled(text: str) -> None:
     """Spaces that punctuation takes away are not told before it is known what follows."""
     tokenizer = CleanedUp(ByteTokenizer())
-    prefix, told = TextPrefix(tokenizer), ""
+    prefix, told = GrowingText(tokenizer), ""
     for token in text.encode():
         told += prefix.extend([token])
     assert told + prefix.finish(list(text.encode())) == tokenizer.decode(list(text.encode()))
@@ -65,7 +68,7 @@ def test_text_that_is_cleaned_up_is_told_once_it_is_settled(text: str) -> None:
 
 @given(text=TEXTS)
 def test_byte_by_byte_nothing_but_whole_characters_is_told(text: str) -> None:
-    prefix, told = TextPrefix(ByteTokenizer()), []
+    prefix, told = GrowingText(ByteTokenizer()), []
     for token in text.encode():
         told.append(prefix.extend([token]))
     assert "".join(told) == text.rstrip("\N{REPLACEMENT CHARACTER}")
@@ -73,24 +76,28 @@ def test_byte_by_byte_nothing_but_whole_characters_is_told(text: str) -> None:
 
 
 def test_a_character_of_several_tokens_waits_until_it_is_complete() -> None:
-    prefix = TextPrefix(ByteTokenizer())
+    prefix = GrowingText(ByteTokenizer())
     assert [prefix.extend([token]) for token in "a€b".encode()] == ["a", "", "", "€", "b"]
 
 
 def test_pieces_keep_the_spaces_between_them() -> None:
-    prefix = TextPrefix(SpaceEater())
+    prefix = GrowingText(SpaceEater())
     assert [prefix.extend([1]), prefix.extend([2, 3])] == ["x", " xx xxx"]
 
 
 def test_text_that_does_not_continue_what_was_told_is_held_back() -> None:
-    prefix = TextPrefix(Fickle())
+    prefix = GrowingText(Fickle())
     assert prefix.extend(b"hey") == "hey"
     assert prefix.extend(b"!") == ""
     assert prefix.extend(b"?") == "!?"
 
 
 def hypothesis_of(text: str) -> Hypothesis:
-    tokens = (*text.encode(), EOS)
+    return hypothesis_of_bytes(text.encode())
+
+
+def hypothesis_of_bytes(content: bytes) -> Hypothesis:
+    tokens = (*content, EOS)
     return Hypothesis(tokens, -1.0, (-0.1,) * len(tokens), Finish.END_OF_SEQUENCE)
 
 
@@ -117,3 +124,41 @@ def test_without_a_tokenizer_pieces_are_token_ids() -> None:
     message = writer.piece([5, 6])
     assert message is not None
     assert (message.piece.text, list(message.piece.token_ids)) == ("", [5, 6])
+
+
+class TestTargetPrefix:
+    """The given beginning of a target: its text is told with that of the first pieces, its ids are not."""
+
+    def test_its_text_comes_with_the_first_piece(self) -> None:
+        writer = PieceWriter(ByteTokenizer(), b"n\xc3", token_ids=True)
+        first, second, rest = writer.piece(b"\xa9"), writer.piece(b" i"), writer.rest(hypothesis_of_bytes(b"\xa9 ici"))
+        assert first is not None
+        assert second is not None
+        assert rest is not None
+        assert [first.piece.text, second.piece.text, rest.piece.text] == ["né", " i", "ci"]
+        assert [*first.piece.token_ids, *second.piece.token_ids, *rest.piece.token_ids] == [*b"\xa9 ici", EOS]
+
+    def test_a_result_at_once_is_one_piece_with_it(self) -> None:
+        rest = PieceWriter(ByteTokenizer(), b"Hel", token_ids=False).rest(hypothesis_of_bytes(b"lo"))
+        assert rest is not None
+        assert rest.piece.text == "Hello"
+
+    def test_the_space_at_its_border_is_told_once(self) -> None:
+        writer = PieceWriter(SpaceEater(), [2], token_ids=False)
+        pieces = [writer.piece([1]), writer.piece([3])]
+        assert [piece.piece.text for piece in pieces if piece is not None] == ["xx x", " xxx"]
+
+    @given(prefix=BYTES, tokens=BYTES, cuts=st.lists(st.integers(0, 30), max_size=8))
+    def test_any_bytes_in_any_pieces_add_up_to_the_whole(
+        self, prefix: list[int], tokens: list[int], cuts: list[int]
+    ) -> None:
+        tokenizer = CleanedUp(ByteTokenizer())
+        text, told = GrowingText(tokenizer, prefix), ""
+        for piece in pieces_of(tokens, cuts):
+            told += text.extend(piece)
+        assert told + text.finish(tokens) == tokenizer.decode([*prefix, *tokens])
+
+    def test_without_a_tokenizer_nothing_is_told_of_it(self) -> None:
+        message = PieceWriter(None, [1, 2], token_ids=True).piece([5])
+        assert message is not None
+        assert (message.piece.text, list(message.piece.token_ids)) == ("", [5])

@@ -38,7 +38,8 @@ _vector = _make()
 @register_model(_VectorType)
 class _VectorModel(PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _VECTOR)
+        base: Any = super()
+        base.__init__(manager, kind, _VECTOR)
 
 
 def _constant(value: float) -> ir.Constant:

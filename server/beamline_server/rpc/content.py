@@ -1,0 +1,66 @@
+"""What inputs and target prefixes hold, text or token ids, as ids of their side of the model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from beamline.v1 import generation_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The ids of one content.
+
+    Attributes:
+        field: Its path in the request.
+        tokens: The ids, as far as they could be read.
+        problem: Why it is not valid, in words; None if it is.
+    """
+
+    field: str
+    tokens: tuple[int, ...]
+    problem: str | None = None
+
+
+class ContentReader:
+    """Reads what messages hold for one side of the model, source or target.
+
+    Args:
+        vocabulary: Number of ids of that side.
+        max_text_bytes: Most bytes of UTF-8 in one text.
+        encode: Gives the ids of a text; None for a model that takes token ids alone.
+    """
+
+    def __init__(self, vocabulary: int, max_text_bytes: int, encode: Callable[[str], list[int]] | None) -> None:
+        self._vocabulary = vocabulary
+        self._max_text_bytes = max_text_bytes
+        self._encode = encode
+
+    def read(self, path: str, message: pb.Input | pb.TargetPrefix) -> Content:
+        """The content of a message that has this path."""
+        content = message.WhichOneof("content")
+        if content == "text":
+            return self._text(f"{path}.text", message.text)
+        if content == "token_ids":
+            return self._ids(f"{path}.token_ids", message.token_ids.ids)
+        return Content(path, (), "is missing; expected text or token_ids")
+
+    def _text(self, field: str, text: str) -> Content:
+        limit = self._max_text_bytes
+        if self._encode is None:
+            return Content(field, (), "cannot be read: this model has no tokenizer; expected token_ids")
+        if not text:
+            return Content(field, (), "is empty")
+        # No character has more than four bytes: most texts need no encoding to be measured.
+        if 4 * len(text) > limit and (size := len(text.encode())) > limit:
+            return Content(field, (), f"has {size} bytes; expected at most {limit}")
+        tokens = tuple(self._encode(text))
+        return Content(field, tokens, None if tokens else "has no tokens")
+
+    def _ids(self, field: str, ids: Sequence[int]) -> Content:
+        tokens, vocabulary = tuple(ids), self._vocabulary
+        if not tokens:
+            return Content(field, (), "is empty")
+        if min(tokens) >= 0 and max(tokens) < vocabulary:
+            return Content(field, tokens)
+        index = next(index for index, token in enumerate(tokens) if not 0 <= token < vocabulary)
+        return Content(field, (), f"has the id {tokens[index]} at index {index}; expected 0 to {vocabulary - 1}")

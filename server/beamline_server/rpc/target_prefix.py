@@ -1,0 +1,56 @@
+"""The given beginning of a target: which ids it may have, and what room it leaves to what is generated."""
+
+from dataclasses import replace
+
+from beamline.v1 import generation_pb2 as pb
+from beamline_server.bundle import SpecialTokens
+from beamline_server.engine.request import SearchOptions
+from beamline_server.rpc.content import Content, ContentReader
+
+
+class TargetPrefixReader:
+    """Reads the target prefixes of requests for one model.
+
+    Args:
+        content: Reads content of the target's side.
+        special: The model's special tokens.
+        longest: Most tokens of a target, its prefix included.
+    """
+
+    def __init__(self, content: ContentReader, special: SpecialTokens, longest: int) -> None:
+        self._content = content
+        self._eos = frozenset(special.eos)
+        self._start = special.decoder_start
+        self._longest = longest
+
+    def read(self, path: str, message: pb.TargetPrefix, search: pb.SearchOptions) -> Content:
+        """The prefix at this path, if there is room for it beside what the search options ask for."""
+        content = self._content.read(path, message)
+        problem = content.problem or self._meaning(content.tokens) or self._room(len(content.tokens), search)
+        return replace(content, problem=problem)
+
+    def leaves(self, prefix: int, options: SearchOptions) -> SearchOptions:
+        """The options with no more tokens than fit beside a prefix of so many."""
+        room = self._longest - prefix
+        if options.max_new_tokens <= room:
+            return options
+        return replace(options, max_new_tokens=room, min_new_tokens=min(options.min_new_tokens, room))
+
+    def _meaning(self, tokens: tuple[int, ...]) -> str | None:
+        """What is wrong with what the ids mean, if anything."""
+        if tokens[0] == self._start and self._start not in self._eos:
+            return f"begins with the decoder's start, id {self._start}, which is put before it anyway; leave it out"
+        ends = (index for index, token in enumerate(tokens) if token in self._eos)
+        # `generate` would go on behind it, where no target that the model has learned from does.
+        if (index := next(ends, None)) is not None:
+            return f"has the end-of-sequence id {tokens[index]} at index {index}, where a target ends; leave it out"
+        return None
+
+    def _room(self, prefix: int, search: pb.SearchOptions) -> str | None:
+        """Why so many tokens do not fit, if they do not: defaults give way to them, what a request sets does not."""
+        if prefix >= self._longest:
+            return f"has {prefix} tokens; expected at most {self._longest - 1}, to leave room for one to generate"
+        for name in ("max_new_tokens", "min_new_tokens"):
+            if search.HasField(name) and prefix + (wanted := getattr(search, name)) > self._longest:
+                return f"has {prefix} tokens, and search.{name} is {wanted}; expected at most {self._longest} together"
+        return None
