@@ -303,14 +303,12 @@ class _Writing:
         """
         spec = self.checkpoint.spec
         told = self.activations
-        # Left out where there is nothing to tell: servers of before know no such field.
-        activations = {} if told is None else {"activations": told.model_dump(exclude_defaults=True)}
         data = {
             "format_version": FORMAT_VERSION,
             "name": self.name,
             "architecture": spec.architecture,
             "precision": self.options.precision,
-            **activations,
+            "activations": None if told is None else told.model_dump(exclude_defaults=True),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "dimensions": {
                 "d_model": spec.d_model,

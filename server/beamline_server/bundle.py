@@ -11,8 +11,8 @@ A bundle is a folder:
     tokenizer files         as the manifest names them
 
 The server refuses what it cannot verify and says which file and why. It holds what it serves in memory: files that
-change later change nothing, so a file may be a link to wherever a store keeps the content. Files that it does not know,
-as old exports wrote them, are verified and ignored.
+change later change nothing, so a file may be a link to wherever a store keeps the content. Files that it does not know
+are verified and ignored.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from beamline_server.engine.request import MAX_BEAMS, MAX_LENGTH_PENALTY
 
@@ -157,12 +157,6 @@ class Golden(_Model):
     forced: tuple[TokenId, ...]
     top_logprob: tuple[float, ...]
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_tokens(cls, data: object) -> object:
-        """Old exports also wrote which tokens those are, which nobody needs to know."""
-        return {key: value for key, value in data.items() if key != "top_token"} if isinstance(data, dict) else data
-
 
 class Activations(_Model):
     """How an int8 bundle scales what its products multiply: by each row's own largest value, or by measured ranges.
@@ -236,10 +230,10 @@ class Manifest(_Model):
 
     def _activation_problems(self) -> Iterator[str]:
         activations = self.activations
+        if (activations is not None) != (self.precision == "int8"):
+            yield "activations: how they are scaled belongs to int8 bundles, and to no others"
         if activations is None:
             return
-        if self.precision != "int8":
-            yield f"activations: {self.precision} does not scale any"
         calibrated = activations.scaled == "calibrated"
         if (activations.sentences is not None, bool(activations.ranges)) != (calibrated, calibrated):
             yield "activations: ranges, and how many sentences they are from, belong to those that are calibrated"

@@ -263,7 +263,8 @@ def test_all_invalid_fields_are_named_at_once(edit: Callable[..., Path]) -> None
         (lambda d: d["generation_defaults"].update(min_new_tokens=200), "generation_defaults: min_new_tokens 200"),
         (lambda d: d["generation_defaults"].update(max_new_tokens=300), "generation_defaults: min_new_tokens 0, max"),
         (lambda d: d["generation_defaults"].update(n_best=5), "generation_defaults: n_best 5 is more than beam_size 4"),
-        (lambda d: d.update(activations={"scaled": "per_row"}), "activations: fp32 does not scale any"),
+        (lambda d: d.update(activations={"scaled": "per_row"}), "activations: how they are scaled belongs to int8 bu"),
+        (scale(None), "activations: how they are scaled belongs to int8 bundles, and to no others"),
         (scale({"scaled": "calibrated"}), "activations: ranges, and how many sentences"),
         (scale({**CALIBRATED, "ranges": {}}), "activations: ranges, and how many sentences"),
         (scale({**CALIBRATED, "scaled": "per_row"}), "activations: ranges, and how many sentences"),
@@ -284,7 +285,7 @@ def test_graphs_that_no_device_of_a_precision_runs_need_not_be_there(
     precision: str, unused: list[str], edit: Callable[..., Path]
 ) -> None:
     def change(data: dict[str, Any]) -> None:
-        data["precision"] = precision
+        data.update(precision=precision, activations={"scaled": "per_row"} if precision == "int8" else None)
         for name in unused:
             data["files"].pop(name)
 
@@ -292,10 +293,7 @@ def test_graphs_that_no_device_of_a_precision_runs_need_not_be_there(
     assert set(bundle.manifest.files) == {"encoder.onnx", *decoder_graphs(precision, 1), "weights.bin"}
 
 
-def test_how_activations_are_scaled_is_read_and_need_not_be_told(edit: Callable[..., Path]) -> None:
-    """Bundles of before do not tell."""
-    bundle = edit(lambda data: data.pop("activations"))
-    assert load_bundle(bundle).manifest.activations is None
+def test_how_activations_are_scaled_is_read(edit: Callable[..., Path]) -> None:
     for told in ({"scaled": "per_row"}, CALIBRATED):
         activations = load_bundle(edit(scale(told))).manifest.activations
         assert activations is not None
@@ -303,17 +301,16 @@ def test_how_activations_are_scaled_is_read_and_need_not_be_told(edit: Callable[
 
 
 def test_a_file_that_nobody_reads_is_verified_all_the_same(bundle: Path) -> None:
-    """Old exports wrote a kv_arrange.onnx."""
-    content = b"moves cache rows"
+    content = b"from elsewhere"
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     data = json.loads((bundle / MANIFEST).read_text())
-    data["files"]["kv_arrange.onnx"] = entry
+    data["files"]["notes.txt"] = entry
     (bundle / MANIFEST).write_text(json.dumps(data))
     assert refused(bundle).problem.startswith("is missing")
-    (bundle / "kv_arrange.onnx").write_bytes(content[::-1])
+    (bundle / "notes.txt").write_bytes(content[::-1])
     assert refused(bundle).problem.startswith("does not match its checksum")
-    (bundle / "kv_arrange.onnx").write_bytes(content)
-    assert "kv_arrange.onnx" in load_bundle(bundle).manifest.files
+    (bundle / "notes.txt").write_bytes(content)
+    assert "notes.txt" in load_bundle(bundle).manifest.files
 
 
 GOLDEN = {"source": [1, 2], "forced": [0, 5], "top_logprob": [-1.0, -0.5]}
@@ -323,7 +320,6 @@ GOLDEN = {"source": [1, 2], "forced": [0, 5], "top_logprob": [-1.0, -0.5]}
     ("change", "problem"),
     [
         ({}, None),
-        ({"top_token": [5, 6]}, None),  # as old exports wrote it
         ({"top_logprob": [-1.0]}, "golden: forced and top_logprob differ in length"),
         ({"source": []}, "golden: [] is nothing that this model reads"),
         ({"source": [1, 9999]}, "golden: [1, 9999] is nothing that this model reads"),
