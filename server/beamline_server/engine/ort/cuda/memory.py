@@ -204,7 +204,7 @@ class CudaMemory:
     def run(self, table: Table, members: IntArray, needed: Extent, candidates: int, *, logprobs: bool) -> StepResult:
         """As `Memory.run`."""
         with self._lock:
-            run = self._run_for(needed, candidates, logprobs=logprobs)
+            run = self.run_for(needed, candidates, logprobs=logprobs)
             inputs = _step_inputs(run)
             attended, masked = _MASK_VALUES[inputs.mask.dtype]
             pack_step(table, members, self.batch_index, attended, masked, inputs)
@@ -218,7 +218,7 @@ class CudaMemory:
             best["logprob"][:rows] if logprobs else None,
         )
 
-    def _run_for(self, needed: Extent, candidates: int, *, logprobs: bool) -> FixedRun:
+    def run_for(self, needed: Extent, candidates: int, *, logprobs: bool) -> FixedRun:
         """The run of a shape that has what is needed, bound to this memory."""
         shape = step_shape(
             needed,
