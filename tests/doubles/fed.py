@@ -37,9 +37,7 @@ class FedSequences:
         """The table as compiled loops take it."""
         return self._table.arrays
 
-    def run(
-        self, memory: Memory, members: Sequence[int], *, candidates: int = 3, logprobs: bool = False
-    ) -> StepResult:
+    def run(self, memory: Memory, members: Sequence[int], *, candidates: int = 3, logprobs: bool = False) -> StepResult:
         """Compute the rows of these sequences, who stand in the memory in this order; copies of what came out."""
         who = np.array(members, np.int64)
         found = memory.run(self.arrays, who, extent(self.arrays, who), candidates, logprobs=logprobs)

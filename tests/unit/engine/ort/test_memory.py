@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from doubles.fed import FedSequences, Tokens, logprobs_alone, newcomers
 
 from beamline_server.bundle import Bundle
 from beamline_server.engine.backend import StepResult
@@ -12,6 +11,7 @@ from beamline_server.engine.buckets import FromBatch, Memory
 from beamline_server.engine.ort.cpu import CpuBackend
 from beamline_server.engine.ort.cuda.backend import CudaBackend
 from beamline_server.engine.table import FloatArray
+from doubles.fed import FedSequences, Tokens, logprobs_alone, newcomers
 
 SOURCES: list[Tokens] = [(5, 6, 7, 1), (8, 1), (9, 10, 11, 12, 13, 1), (6, 6, 1)]
 TARGETS: list[Tokens] = [(2, *range(10 * number + 3, 10 * number + 9)) for number in range(1, 5)]
@@ -72,7 +72,10 @@ def test_all_logprobs_are_there_in_the_steps_that_ask_for_them(
 def test_candidates_are_as_many_as_are_asked_for_up_to_the_vocabulary(
     backend: CpuBackend | CudaBackend, alone: list[FloatArray]
 ) -> None:
-    fed, memory = FedSequences(SOURCES[:1], TARGETS[:1]), arranged(backend.new_memory(), newcomers(backend, SOURCES[:1]))
+    fed, memory = (
+        FedSequences(SOURCES[:1], TARGETS[:1]),
+        arranged(backend.new_memory(), newcomers(backend, SOURCES[:1])),
+    )
     vocabulary = alone[0].shape[1]
     for candidates in (1, 9, vocabulary, 2):
         assert_as_alone(fed.run(memory, [0], candidates=candidates), alone, [0], 0)
@@ -99,9 +102,7 @@ def test_pasts_survive_growth_and_shrinking(
     fed, memory = FedSequences(SOURCES, TARGETS), arranged(backend.new_memory(), newcomers(backend, SOURCES[:1]))
     fed.run(memory, [0])
     fed.feed([0])
-    arranged(
-        memory, [FromBatch(0), *newcomers(backend, SOURCES[1:])], slots=slots, source_width=source_width
-    )
+    arranged(memory, [FromBatch(0), *newcomers(backend, SOURCES[1:])], slots=slots, source_width=source_width)
     assert (memory.slots, memory.source_width) == (slots, source_width)
     found = fed.run(memory, range(4), candidates=2)
     assert_as_alone(StepResult(found.top_logprob[:1], found.top_token[:1]), alone, [0], 1)

@@ -1,143 +1,128 @@
-"""Caches on a device: who sits where, and that addresses stay."""
+"""Caches on a device: where each sequence stands, and that addresses stay."""
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from beamline_server.engine.batch import encoder_batch, layout, step_batch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from beamline_server.bundle import Bundle, load_bundle
-from beamline_server.engine.backend import Backend, Cache, FromCache, FromEncoder, FromSeat, Origin, StepBatch
-from beamline_server.engine.ort.cpu import CpuBackend
+from beamline_server.bundle import Bundle
+from beamline_server.engine.buckets import FromBatch, Origin
 from beamline_server.engine.ort.cuda.backend import CudaBackend
-from beamline_server.engine.ort.cuda.memory import CudaMemory, keep_seats
+from beamline_server.engine.ort.cuda.captured_graphs import CAPTURED_FROM_USE
+from beamline_server.engine.ort.cuda.fixed_run import KEPT_RUNS, FixedRun
+from beamline_server.engine.ort.cuda.memory import CudaMemory, keep_places
+from beamline_server.engine.pack import extent
+from doubles.fed import FedSequences, Tokens, newcomers
 
-BUNDLE = Path(__file__).parents[3] / "golden" / "format1-fp32"
-SOURCES = [(5, 6, 7, 1), (8, 1), (9, 10, 11, 12, 13, 1), (6, 6, 1)]
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return load_bundle(BUNDLE)
+SOURCES: list[Tokens] = [(5, 6, 7, 1), (8, 1), (9, 10, 11, 12, 13, 1), (6, 6, 1)]
+TARGETS: list[Tokens] = [(2, *range(10 * number + 3, 10 * number + 25)) for number in range(1, 5)]
 
 
 @pytest.fixture
-def runner(bundle: Bundle) -> CudaBackend:
-    return CudaBackend(bundle, device="cpu")
+def backend(tiny: Callable[[str], Bundle]) -> CudaBackend:
+    return CudaBackend(tiny("fp32"), device="cpu")
 
 
-@given(st.lists(st.integers(0, 12), max_size=12, unique_by=lambda seat: seat or object()), st.integers(13, 20))
-def test_sentences_keep_the_seats_that_exist(wanted: list[int], seats: int) -> None:
-    kept = keep_seats(wanted, seats)
+def arranged(memory: CudaMemory, origins: Sequence[Origin], slots: int = 16) -> CudaMemory:
+    memory.arrange(origins, slots=slots, source_width=16)
+    return memory
+
+
+def run_for(memory: CudaMemory, fed: FedSequences, members: Sequence[int], *, logprobs: bool = False) -> FixedRun:
+    needed = extent(fed.arrays, np.array(members, np.int64))
+    return memory.run_for(needed, 3, logprobs=logprobs)
+
+
+@given(st.lists(st.integers(0, 12), max_size=12, unique_by=lambda place: place or object()), st.integers(13, 20))
+def test_sequences_keep_the_places_that_exist(wanted: list[int], batch: int) -> None:
+    kept = keep_places(wanted, batch)
     assert len(set(kept.tolist())) == len(wanted)
-    assert all(1 <= seat < seats for seat in kept)
+    assert all(1 <= place < batch for place in kept)
     assert all(now == before for before, now in zip(wanted, kept.tolist(), strict=True) if before)
 
 
-def test_who_sits_too_far_back_moves_to_the_front() -> None:
-    assert keep_seats([9, 2, 0, 7], 5).tolist() == [1, 2, 3, 4]
+def test_who_stands_too_far_back_moves_to_the_front() -> None:
+    assert keep_places([9, 2, 0, 7], 5).tolist() == [1, 2, 3, 4]
 
 
-def arranged(runner: Backend, origins: list[Origin], cache: Cache | None = None, slots: int = 16) -> CudaMemory:
-    result = cache or runner.new_cache()
-    result.arrange(origins, slots=slots, source_width=16)
-    assert isinstance(result, CudaMemory)
-    return result
+def test_addresses_stay_while_sequences_come_and_go(backend: CudaBackend) -> None:
+    fed, memory = FedSequences(SOURCES, TARGETS), arranged(backend.new_memory(), newcomers(backend, SOURCES))
+    fed.run(memory, range(4))
+    own, cross = memory.own.addresses(), memory.cross.addresses()
+    run = run_for(memory, fed, range(4))
+
+    arranged(memory, [FromBatch(0), FromBatch(3), FromBatch(2)])
+    arranged(memory, [FromBatch(0), *newcomers(backend, SOURCES[:2]), FromBatch(2)])
+
+    assert (memory.own.addresses(), memory.cross.addresses()) == (own, cross)
+    assert run_for(memory, fed, range(4)) is run
 
 
-def newcomers(runner: Backend, sources: list[tuple[int, ...]]) -> list[Origin]:
-    encoded = runner.encode(encoder_batch(sources, source_width=16))
-    return [FromEncoder(encoded, i) for i in range(len(sources))]
+def test_a_sequence_keeps_its_batch_index_where_a_bucket_closes_a_gap(backend: CudaBackend) -> None:
+    """Nothing is moved before the batch is smaller than where it stands."""
+    memory = arranged(backend.new_memory(), newcomers(backend, SOURCES))
+    before = int(memory.batch_index[3])
+    arranged(memory, [FromBatch(0), FromBatch(3), FromBatch(2)])
+    assert memory.batch_index[1] == before
+    arranged(memory, [FromBatch(1)])
+    assert memory.batch_index.tolist() == [1]
 
 
-def step(sentences: list[int], position: int, slots: int = 16) -> StepBatch:
-    """The position-th step of sentences, one beam each, in the order of these numbers of their sources."""
-    count = len(sentences)
-    ancestors = np.zeros((count, 1, 2, slots), np.bool_)
-    ancestors[..., : position + 1] = True
-    return step_batch(
-        layout(np.ones((count, 1), np.bool_)),
-        token=np.array([[4 + number + position] for number in sentences]),
-        step=np.full(count, position),
-        slot=np.full((count, 1), position),
-        ancestors=ancestors,
-        source_length=np.array([len(SOURCES[number]) for number in sentences]),
-        candidates=3,
-    )
+def test_what_was_bound_is_forgotten_when_the_memory_grows(backend: CudaBackend) -> None:
+    fed, memory = FedSequences(SOURCES, TARGETS), arranged(backend.new_memory(), newcomers(backend, SOURCES[:1]))
+    run = run_for(memory, fed, [0])
+    arranged(memory, [FromBatch(0)], slots=1024)
+    arranged(memory, [FromBatch(0)])
+    assert run_for(memory, fed, [0]) is not run
 
 
-def alone(bundle: Bundle, number: int, steps: int) -> NDArray[np.float32]:
-    """What the host's runner computes for one source, (steps, 3)."""
-    runner = CpuBackend(bundle, threads=1)
-    cache = runner.new_cache()
-    cache.arrange(newcomers(runner, [SOURCES[number]]), slots=16, source_width=16)
-    return np.concatenate([runner.step(cache, step([number], position))[0].copy() for position in range(steps)])
+def test_shapes_that_come_often_are_given_graphs(backend: CudaBackend) -> None:
+    """One with all log-probabilities is another shape than one without."""
+    fed, memory = FedSequences(SOURCES, TARGETS), arranged(backend.new_memory(), newcomers(backend, SOURCES[:2]))
+    for logprobs, graph in ((False, 1), (True, 2)):
+        for _ in range(CAPTURED_FROM_USE):
+            fed.run(memory, [0, 1], logprobs=logprobs)
+            fed.feed([0, 1])
+        assert run_for(memory, fed, [0, 1], logprobs=logprobs).graph == graph
+    assert len(backend.step_graphs) == 2
 
 
-def test_addresses_stay_while_sentences_come_and_go(runner: CudaBackend) -> None:
-    cache = arranged(runner, newcomers(runner, SOURCES))
-    runner.step(cache, step([0, 1, 2, 3], 0))
-    own, cross = cache.own.addresses(), cache.cross.addresses()
-    run = cache.run_for(step([0, 1, 2, 3], 1))
-
-    arranged(runner, [FromSeat(0), FromSeat(3), FromSeat(2)], cache)
-    arranged(runner, [FromSeat(0), *newcomers(runner, SOURCES[:2]), FromSeat(2)], cache)
-
-    assert (cache.own.addresses(), cache.cross.addresses()) == (own, cross)
-    assert cache.run_for(step([0, 1, 2, 3], 1)) is run
-
-
-def test_a_sentence_keeps_its_seat_and_its_past(bundle: Bundle, runner: CudaBackend) -> None:
-    cache = arranged(runner, newcomers(runner, SOURCES))
-    for position in range(2):
-        runner.step(cache, step([0, 1, 2, 3], position))
-    seat = int(cache.seat[3])
-
-    # The engine closes the gap: the last one takes the seat of the second.
-    arranged(runner, [FromSeat(0), FromSeat(3), FromSeat(2)], cache)
-
-    assert cache.seat[1] == seat
-    found, _ = runner.step(cache, step([0, 3, 2], 2))
-    expected = [alone(bundle, number, 3)[2] for number in (0, 3, 2)]
-    assert np.array_equal(found, expected)
+def test_as_many_runs_as_may_stay_bound_are_kept(tiny: Callable[[str], Bundle]) -> None:
+    """Without graphs, the shape that was used least recently goes."""
+    backend = CudaBackend(tiny("fp32"), device="cpu", graphs=False)
+    fed, memory = FedSequences(SOURCES, TARGETS), arranged(backend.new_memory(), newcomers(backend, SOURCES[:1]))
+    needed = extent(fed.arrays, np.array([0]))
+    first, second = (memory.run_for(needed._replace(rows=rows), 3, logprobs=False) for rows in (1, 5))
+    for number in range(KEPT_RUNS - 1):
+        assert memory.run_for(needed, 3, logprobs=False) is first
+        memory.run_for(needed._replace(rows=4 << number + 2), 3, logprobs=False)
+    assert memory.run_for(needed, 3, logprobs=False) is first
+    assert memory.run_for(needed._replace(rows=5), 3, logprobs=False) is not second
+    assert len(backend.step_graphs) == 0
 
 
-def test_pasts_survive_longer_seats_more_seats_and_another_lane(bundle: Bundle, runner: CudaBackend) -> None:
-    cache = arranged(runner, newcomers(runner, SOURCES[:1]))
-    runner.step(cache, step([0], 0))
-    arranged(runner, [FromSeat(0), *newcomers(runner, SOURCES[1:])], cache, slots=200)
-    other = arranged(runner, [FromCache(cache, 0), *newcomers(runner, SOURCES[:1])])
-
-    found, _ = runner.step(other, step([0, 0], 1))
-    assert np.array_equal(found[0], alone(bundle, 0, 2)[1])
-
-    arranged(runner, [FromSeat(0)], cache, slots=16)
-    found, _ = runner.step(cache, step([0], 1))
-    assert np.array_equal(found[0], alone(bundle, 0, 2)[1])
-
-
-def test_what_was_encoded_stays_until_it_is_seated(bundle: Bundle, runner: CudaBackend) -> None:
-    """Two encoder calls of the same shape before either is used."""
-    first, second = newcomers(runner, SOURCES[:1]), newcomers(runner, SOURCES[3:])
-    cache = arranged(runner, [*first, *second])
-
-    found, _ = runner.step(cache, step([0, 3], 0))
-
-    assert np.array_equal(found, [alone(bundle, number, 1)[0] for number in (0, 3)])
-
-
-def test_shapes_that_come_often_are_given_graphs(runner: CudaBackend) -> None:
-    cache = arranged(runner, newcomers(runner, SOURCES[:2]))
-    for position in range(8):
-        runner.step(cache, step([0, 1], position))
-    assert len(runner.step_graphs) == 1
-    assert cache.run_for(step([0, 1], 8)).graph == 1
-
-
-def test_a_new_lane_is_as_large_as_the_largest_was(runner: CudaBackend) -> None:
-    first = arranged(runner, newcomers(runner, SOURCES))
-    second = arranged(runner, newcomers(runner, SOURCES[:1]))
+def test_a_new_bucket_is_as_large_as_the_largest_was(backend: CudaBackend) -> None:
+    first = arranged(backend.new_memory(), newcomers(backend, SOURCES))
+    second = arranged(backend.new_memory(), newcomers(backend, SOURCES[:1]))
     assert second.own.tensor_rows == first.own.tensor_rows
+
+
+def test_half_precision_computes_what_single_precision_does(
+    backend: CudaBackend, tiny: Callable[[str], Bundle]
+) -> None:
+    """Its mask is added, and written as bits."""
+    half = CudaBackend(tiny("fp16"), device="cpu")
+    found = []
+    for each in (backend, half):
+        fed, memory = FedSequences(SOURCES, TARGETS), arranged(each.new_memory(), newcomers(each, SOURCES))
+        for _ in range(3):
+            result = fed.run(memory, range(4), logprobs=True)
+            fed.feed(range(4))
+        arranged(memory, [FromBatch(3), FromBatch(1)], slots=64)
+        assert result.logprob is not None
+        found += [result.logprob, fed.run(memory, [3, 1], logprobs=True).logprob]
+    assert found[2] == pytest.approx(found[0], abs=3e-2)
+    assert found[3] == pytest.approx(found[1], abs=3e-2)
+    assert np.isfinite(found[3]).all()
