@@ -37,7 +37,7 @@ from beamline_server.engine.table import IntArray, Table
 
 _MASKED = np.float16(-1e4)
 """What an additive mask adds where a row has no ancestor: finite, so that a row without any gives no NaN in fp16."""
-_MASK_VALUES: dict[np.dtype[Any], tuple[Any, Any]] = {
+MASK_VALUES: dict[np.dtype[Any], tuple[Any, Any]] = {
     np.dtype(np.bool_): (True, False),
     # As bits: neither NumPy nor compiled loops have fast arithmetic for half precision.
     np.dtype(np.uint16): (np.uint16(0), _MASKED.view(np.uint16)),
@@ -205,9 +205,7 @@ class CudaMemory:
         """As `Memory.run`."""
         with self._lock:
             run = self.run_for(needed, candidates, logprobs=logprobs)
-            inputs = _step_inputs(run)
-            attended, masked = _MASK_VALUES[inputs.mask.dtype]
-            pack_step(table, members, self.batch_index, attended, masked, inputs)
+            pack_run(run, table, members, self.batch_index)
             run.send()
             self._graphs.run(run)
             best = run.receive()
@@ -254,15 +252,16 @@ class CudaMemory:
             del self._runs[uncaptured[0]]
 
 
-def _step_inputs(run: FixedRun) -> StepInputs:
-    """A run's inputs as loops fill them: masks of half precision as bits, and without axes of length 1."""
-    inputs = [run.inputs[name] for name in STEP_INPUTS]
-    result = StepInputs(*inputs)
-    mask = result.mask[:, 0]
-    return result._replace(
-        slot=result.slot.reshape(len(result.slot), -1),
-        mask=mask.view(np.uint16) if mask.dtype == np.float16 else mask,
-    )
+def pack_run(run: FixedRun, table: Table, members: IntArray, batch_index: IntArray) -> None:
+    """Write the rows of some sequences into the inputs of a decoder step: masks of half precision as bits."""
+    inputs = StepInputs(*(run.inputs[name] for name in STEP_INPUTS))
+    mask = inputs.mask[:, 0]
+    if mask.dtype == np.float16:
+        mask = mask.view(np.uint16)
+    # Loops know no axes of length 1.
+    inputs = inputs._replace(slot=inputs.slot.reshape(len(inputs.slot), -1), mask=mask)
+    attended, masked = MASK_VALUES[mask.dtype]
+    pack_step(table, members, batch_index, attended, masked, inputs)
 
 
 def keep_places(wanted: Sequence[int], batch: int) -> IntArray:

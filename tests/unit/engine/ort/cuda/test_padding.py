@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from beamline_server.engine.ort.cuda.memory import _MASK_VALUES
+from beamline_server.engine.ort.cuda.memory import MASK_VALUES
 from beamline_server.engine.ort.cuda.shapes import batch_size, encoder_shape, step_shape
 from beamline_server.engine.pack import EncoderInputs, StepInputs, extent, flat, pack_encoder, pack_step
 from beamline_server.engine.table import SequenceTable, Table
@@ -57,7 +57,7 @@ def packed(draw: st.DrawFn) -> Packed:
     batch_index = 1 + rng.permutation(batch - 1)[: len(members)]
     dtype = np.dtype(draw(st.sampled_from([np.bool_, np.uint16])))
     padded = inputs(shape.rows, batch, shape.query_length, WIDER_SLOTS, dtype, rng)
-    attended, masked = _MASK_VALUES[dtype]
+    attended, masked = MASK_VALUES[dtype]
     pack_step(table, members, batch_index, attended, masked, padded)
     assert set(np.unique(padded.mask)) <= {attended, masked}
     return Packed(table, members, batch_index, exact, padded, padded.mask == attended, needed.rows)
@@ -162,7 +162,7 @@ def test_padding_writes_one_slot_of_batch_index_0_and_reads_what_is_there(packed
 @pytest.mark.parametrize("kind", [np.bool_, np.uint16])
 def test_what_is_masked_is_finite_in_half_precision(kind: type[np.generic]) -> None:
     """A row without any ancestor must not become NaN."""
-    attended, masked = _MASK_VALUES[np.dtype(kind)]
+    attended, masked = MASK_VALUES[np.dtype(kind)]
     if kind is np.uint16:
         attended, masked = (np.array([bits]).view(np.float16)[0] for bits in (attended, masked))
         assert attended == 0
