@@ -1,7 +1,6 @@
 """What a request costs, and that it costs no more."""
 
 import pytest
-from beamline_server.engine.testing import ManualClock, RandomTable, TableRunner, table_rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +9,7 @@ from beamline_server.engine.errors import RequestTooLarge
 from beamline_server.engine.observer import NullObserver
 from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.step import EngineCore
+from doubles.engine import ManualClock, RandomTable, TableBackend, table_rules
 
 
 def request(
@@ -82,18 +82,18 @@ def test_running_sentences_never_occupy_more_than_they_cost(asked: list[tuple[in
         for number, (beams, new, source, _) in enumerate(asked)
     ]
     rules = table_rules(6)
-    runner = TableRunner(RandomTable(6, seed), rules)
-    core = EngineCore(runner, rules, Capacity(48, 8192), clock=ManualClock(), observer=NullObserver())
+    backend = TableBackend(RandomTable(6, seed), rules)
+    core = EngineCore(backend, rules, Capacity(48, 8192), clock=ManualClock(), observer=NullObserver())
     of_source = {request.source: cost(request) for request in requests}
     waiting = sorted(zip((at for *_, at in asked), requests, strict=True), key=lambda entry: entry[0])
     now = 0
     while waiting or not core.idle:
         core.accept([request for at, request in waiting if at <= now])
         waiting = [entry for entry in waiting if entry[0] > now]
-        lanes_before = len(runner.trace)
+        lanes_before = len(backend.trace)
         core.step()
         core.check()
-        lanes = runner.trace[lanes_before:]
+        lanes = backend.trace[lanes_before:]
         costs = [of_source[source] for lane in lanes for source in lane.sources]
         assert sum(len(lane.sources) * max(lane.slots, lane.source_width) for lane in lanes) <= sum(
             c.slots for c in costs

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from beamline_server.engine.beam import DEAD, SearchRules, advance, parent_of, token_of
 from beamline_server.engine.searches import Searches
-from beamline_server.engine.testing import LogprobTable, RandomTable, TableRunner, Tokens, run_alone, table_rules
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +26,7 @@ from beamline_server.engine.request import (
 )
 from beamline_server.engine.step import ModelRules
 from beamline_server.engine.table import FloatArray
+from doubles.engine import LogprobTable, RandomTable, TableBackend, Tokens, run_alone, table_rules
 
 SOURCE = (3, 4, 5)
 EOS = 1
@@ -34,11 +34,11 @@ EOS = 1
 
 def searched(table: LogprobTable, rules: ModelRules, options: SearchOptions) -> tuple[Hypothesis, ...]:
     """What the engine finds; nothing if it finds that there is nothing."""
-    return search(TableRunner(table, rules), rules, options)
+    return search(TableBackend(table, rules), rules, options)
 
 
-def search(runner: TableRunner, rules: ModelRules, options: SearchOptions) -> tuple[Hypothesis, ...]:
-    outcome = run_alone(runner, rules, GenerationRequest(RequestId(1), SOURCE, options))
+def search(backend: TableBackend, rules: ModelRules, options: SearchOptions) -> tuple[Hypothesis, ...]:
+    outcome = run_alone(backend, rules, GenerationRequest(RequestId(1), SOURCE, options))
     if isinstance(outcome, Failed):
         assert isinstance(outcome.error, StepFailed)
         return ()
@@ -50,12 +50,12 @@ def next_logprobs(table: LogprobTable) -> NextLogprobs:
 
 
 def assert_as_reference(table: LogprobTable, rules: ModelRules, options: SearchOptions) -> None:
-    runner = TableRunner(table, rules)
-    ours = search(runner, rules, options)
+    backend = TableBackend(table, rules)
+    ours = search(backend, rules, options)
     theirs = reference_search(next_logprobs(table), rules.search, options, rules.decoder_start)
     expected = theirs.hypotheses[: options.n_best]
     assert [(h.tokens, h.score) for h in ours] == [(h.tokens, h.score) for h in expected]
-    assert len(runner.trace) == len(theirs.steps), "the searches did not take equally many steps"
+    assert len(backend.trace) == len(theirs.steps), "the searches did not take equally many steps"
 
 
 def only(*tokens: int, vocabulary: int = 8) -> FloatArray:
@@ -241,7 +241,7 @@ def test_a_beam_as_wide_as_needed_is_brute_force(
 def test_a_search_can_finish_at_its_first_step(beam_size: int) -> None:
     """The end is the best first token, and all that could follow the others is worse."""
     outcome = run_alone(
-        TableRunner(lambda _, prefix: only(EOS) if prefix == (0,) else only(2, 3), table_rules()),
+        TableBackend(lambda _, prefix: only(EOS) if prefix == (0,) else only(2, 3), table_rules()),
         table_rules(),
         GenerationRequest(RequestId(1), SOURCE, SearchOptions(beam_size=beam_size, early_stopping=EarlyStopping.NEVER)),
     )
@@ -288,18 +288,18 @@ def test_of_equal_scores_the_lower_token_wins() -> None:
 def test_a_running_beam_that_is_only_as_good_ends_the_search() -> None:
     """All tokens are equally likely: after two hypotheses have ended, no other can have a better mean."""
     rules = table_rules(4, SearchRules(eos=(0,)))
-    runner = TableRunner(RandomTable(4, levels=1), rules)
-    found = search(runner, rules, SearchOptions(beam_size=2, n_best=2))
+    backend = TableBackend(RandomTable(4, levels=1), rules)
+    found = search(backend, rules, SearchOptions(beam_size=2, n_best=2))
     assert [(h.tokens, h.score) for h in found] == [((0,), -0.5), ((1, 0), -0.5)]
-    assert len(runner.trace) == 2
+    assert len(backend.trace) == 2
 
 
 def test_many_ends_leave_enough_candidates_to_go_on() -> None:
     """Three ends are the best tokens of every beam; still two beams go on."""
     rules = table_rules(8, SearchRules(eos=(1, 2, 3)))
-    runner = TableRunner(lambda *_: only(1, 2, 3, 4, 5), rules)
-    search(runner, rules, SearchOptions(beam_size=2, length_penalty=3.0, early_stopping=EarlyStopping.NEVER))
-    assert [step.rows for step in runner.trace[:3]] == [1, 2, 2]
+    backend = TableBackend(lambda *_: only(1, 2, 3, 4, 5), rules)
+    search(backend, rules, SearchOptions(beam_size=2, length_penalty=3.0, early_stopping=EarlyStopping.NEVER))
+    assert [step.rows for step in backend.trace[:3]] == [1, 2, 2]
 
 
 def test_nothing_left_to_generate_is_a_failure_and_no_hang() -> None:

@@ -2,18 +2,17 @@
 
 from functools import partial
 
-from beamline_server.engine.testing import TableRunner
-from beamline_server.engine.testing_core import assert_as_alone, bench, outcomes, request, source_of
-
 from beamline_server.engine.admission import FINE_LANES_FROM, GRANULE, SHARED_WIDTH
 from beamline_server.engine.request import Event, GenerationRequest
+from doubles.core import assert_as_alone, bench, outcomes, request, source_of
+from doubles.engine import TableBackend
 
 
 def test_a_long_source_does_not_widen_the_lane_of_short_ones() -> None:
     engine = bench()
     engine.core.accept([request(1), request(2, source_tokens=200), request(3)])
     engine.step()
-    short, long = engine.runner.trace
+    short, long = engine.backend.trace
     assert (short.sources, short.source_width) == ((source_of(1, 3), source_of(3, 3)), 8)
     assert (long.sources, long.source_width) == ((source_of(2, 200),), 200)
 
@@ -31,10 +30,10 @@ def test_a_sentence_that_grows_moves_to_a_wider_lane() -> None:
     ends = outcomes(events) | engine.finish()
     for asked in [grower, *short]:
         assert_as_alone(ends[asked.id], asked)
-    with_grower = [step for step in engine.runner.trace if grower.source in step.sources]
+    with_grower = [step for step in engine.backend.trace if grower.source in step.sources]
     assert max(step.slots for step in with_grower) > SHARED_WIDTH
     assert {len(step.sources) for step in with_grower if step.slots > SHARED_WIDTH} == {1}
-    others = [step.slots for step in engine.runner.trace if grower.source not in step.sources]
+    others = [step.slots for step in engine.backend.trace if grower.source not in step.sources]
     assert max(others) <= SHARED_WIDTH
 
 
@@ -45,7 +44,7 @@ def test_a_lane_shrinks_when_a_long_sentence_has_left_it() -> None:
         engine.step()
     engine.core.accept(request(number, tokens=6) for number in range(1, 41))
     engine.finish()
-    widths = [step.slots for step in engine.runner.trace if len(step.sources) > 32]
+    widths = [step.slots for step in engine.backend.trace if len(step.sources) > 32]
     assert widths[0] > 32
     assert widths[-1] == GRANULE
 
@@ -63,7 +62,7 @@ def test_many_sentences_sit_in_lanes_by_length_and_few_together() -> None:
     ends = engine.finish()
     for each in asked:
         assert_as_alone(ends[each.id], each)
-    runs = [(len(step.sources), step.slots) for step in engine.runner.trace]
+    runs = [(len(step.sources), step.slots) for step in engine.backend.trace]
     assert {16, 32} <= {slots for _, slots in runs}
     assert sum(count for count, _ in runs) == sum(3 + number % 40 for number in range(1, 71)), "a run per token"
     assert len(runs) > engine.clock.now, "a lane is a run: some of the steps, of a second each, have had several"
@@ -73,18 +72,18 @@ def test_many_sentences_sit_in_lanes_by_length_and_few_together() -> None:
     assert last[0] < FINE_LANES_FROM
     assert last[1] > 32
     # The rest of them, few as they are by then, runs in one lane.
-    positions = [step.positions for step in engine.runner.trace if max(step.positions) >= 38]
+    positions = [step.positions for step in engine.backend.trace if max(step.positions) >= 38]
     assert len(positions) == len({position for each in positions for position in each})
 
 
 def test_on_a_gpu_many_sit_together_as_well() -> None:
-    engine = bench(rows=128, make_runner=partial(TableRunner, device="cuda"))
+    engine = bench(rows=128, make_backend=partial(TableBackend, device="cuda"))
     asked = many()
     engine.core.accept(asked)
     ends = engine.finish()
     for each in asked:
         assert_as_alone(ends[each.id], each)
-    assert len(engine.runner.trace) == engine.clock.now, "one lane in every step"
+    assert len(engine.backend.trace) == engine.clock.now, "one lane in every step"
 
 
 def test_a_sentence_moves_although_nobody_comes_or_goes() -> None:
@@ -97,7 +96,7 @@ def test_a_sentence_moves_although_nobody_comes_or_goes() -> None:
     ends = engine.finish()
     assert_as_alone(ends[first.id], first)
     assert_as_alone(ends[second.id], second)
-    wide = [step for step in engine.runner.trace if step.slots > SHARED_WIDTH]
+    wide = [step for step in engine.backend.trace if step.slots > SHARED_WIDTH]
     # One after the other, each as soon as it needs to and not before.
     assert [step.positions for step in wide] == [(position,) for position in (*range(64, 100), *range(64, 100))]
 
