@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from beamline_server.engine.admission import MOST_ROWS, Admission, Capacity, Continuous, Cost, Room, Waiting, cost
-from beamline_server.engine.backend import Backend, Bucket, Encoded, StepResult
+from beamline_server.engine.backend import Backend, Bucket, Encoded
 from beamline_server.engine.errors import DeadlineExceeded, EngineError, RequestCancelled, StepFailed
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.processors import SearchRules
@@ -175,10 +175,12 @@ class EngineCore:
             return events
         began, rows, over = self._clock(), 0, 0
         for bucket in self._place(events):
-            result = self._run(bucket, events)
-            if result is not None:
-                rows += len(result.top_token)
-                over += self._decide(bucket, result)
+            try:
+                over += self._advance(bucket)
+                rows += bucket.needed.rows
+            except Exception as error:  # whatever it was, every waiter must hear of it; the other buckets go on
+                failure = logged_failure(error, "a decode step")
+                events += [Failed(self._leave(index).request.id, failure) for index in bucket.members.tolist()]
         self._note(began, rows)
         return events + self._deliver(over)
 
@@ -283,19 +285,11 @@ class EngineCore:
             events += [Failed(self._forget(index).request.id, failure) for index in list(self._running)]
             return []
 
-    def _run(self, bucket: Bucket, events: list[Event]) -> StepResult | None:
-        """Compute the rows of a bucket; if that fails, only its own sequences end."""
-        search, beams = self._rules.search, bucket.needed.beams
-        try:
-            return bucket.run(self._table.arrays, search.needed_candidates(beams, self._rules.vocabulary))
-        except Exception as error:  # as above
-            failure = logged_failure(error, "a decode step")
-            events += [Failed(self._leave(index).request.id, failure) for index in bucket.members.tolist()]
-            return None
-
-    def _decide(self, bucket: Bucket, result: StepResult) -> int:
-        """Advance the sequences of a bucket by a token each; returns how many are over."""
-        needed = bucket.needed
+    def _advance(self, bucket: Bucket) -> int:
+        """Compute the rows of a bucket, and advance its sequences by what they came to; returns how many are over."""
+        search, needed = self._rules.search, bucket.needed
+        candidates = search.needed_candidates(needed.beams, self._rules.vocabulary)
+        result = bucket.run(self._table.arrays, candidates)
         self._table.reserve(slots=needed.slots + MOST_ROWS, steps=needed.length + 1)
         return decide(self._search, self._table.arrays, bucket.members, result.top_logprob, result.top_token)
 
