@@ -195,7 +195,7 @@ class TableMemory:
             self._last.top_logprob[:], self._last.top_token[:] = np.nan, _RUBBISH
             if self._last.logprob is not None:
                 self._last.logprob[:] = np.nan
-        at = {b: held for b, held in zip(packed.batch_index.tolist(), self.held, strict=True)}
+        at = dict(zip(packed.batch_index.tolist(), self.held, strict=True))
         for row in range(packed.rows):
             b, slot, position, token = packed.written(row)
             at[b].written[slot] = (position, token)

@@ -252,7 +252,7 @@ def test_workers_share_the_load(start: Start) -> None:
     assert [source[-1] for batch in second.encoded for source in batch] == [2, 3, 4, 5]
 
 
-def test_workers_may_share_one_runner(start: Start) -> None:
+def test_workers_may_share_one_backend(start: Start) -> None:
     shared = backend()
     running = start(shared, shared)
     asked = [request(number, beams=1 + number % 5) for number in range(30)]
@@ -262,7 +262,7 @@ def test_workers_may_share_one_runner(start: Start) -> None:
     assert {one.id: tokens_of(outcomes[one.id]) for one in asked} == {one.id: tokens_alone(one) for one in asked}
 
 
-def test_warming_up_runs_each_distinct_runner_once(start: Start) -> None:
+def test_warming_up_runs_each_distinct_backend_once(start: Start) -> None:
     shared, other = backend(), backend()
     running = start(shared, shared, other)
     checked: list[Backend] = []
