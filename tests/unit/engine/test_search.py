@@ -6,13 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from beamline_server.engine.beam import DEAD, SearchRules, advance, parent_of, token_of
-from beamline_server.engine.searches import Searches
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beamline_export.reference_search import NextLogprobs, reference_search
 from beamline_server.engine.errors import StepFailed
+from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import (
     Completed,
     EarlyStopping,
@@ -83,31 +82,6 @@ def test_engine_equals_the_reference_search(
         assert_as_reference(RandomTable(9, seed), table_rules(9), options)
 
 
-@pytest.mark.parametrize("of_the_dead", [0.0, -2.5, -90.0])
-def test_candidates_of_dead_beams_are_never_chosen(of_the_dead: float) -> None:
-    """Whatever stands where no beam is live, better or worse than the candidates of those that are."""
-    searches, places = Searches(1, 3, (EOS,)), np.array([0])
-    searches.start(0, SearchOptions(beam_size=3, max_new_tokens=9), 0)
-    candidates = np.array([[[-1.0, -2.0, -3.0, -4.0], [of_the_dead] * 4, [of_the_dead] * 4]], np.float32)
-    tokens = np.array([[[4, EOS, 5, 6], [7, EOS, 7, 7], [EOS, 7, 7, 7]]])
-    selection = advance(
-        SearchRules((EOS,)),
-        searches.limits(places),
-        step=searches.step[places],
-        score=searches.score[places],
-        finished=searches.finished,
-        places=places,
-        top_logprob=candidates,
-        top_token=tokens,
-    )
-    assert selection.score.tolist() == [[-1.0, -3.0, -4.0]]
-    assert token_of(selection.choice).tolist() == [[4, 5, 6]]
-    assert not parent_of(selection.choice).any()
-    assert selection.merged is not None
-    assert selection.merged.finished.total[0, 0] == -2.0
-    assert selection.merged.finished.score[0, 1:].tolist() == [DEAD, DEAD]
-
-
 @dataclass(frozen=True)
 class Case:
     """One search on one table."""
@@ -119,7 +93,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    vocabulary = draw(st.integers(2, 12))
+    vocabulary = draw(st.integers(2, 12) | st.just(60))
     tokens = st.integers(0, vocabulary - 1)
     rules = SearchRules(
         eos=tuple(draw(st.lists(tokens, max_size=3, unique=True))),
@@ -153,6 +127,22 @@ def cases(draw: st.DrawFn) -> Case:
 def test_engine_equals_the_reference_search_whatever_the_rules(case: Case) -> None:
     """Bans, forced tokens, several ends, beams wider than the vocabulary, exact ties, searches without a result."""
     assert_as_reference(case.table, case.rules, case.options)
+
+
+@given(cases(), st.integers(0, 1 << 16))
+def test_what_cannot_occur_and_what_is_no_number_is_never_chosen(case: Case, seed: int) -> None:
+    """Some tokens have no probability, after some prefixes none has any; some log-probabilities are no numbers."""
+
+    def holes(source: Tokens, prefix: Tokens) -> FloatArray:
+        logprobs = case.table(source, prefix).copy()
+        draw = np.random.default_rng([seed, *prefix]).integers(0, 8, len(logprobs))
+        logprobs[draw == 0] = np.nan
+        logprobs[draw <= (7 if draw[0] == 7 else 2)] = -np.inf
+        return logprobs
+
+    assert_as_reference(holes, case.rules, case.options)
+    for hypothesis in searched(holes, case.rules, case.options):
+        assert np.isfinite(hypothesis.score)
 
 
 @given(cases())
@@ -292,6 +282,37 @@ def test_a_running_beam_that_is_only_as_good_ends_the_search() -> None:
     found = search(backend, rules, SearchOptions(beam_size=2, n_best=2))
     assert [(h.tokens, h.score) for h in found] == [((0,), -0.5), ((1, 0), -0.5)]
     assert len(backend.trace) == 2
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_no_end_comes_before_the_least_length(beam_size: int) -> None:
+    """Ends are the best two tokens of every row: no candidate is missing when they are taken away."""
+    rules = table_rules(8, SearchRules(eos=(1, 2)))
+    options = SearchOptions(beam_size=beam_size, n_best=beam_size, min_new_tokens=3, max_new_tokens=9)
+    found = searched(lambda *_: only(1, 2, 3, 4, 5), rules, options)
+    assert found[0].tokens == (3, 3, 3, 1)
+    assert min(len(hypothesis.tokens) for hypothesis in found) == 4
+
+
+def test_banned_tokens_never_occur_and_those_banned_at_the_start_are_not_first() -> None:
+    rules = table_rules(8, SearchRules(eos=(EOS,), banned=(2,), banned_at_start=(3,)))
+    (found,) = searched(lambda *_: only(2, 3, 4), rules, SearchOptions(max_new_tokens=3))
+    assert found.tokens == (4, 3, 3)
+
+
+def test_a_forced_first_token_is_first_with_probability_one() -> None:
+    rules = table_rules(8, SearchRules(eos=(EOS,), banned=(5,), forced_first=5))
+    (found,) = searched(lambda *_: only(2), rules, SearchOptions(max_new_tokens=3))
+    assert (found.tokens, found.token_logprobs) == ((5, 2, 2), (0.0, -1.0, -1.0))
+
+
+def test_candidates_are_as_many_as_an_exact_search_needs_and_no_more_than_there_are() -> None:
+    rules = SearchRules(eos=(1, 2), banned=(3,), banned_at_start=(4, 5, 6))
+    # Three per beam, so that two ends leave one; and one for each token that may be taken away.
+    assert rules.needed_candidates(1, 1000) == 3 + 6
+    assert rules.needed_candidates(16, 1000) == 48 + 6
+    assert rules.needed_candidates(16, 20) == 20
+    assert SearchRules(eos=()).needed_candidates(4, 1000) == 8
 
 
 def test_many_ends_leave_enough_candidates_to_go_on() -> None:
