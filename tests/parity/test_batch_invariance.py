@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from beamline_server.engine.testing import ManualClock, run_alone
+from doubles.engine import ManualClock, run_alone
 
 from beamline_server.bundle import Bundle
 from beamline_server.engine.admission import Capacity

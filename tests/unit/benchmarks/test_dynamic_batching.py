@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
-from beamline_server.engine.testing import Inbox, ManualClock
+from doubles.engine import Inbox, ManualClock
 from dynamic_batching import DynamicBatching, Limits, Translate, parts
 
 from beamline_server.engine.admission import RequestLevel

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from beamline_server.engine.testing import RandomTable, TableRunner
+from doubles.engine import RandomTable, TableBackend
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -91,8 +91,8 @@ def quiet(_: str, count: int) -> Iterator[int]:
     return iter(range(count))
 
 
-def runner(table: Callable[[Any, Any], NDArray[np.float32]] = TABLE) -> TableRunner:
-    return TableRunner(table, RULES)
+def runner(table: Callable[[Any, Any], NDArray[np.float32]] = TABLE) -> TableBackend:
+    return TableBackend(table, RULES)
 
 
 def second_choice(path: Sequence[int], step: int) -> tuple[int, float]:
@@ -282,7 +282,7 @@ def test_an_output_that_ends_where_the_model_goes_on_is_told(end: bool) -> None:
     target = path if end else path[:-1]
     check = lone(SOURCES[0], target, other_manifest({"eos": (5,)}), max_new_tokens=12)
     with pytest.raises(ExportError, match=rf"0 of 1 .* line 1, at token {len(target) + 1}: .*eos_token_id \(5\)"):
-        check.check(TableRunner(TABLE, other_rules(eos=(5,))), quiet)
+        check.check(TableBackend(TABLE, other_rules(eos=(5,))), quiet)
 
 
 def test_a_part_of_an_output_of_a_beam_search_is_told() -> None:
@@ -323,7 +323,7 @@ def test_a_model_without_an_end_ends_at_the_limit() -> None:
     while len(path) < LIMIT:
         path.append(int(TABLE(SOURCES[0], (0, *path)).argmax()))
     endless = other_manifest({"eos": ()})
-    model = TableRunner(TABLE, other_rules(eos=()))
+    model = TableBackend(TABLE, other_rules(eos=()))
     assert lone(SOURCES[0], path, endless).check(model, quiet)["same"] == 1
     with pytest.raises(ExportError, match=r"at token 9: expected the end .*eos_token_id \(none\)"):
         lone(SOURCES[0], path[:-1], endless).check(model, quiet)
@@ -334,7 +334,7 @@ def test_an_output_that_is_forced_to_end_at_the_limit_is_as_long_as_the_model_sa
     while len(path) < 3:
         path.append(int(TABLE(SOURCES[0], (0, *path)).argmax()))
     assert 1 not in path
-    model = TableRunner(TABLE, other_rules(forced_eos=1))
+    model = TableBackend(TABLE, other_rules(forced_eos=1))
     for target in ((*path, 1), path):
         by_default = lone(SOURCES[0], target, other_manifest({"forced_eos": 1}, max_new_tokens=4))
         by_line = lone(SOURCES[0], target, other_manifest({"forced_eos": 1}), max_new_tokens=4)
