@@ -6,11 +6,11 @@ import numpy as np
 
 from beamline_server.engine.backend import Backend, StepResult
 from beamline_server.engine.buckets import FromEncoder, Memory, Origin
-from beamline_server.engine.forced import forced_rows
 from beamline_server.engine.pack import extent
 from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.search import feed, start
 from beamline_server.engine.table import FloatArray, SequenceTable, Table
+from beamline_server.models.forced import forced_rows
 
 Tokens = tuple[int, ...]
 

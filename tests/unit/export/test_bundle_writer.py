@@ -298,13 +298,13 @@ def test_graphs_that_break_their_contract_are_named(checkpoint: Any, tmp_path: P
     from beamline_export.graphs import decoder_step_graph
 
     bundle = export(checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent)
-    check_contract(bundle, {DECODER_STEP: decoder_step_graph(1, 32, "float32")})
+    check_contract(bundle, {DECODER_STEP: decoder_step_graph(1, 32, 120, "float32")})
     with pytest.raises(
         ExportError, match=r"decoder_step\.onnx does not meet its contract in cross_k_1, cross_v_1, self_k_1"
     ):
-        check_contract(bundle, {DECODER_STEP: decoder_step_graph(2, 32, "float32")})
+        check_contract(bundle, {DECODER_STEP: decoder_step_graph(2, 32, 120, "float32")})
     with pytest.raises(ExportError, match="does not meet its contract in ancestors, cross_k_0"):
-        check_contract(bundle, {DECODER_STEP: decoder_step_graph(1, 32, "float16")})
+        check_contract(bundle, {DECODER_STEP: decoder_step_graph(1, 32, 120, "float16")})
 
 
 def test_weights_are_given_up_before_the_reference_is_loaded(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:

@@ -6,9 +6,9 @@ import pytest
 
 from beamline_server.bundle import Bundle
 from beamline_server.engine.admission import MOST_ROWS
-from beamline_server.engine.forced import forced_decode
 from beamline_server.engine.ort.cpu import CpuBackend
 from beamline_server.engine.ort.cuda.backend import CudaBackend
+from beamline_server.models.forced import forced_decode
 from doubles.fed import logprobs_alone
 
 SOURCE = (5, 6, 7, 1)

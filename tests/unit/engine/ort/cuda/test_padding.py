@@ -81,7 +81,8 @@ def inputs(
 ) -> StepInputs:
     """Arrays that hold anything; of half precision, the slot has a third number, which is zero."""
     result = StepInputs(
-        *(rng.integers(0, 99, rows) for _ in range(2)),
+        ids=rng.integers(0, 99, rows),
+        positions=rng.integers(0, 99, rows),
         slot=rng.integers(0, 99, (rows, 2)),
         pad_index=rng.integers(0, 99, (batch, queries)),
         unpad_index=rng.integers(0, 99, rows),
@@ -176,7 +177,8 @@ def test_a_padded_encoder_call_has_the_same_sources(lengths: list[int]) -> None:
     sources = [list(range(5, 5 + length)) for length in lengths]
     axes = encoder_shape(len(lengths), max(lengths)).axes()
     into = EncoderInputs(
-        *(np.full(axes["N"], 7) for _ in range(2)),
+        ids=np.full(axes["N"], 7),
+        positions=np.full(axes["N"], 7),
         pad_index=np.full((axes["S"], axes["R"]), 7),
         unpad_index=np.full(axes["N"], 7),
         source_length=np.full(axes["S"], 7),
