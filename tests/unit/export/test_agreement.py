@@ -88,9 +88,9 @@ def test_a_step_tells_its_closest_call() -> None:
 
 
 def test_a_failed_search_is_an_export_error() -> None:
-    runner = TableBackend(TABLE, RULES, faults=Faults(step={1: RuntimeError("out of order")}))
+    backend = TableBackend(TABLE, RULES, faults=Faults(step={1: RuntimeError("out of order")}))
     with pytest.raises(ExportError, match="a beam search failed"):
-        search_all(runner, RULES, [(SOURCE, SearchOptions(max_new_tokens=3))])
+        search_all(backend, RULES, [(SOURCE, SearchOptions(max_new_tokens=3))])
 
 
 def test_answers_come_in_the_order_of_the_questions() -> None:
