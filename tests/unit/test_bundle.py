@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from beamline_server.bundle import MANIFEST, BundleError, load_bundle, read_manifest
-from beamline_server.testing import make_manifest, write_bundle
+from doubles.service import make_manifest, write_bundle
 
 CALIBRATED = {"scaled": "calibrated", "sentences": 400, "ranges": {"head.weight": 8.5, "cross_kv": 0.0}}
 FILES = ["encoder.onnx", "decoder_step.onnx", "weights.bin"]

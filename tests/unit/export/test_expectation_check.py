@@ -21,8 +21,8 @@ from beamline_server.bundle import Bundle, FileEntry, Manifest, TokenizerEntry
 from beamline_server.engine.request import EarlyStopping, SearchOptions
 from beamline_server.engine.step import ModelRules
 from beamline_server.models.load import model_rules
-from beamline_server.testing import make_manifest
 from doubles.engine import RandomTable, TableBackend
+from doubles.service import make_manifest
 
 VOCABULARY, LIMIT = 12, 9
 SOURCES = [(3, 5, 1), (4, 1), (7, 7, 2, 1), (9, 1)]

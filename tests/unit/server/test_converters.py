@@ -12,7 +12,7 @@ from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, Sea
 from beamline_server.rpc.converters import Limits, Order, RequestReader, default_search, limits_of
 from beamline_server.rpc.errors import InvalidRequest, ModelNotFound
 from beamline_server.settings import Settings, SettingsError
-from beamline_server.testing import EOS, VOCABULARY, ByteTokenizer, make_manifest
+from doubles.service import EOS, VOCABULARY, ByteTokenizer, make_manifest
 
 LIMITS = Limits(max_inputs=3, max_text_bytes=20, max_source_tokens=10, max_new_tokens=50, max_beam_size=8)
 DEFAULTS = SearchOptions(beam_size=4, max_new_tokens=40, min_new_tokens=2, length_penalty=0.6)
