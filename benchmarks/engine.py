@@ -1,9 +1,11 @@
-"""Where an engine's time goes, in process: sentences/s, step time, and the share outside `session.run`.
+"""Where an engine's time goes, in process: sentences/s, the stages of a step, and the share outside `session.run`.
 
     python benchmarks/engine.py [--precision int8] [--workers 2] [--beam 4] [--repeat 3]
+    python benchmarks/engine.py --host [--steps 400]
 
-Exports the embedded model into a temporary folder, runs its test sentences through the engine as fast as it takes them
-and prints one line per repetition. Let nothing else run meanwhile.
+The first exports the embedded model into a temporary folder, runs its test sentences through the engine as fast as it
+takes them and prints one line per repetition. The second measures the host alone, beside a model that takes no time
+(engine_host.py). Let nothing else run meanwhile.
 """
 
 import argparse
@@ -15,10 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine_host import print_table
+
 from beamline_export.bundle_writer import ExportOptions, export
 from beamline_export.progress import Progress
 from beamline_server.bundle import Bundle
-from beamline_server.engine.backend import Backend, Cache, Encoded, EncoderBatch, StepBatch
 from beamline_server.engine.observer import NullObserver
 from beamline_server.engine.request import (
     Completed,
@@ -28,42 +31,12 @@ from beamline_server.engine.request import (
     RequestId,
     SearchOptions,
 )
-from beamline_server.engine.table import FloatArray, IntArray
 from beamline_server.engine.workers import Engine
 from beamline_server.models.load import EngineOptions, build_backend, capacity, model_rules
 from beamline_server.tokenizer import load_tokenizer
+from offline.session_clock import Call, TimedBackend, session_calls
 
 MODEL = Path(__file__).parent.parent / "models" / "fr-en"
-
-
-class TimedRunner:
-    """A runner that notes how long each call of another takes."""
-
-    def __init__(self, inner: Backend) -> None:
-        self._inner = inner
-        self.device = inner.device
-        self.encode_s: list[float] = []
-        self.step_s: list[float] = []
-
-    def encode(self, batch: EncoderBatch) -> Encoded:
-        """As the inner runner."""
-        began = time.perf_counter()
-        try:
-            return self._inner.encode(batch)
-        finally:
-            self.encode_s.append(time.perf_counter() - began)
-
-    def new_cache(self) -> Cache:
-        """As the inner runner."""
-        return self._inner.new_cache()
-
-    def step(self, cache: Cache, batch: StepBatch) -> tuple[FloatArray, IntArray]:
-        """As the inner runner."""
-        began = time.perf_counter()
-        try:
-            return self._inner.step(cache, batch)
-        finally:
-            self.step_s.append(time.perf_counter() - began)
 
 
 @dataclass
@@ -110,38 +83,57 @@ def run(bundle: Bundle, sources: Sequence[str], *, workers: int, threads: int, b
     """One repetition; returns its line."""
     tokenizer = load_tokenizer(bundle)
     assert tokenizer is not None
-    runner = TimedRunner(build_backend(bundle, "cpu", threads))
+    search = SearchOptions(beam_size=beam, max_new_tokens=128, early_stopping=EarlyStopping.WHEN_FULL)
+    requests = [
+        GenerationRequest(RequestId(i), tuple(tokenizer.encode(source)), search) for i, source in enumerate(sources)
+    ]
+    backend = TimedBackend(build_backend(bundle, "cpu", threads))
     collector, tally = Collector(len(sources)), Tally()
     options = EngineOptions(workers=workers, threads=threads, rows=32 * beam)
     engine = Engine(
-        [runner] * workers,
+        [backend] * workers,
         model_rules(bundle.manifest),
         capacity(bundle, options),
         queue_rows=len(sources) * beam,
         deliver=collector,
         observer=tally,
     )
-    search = SearchOptions(beam_size=beam, max_new_tokens=128, early_stopping=EarlyStopping.WHEN_FULL)
-    requests = [
-        GenerationRequest(RequestId(i), tuple(tokenizer.encode(source)), search) for i, source in enumerate(sources)
-    ]
-    engine.start()
-    began, cpu = time.perf_counter(), time.process_time()
-    engine.submit(requests)
-    collector.done.wait()
-    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-    engine.stop(0)
+    with session_calls() as sessions:
+        engine.start()
+        began, cpu = time.perf_counter(), time.process_time()
+        engine.submit(requests)
+        collector.done.wait()
+        wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+        engine.stop(0)
     engine.check()
     tokens = sum(len(result.hypotheses[0].tokens) for result in collector.completed.values())
-    run_ms, encode_ms = sum(runner.step_s) * 1e3, sum(runner.encode_s) * 1e3
-    outside = 1 - (run_ms + encode_ms) / 1e3 / (wall * workers)
+    outside = 1 - seconds(sessions) / (wall * workers)
     return (
         f"{len(sources) / wall:7.1f} sentences/s  {tokens / wall:7.0f} tokens/s  "
-        f"{tally.rows / tally.steps:5.1f} rows/step  step {tally.step_s / tally.steps * 1e3:5.2f} ms, of which run "
-        f"{run_ms / tally.steps:5.2f}; encode {encode_ms / len(runner.encode_s):5.2f} ms x {len(runner.encode_s)}; "
+        f"{tally.rows / tally.steps:5.1f} rows/step  {stages(backend, sessions, tally)}; "
+        f"encode {seconds(backend.encodes) / len(backend.encodes) * 1e3:5.2f} ms x {len(backend.encodes)}; "
         f"outside session.run {outside:5.1%} of the workers' time; "
         f"{cpu / len(sources) * 1e3:.2f} CPU ms/sentence"
     )
+
+
+def stages(backend: TimedBackend, sessions: Sequence[Call], tally: Tally) -> str:
+    """Milliseconds of a step, and of its stages: placing, packing and binding, the session, deciding."""
+    session_s = seconds([call for call in sessions if call.method == "run_with_iobinding"])
+    place_s, run_s = seconds(backend.placings), seconds(backend.runs)
+    parts = {
+        "place": place_s,
+        "pack": run_s - session_s,
+        "session": session_s,
+        "decide": tally.step_s - place_s - run_s,
+    }
+    told = ", ".join(f"{name} {part / tally.steps * 1e3:.3f}" for name, part in parts.items())
+    return f"step {tally.step_s / tally.steps * 1e3:5.2f} ms ({told})"
+
+
+def seconds(calls: Sequence[Call]) -> float:
+    """How long some calls took together."""
+    return sum(call.seconds for call in calls)
 
 
 def main() -> None:
@@ -153,7 +145,12 @@ def main() -> None:
     parser.add_argument("--beam", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--bundle", type=Path, help="use this bundle instead of exporting the embedded model")
+    parser.add_argument("--host", action="store_true", help="measure the host alone")
+    parser.add_argument("--steps", type=int, default=400, help="of --host, per size")
     arguments = parser.parse_args()
+    if arguments.host:
+        print_table(arguments.steps)
+        return
     with tempfile.TemporaryDirectory() as folder:
         if arguments.bundle is None:
             bundle = export(MODEL, Path(folder) / "bundle", ExportOptions(arguments.precision), Progress())

@@ -62,14 +62,14 @@ def compare(bundle: Bundle, model: Path, sources: Sequence[Tokens], options: Sea
     """The engine beside `generate`, in order of the sources."""
     rules = model_rules(bundle.manifest)
     oracle = GenerateOracle(HuggingFaceReference("MarianMTModel", model).model, rules)
-    runner = build_backend(bundle, "cpu", threads=usable_cores())
+    backend = build_backend(bundle, "cpu", threads=usable_cores())
     # Sentences of like length side by side: `generate` computes their padding.
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     found: dict[int, Comparison] = {}
     for batch in tqdm(
         [order[i : i + BATCH] for i in range(0, len(order), BATCH)], desc="generate", leave=False, disable=None
     ):
-        found |= dict(zip(batch, oracle.compare(runner, [sources[i] for i in batch], options), strict=True))
+        found |= dict(zip(batch, oracle.compare(backend, [sources[i] for i in batch], options), strict=True))
     return (found[i] for i in range(len(sources)))
 
 
@@ -92,11 +92,11 @@ def bleu(bundle: Bundle, lines: Sequence[Sequence[str]]) -> float:
     import sacrebleu
 
     tokenizer, options = tokenizer_of(bundle), default_search(bundle, 4, 1)
-    runner, rules = build_backend(bundle, "cpu", threads=usable_cores()), model_rules(bundle.manifest)
+    backend, rules = build_backend(bundle, "cpu", threads=usable_cores()), model_rules(bundle.manifest)
     hypotheses: list[str] = []
     batches = [lines[i : i + 256] for i in range(0, len(lines), 256)]
     for batch in tqdm(batches, desc=f"translate, {bundle.manifest.precision}", leave=False, disable=None):
-        answers = search_all(runner, rules, [(tuple(tokenizer.encode(source)), options) for source, *_ in batch])
+        answers = search_all(backend, rules, [(tuple(tokenizer.encode(source)), options) for source, *_ in batch])
         hypotheses += [tokenizer.decode(answer.hypotheses[0].tokens) for answer in answers]
     references = list(itertools.zip_longest(*(references for _, *references in lines)))
     return float(sacrebleu.corpus_bleu(hypotheses, references).score)

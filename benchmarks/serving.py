@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engine import MODEL, TimedRunner, run, test_sources
+from engine import MODEL, run, seconds, test_sources
 from engine_process import EngineProcess
 
 from beamline_client import AsyncClient, SearchOptions
@@ -37,16 +37,22 @@ from beamline_server.engine.request import Deliver
 from beamline_server.engine.workers import Engine
 from beamline_server.models.load import EngineOptions, build_backend, capacity, check_golden, model_rules
 from beamline_server.settings import Settings, read_command
+from offline.session_clock import Call, session_calls
 
 SEARCH = SearchOptions(beam_size=4, max_new_tokens=128, early_stopping=EarlyStopping.WHEN_FULL)
 
 
 class Stopwatch:
-    """Times the workers' steps of an engine, and the runs within."""
+    """Times the workers' steps of an engine, and the runs within.
 
-    def __init__(self, *, engine_process: bool = False) -> None:
-        self.runner: TimedRunner | None = None
+    Args:
+        sessions: The runs so far, as `session_calls` notes them.
+        engine_process: Whether the engine is in a process of its own, which is not timed.
+    """
+
+    def __init__(self, sessions: Sequence[Call], *, engine_process: bool = False) -> None:
         self.step_s: list[float] = []
+        self._sessions = sessions
         self._engine_process = engine_process
         self._child: EngineProcess | None = None
 
@@ -56,20 +62,19 @@ class Stopwatch:
         if self._engine_process:
             self._child = EngineProcess(bundle.path, workers, deliver)
             return app.BuiltEngine(self._child, "cpu", lambda: None)
-        self.runner = TimedRunner(build_backend(bundle, "cpu", 1))
+        backend = build_backend(bundle, "cpu", 1)
         options = EngineOptions(rows=settings.max_rows)
         engine = Engine(
-            [self.runner] * workers,
+            [backend] * workers,
             model_rules(bundle.manifest),
             capacity(bundle, options),
             queue_rows=settings.max_queue_rows,
             deliver=deliver,
             observer=observer,
         )
-        runner = self.runner
         for worker in engine._workers:
             worker.core.step = self._timed(worker.core.step)  # type: ignore[method-assign]
-        return app.BuiltEngine(engine, "cpu", lambda: check_golden(bundle, runner))
+        return app.BuiltEngine(engine, "cpu", lambda: check_golden(bundle, backend))
 
     def _timed(self, step: Callable[[], Any]) -> Callable[[], Any]:
         def timed() -> Any:
@@ -85,12 +90,7 @@ class Stopwatch:
         """Sums so far, in seconds."""
         if self._child is not None:
             return {"step": 0.0, "run": 0.0, "cpu": own_cpu_s() + _cpu_s(self._child.process.pid)}
-        assert self.runner is not None
-        return {
-            "step": sum(self.step_s),
-            "run": sum(self.runner.step_s) + sum(self.runner.encode_s),
-            "cpu": own_cpu_s(),
-        }
+        return {"step": sum(self.step_s), "run": seconds(self._sessions), "cpu": own_cpu_s()}
 
 
 def _cpu_s(pid: int | None) -> float:
@@ -113,29 +113,29 @@ def serve(options: ServerOptions, pipe: Connection) -> None:
     """The server process: answers over gRPC, and over the pipe what its stopwatch reads."""
     if options.switch_interval is not None:
         sys.setswitchinterval(options.switch_interval)
-    stopwatch, stop = Stopwatch(engine_process=options.engine_process), app.StopRequests
+    with session_calls() as sessions:
+        asyncio.run(_serve(options, pipe, Stopwatch(sessions, engine_process=options.engine_process)))
 
-    async def main() -> None:
-        stopping = stop()
-        loop = asyncio.get_running_loop()
-        arguments = [str(options.bundle), "--host", "127.0.0.1", "--grpc-port", "0", "--metrics-port", "0"]
-        arguments += ["--workers", str(options.workers), "--max-queue-rows", "100000", "--log-level", "warning"]
 
-        def read() -> None:
-            if pipe.recv() == "stop":
-                stopping.notify()
-            else:
-                pipe.send(stopwatch.reading())
+async def _serve(options: ServerOptions, pipe: Connection, stopwatch: Stopwatch) -> None:
+    stopping = app.StopRequests()
+    loop = asyncio.get_running_loop()
+    arguments = [str(options.bundle), "--host", "127.0.0.1", "--grpc-port", "0", "--metrics-port", "0"]
+    arguments += ["--workers", str(options.workers), "--max-queue-rows", "100000", "--log-level", "warning"]
 
-        loop.add_reader(pipe.fileno(), read)
-        await app.run(
-            read_command(arguments, {}),
-            build=stopwatch.build,
-            stop=stopping,
-            listening=lambda ports: pipe.send(ports.grpc_port),
-        )
+    def read() -> None:
+        if pipe.recv() == "stop":
+            stopping.notify()
+        else:
+            pipe.send(stopwatch.reading())
 
-    asyncio.run(main())
+    loop.add_reader(pipe.fileno(), read)
+    await app.run(
+        read_command(arguments, {}),
+        build=stopwatch.build,
+        stop=stopping,
+        listening=lambda ports: pipe.send(ports.grpc_port),
+    )
 
 
 async def drive(port: int, sources: Sequence[str], per_request: int, in_flight: int) -> float:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from beamline_server.engine.admission import Capacity
-from beamline_server.engine.backend import Cache, Encoded, EncoderBatch, StepBatch
 from beamline_server.engine.observer import NullObserver
 from beamline_server.engine.ort.cuda.backend import CudaBackend
 from beamline_server.engine.ort.cuda.captured_graphs import CAPTURED_FROM_USE
@@ -17,9 +16,9 @@ from beamline_server.engine.request import (
     SearchOptions,
 )
 from beamline_server.engine.step import EngineCore, ModelRules
-from beamline_server.engine.table import FloatArray, IntArray
 from beamline_server.models.load import model_rules
 from gpu_parts.setting import FR_EN, Setting, Tokens
+from offline.session_clock import TimedBackend
 
 _SLOTS = 1 << 22
 FILE_SENTENCES_AT_ONCE = 256
@@ -52,45 +51,18 @@ class Steps(NullObserver):
         self.encode_s += seconds
 
 
-class Timed:
-    """A runner that sums how long the calls of another take."""
-
-    def __init__(self, inner: CudaBackend) -> None:
-        self._inner = inner
-        self.device = inner.device
-        self.seconds = 0.0
-
-    def encode(self, batch: EncoderBatch) -> Encoded:
-        """As the inner runner."""
-        began = time.perf_counter()
-        result = self._inner.encode(batch)
-        self.seconds += time.perf_counter() - began
-        return result
-
-    def new_cache(self) -> Cache:
-        """As the inner runner."""
-        return self._inner.new_cache()
-
-    def step(self, cache: Cache, batch: StepBatch) -> tuple[FloatArray, IntArray]:
-        """As the inner runner."""
-        began = time.perf_counter()
-        result = self._inner.step(cache, batch)
-        self.seconds += time.perf_counter() - began
-        return result
-
-
 class Batches:
     """Searches in batches of a size, on one core: what is captured in the first passes is replayed in the next.
 
     Args:
-        runner: Computes.
+        backend: Computes.
         rules: Of the model.
         rows: Live hypotheses at a time.
     """
 
-    def __init__(self, runner: CudaBackend, rules: ModelRules, rows: int) -> None:
-        self._runner = runner
-        self._timed = Timed(runner)
+    def __init__(self, backend: CudaBackend, rules: ModelRules, rows: int) -> None:
+        self._backend = backend
+        self._timed = TimedBackend(backend)
         self._steps = Steps()
         clock = time.perf_counter
         self._core = EngineCore(self._timed, rules, Capacity(rows, _SLOTS), clock=clock, observer=self._steps)
@@ -98,13 +70,13 @@ class Batches:
     @property
     def captured(self) -> int:
         """Graphs, of steps and of encoder calls."""
-        return len(self._runner.step_graphs) + len(self._runner.encoder_graphs)
+        return len(self._backend.step_graphs) + len(self._backend.encoder_graphs)
 
     def run(self, searches: Sequence[tuple[Tokens, SearchOptions]]) -> dict[str, Any]:
         """A pass over all searches; it should capture nothing if it is to be compared."""
         steps, captured = self._steps, self.captured
         steps.clear()
-        self._timed.seconds = 0.0
+        self._timed.clear()
         self._core.accept(GenerationRequest(RequestId(i), *search) for i, search in enumerate(searches))
         tokens, done = 0, 0
         began = time.perf_counter()
@@ -114,6 +86,7 @@ class Batches:
                 tokens += len(event.hypotheses[0].tokens)
                 done += 1
         seconds = time.perf_counter() - began
+        calls = [*self._timed.encodes, *self._timed.placings, *self._timed.runs]
         return {
             "seconds": seconds,
             "tokens_per_s": tokens / seconds,
@@ -122,7 +95,7 @@ class Batches:
             "rows_per_step": steps.rows / max(steps.count, 1),
             "step_ms": steps.seconds / max(steps.count, 1) * 1e3,
             "encode_share": steps.encode_s / seconds,
-            "share_outside_the_runner": 1 - self._timed.seconds / seconds,
+            "share_outside_the_backend": 1 - sum(call.seconds for call in calls) / seconds,
             "captured": self.captured - captured,
         }
 
@@ -130,14 +103,14 @@ class Batches:
 def offline(setting: Setting) -> dict[str, Any]:
     """The engine: forced lengths on the random model."""
     scale, name = setting.scale, setting.names[1]
-    bundle, runner = setting.bundle(name, "fp16"), setting.runner(name)
+    bundle, backend = setting.bundle(name, "fp16"), setting.backend(name)
     rules = model_rules(bundle.manifest)
     forced = SearchOptions(scale.beams, min_new_tokens=scale.new_tokens, max_new_tokens=scale.new_tokens)
     table = []
     for batch in scale.batches:
         sources = setting.random_sources(bundle.manifest.dimensions.source_vocabulary, batch)
         searches = [(source, forced) for source in sources]
-        batches = Batches(runner, rules, batch * scale.beams)
+        batches = Batches(backend, rules, batch * scale.beams)
         # A pass uses some shapes once, the encoder's for one.
         for _ in range(CAPTURED_FROM_USE):
             batches.run(searches)
@@ -148,20 +121,20 @@ def offline(setting: Setting) -> dict[str, Any]:
         "new_tokens": scale.new_tokens,
         "beams": scale.beams,
         "batches": table,
-        "graphs": len(runner.step_graphs),
-        "encoder_graphs": len(runner.encoder_graphs),
+        "graphs": len(backend.step_graphs),
+        "encoder_graphs": len(backend.encoder_graphs),
     }
 
 
 def test_file(setting: Setting) -> dict[str, Any]:
     """The engine over the whole test file of the embedded model, many sentences at once."""
-    runner = setting.runner(FR_EN)
+    backend = setting.backend(FR_EN)
     rules = model_rules(setting.bundle(FR_EN, "fp16").manifest)
     natural = SearchOptions(setting.scale.beams, max_new_tokens=_MOST_TOKENS, early_stopping=EarlyStopping.WHEN_FULL)
     searches = [(source, natural) for source in setting.sources()]
-    batches = Batches(runner, rules, FILE_SENTENCES_AT_ONCE * setting.scale.beams)
+    batches = Batches(backend, rules, FILE_SENTENCES_AT_ONCE * setting.scale.beams)
     first, second = batches.run(searches), batches.run(searches)
-    return {"sentences": len(searches), "first_pass": first, **second, "graphs": len(runner.step_graphs)}
+    return {"sentences": len(searches), "first_pass": first, **second, "graphs": len(backend.step_graphs)}
 
 
 def transformers_generate(setting: Setting) -> dict[str, Any]:

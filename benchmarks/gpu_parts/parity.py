@@ -30,8 +30,8 @@ def parity(setting: Setting) -> dict[str, Any]:
     options = [SearchOptions(1 + i % 8, min_new_tokens=least, max_new_tokens=MOST_TOKENS) for i in range(len(sources))]
     searches = list(zip(sources, options, strict=True))
     expected = search_all(reference, rules, searches)
-    plain = search_all(setting.runner(FR_EN, graphs=False), rules, searches)
-    with_graphs = setting.runner(FR_EN)
+    plain = search_all(setting.backend(FR_EN, graphs=False), rules, searches)
+    with_graphs = setting.backend(FR_EN)
     core = searching_core(with_graphs, rules)
     replayed = answers(core, searches)
     # Once more, with the same caches: now shapes that were captured late are replayed from the start.
@@ -99,8 +99,8 @@ def _forced(
     start = model_rules(setting.bundle(FR_EN, "fp32").manifest).decoder_start
     answers = [answer.hypotheses[0].tokens for answer in expected]
     path = np.array([(start, *answer, *answer[-1:] * FORCED_STEPS)[:FORCED_STEPS] for answer in answers], np.int64)
-    runners = (reference, setting.runner(FR_EN, graphs=False))
-    on_cpu, on_device = (all_logprobs(runner, sources, path, vocabulary) for runner in runners)
+    backends = (reference, setting.backend(FR_EN, graphs=False))
+    on_cpu, on_device = (all_logprobs(backend, sources, path, vocabulary) for backend in backends)
     best = on_cpu.argmax(2)[..., None]
     difference = np.abs(np.take_along_axis(on_cpu, best, 2) - np.take_along_axis(on_device, best, 2))
     return {

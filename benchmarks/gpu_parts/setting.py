@@ -116,8 +116,8 @@ class Setting:
         """A bundle that the part `bundles` has made."""
         return load_bundle(self.work / f"{name}-{precision}")
 
-    def runner(self, name: str, *, graphs: bool = True) -> CudaBackend:
-        """The runner under measurement, of an fp16 bundle."""
+    def backend(self, name: str, *, graphs: bool = True) -> CudaBackend:
+        """The backend under measurement, of an fp16 bundle."""
         return CudaBackend(self.bundle(name, "fp16"), device=self.device, graphs=graphs)
 
     def reference(self) -> Backend:

@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from beamline_server.engine.batch import encoder_batch
 
 from beamline_export.parity import all_logprobs, random_sources
 from beamline_server.bundle import DECODER_STEP, ENCODER, Bundle, Precision
+from beamline_server.engine.backend import StepResult
 from beamline_server.engine.ort.cuda.backend import CudaBackend, providers
 from beamline_server.engine.ort.cuda.captured_graphs import CAPTURED_FROM_USE
 from beamline_server.engine.ort.cuda.fixed_run import DeviceBuffer
 from beamline_server.engine.ort.cuda.provider import what_is_missing
 from beamline_server.engine.ort.cuda.row_mover import RowMover
 from beamline_server.engine.ort.sessions import CPU, CUDA, session_options
-from beamline_server.engine.table import FloatArray, IntArray
-from gpu_parts.batches import busy_batch, seated
+from gpu_parts.batches import busy_step, filled
 from gpu_parts.bundles import make
 from gpu_parts.parity import TOLERANCE
 from gpu_parts.setting import FR_EN, Setting
@@ -156,8 +155,8 @@ def _agrees(setting: Setting, precision: Precision) -> tuple[bool, str]:
     vocabulary = manifest.dimensions.target_vocabulary
     path = np.random.default_rng(0).integers(4, vocabulary, (len(sources), _STEPS))
     path[:, 0] = manifest.special_tokens.decoder_start
-    runner = CudaBackend(setting.bundle(FR_EN, precision), device=setting.device)
-    expected, found = (all_logprobs(each, sources, path, vocabulary) for each in (setting.reference(), runner))
+    backend = CudaBackend(setting.bundle(FR_EN, precision), device=setting.device)
+    expected, found = (all_logprobs(each, sources, path, vocabulary) for each in (setting.reference(), backend))
     best = expected.argmax(2)[..., None]
     difference = float(np.abs(np.take_along_axis(expected, best, 2) - np.take_along_axis(found, best, 2)).max())
     allowed = TOLERANCES[precision]
@@ -166,21 +165,25 @@ def _agrees(setting: Setting, precision: Precision) -> tuple[bool, str]:
 
 def _replayed(setting: Setting) -> tuple[bool, str]:
     """The same encoder call and the same step as often as it takes to capture and replay them, and once without."""
-    plain, captured = (setting.runner(FR_EN, graphs=graphs) for graphs in (False, True))
+    plain, captured = (setting.backend(FR_EN, graphs=graphs) for graphs in (False, True))
     (expected,) = _results(setting, plain, 1)
     results = _results(setting, captured, CAPTURED_FROM_USE + 2)
-    same = sum(np.array_equal(result[0], expected[0]) and np.array_equal(result[1], expected[1]) for result in results)
+    same = sum(
+        np.array_equal(result.top_logprob, expected.top_logprob)
+        and np.array_equal(result.top_token, expected.top_token)
+        for result in results
+    )
     graphs = len(captured.encoder_graphs), len(captured.step_graphs)
     found = f"{graphs[0]} + {graphs[1]} graphs; {same} of {len(results)} steps give the plain run's bits"
     return graphs == (1, 1) and same == len(results), found
 
 
-def _results(setting: Setting, runner: CudaBackend, times: int) -> list[tuple[FloatArray, IntArray]]:
-    """The best candidates of a step, computed several times after its sentences were encoded several times."""
+def _results(setting: Setting, backend: CudaBackend, times: int) -> list[StepResult]:
+    """A step, computed several times after its sentences were encoded several times."""
     bundle, scale = setting.bundle(FR_EN, "fp16"), setting.scale
-    batch = busy_batch(bundle, scale.rows[1], scale.beams, scale.source_tokens)
-    sources = setting.random_sources(bundle.manifest.dimensions.source_vocabulary, len(batch.source_length))
+    step = busy_step(bundle, scale.rows[1], scale.beams, scale.source_tokens)
+    sources = setting.random_sources(bundle.manifest.dimensions.source_vocabulary, len(step.members))
     for _ in range(times - 1):
-        runner.encode(encoder_batch(sources, source_width=scale.source_tokens))
-    cache = seated(runner, sources)
-    return [runner.step(cache, batch) for _ in range(times)]
+        backend.encode(sources)
+    memory = filled(backend, sources)
+    return [step.run(memory) for _ in range(times)]

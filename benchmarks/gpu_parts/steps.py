@@ -4,14 +4,11 @@ import math
 import time
 from typing import Any
 
-from beamline_server.engine.batch import encoder_batch
-
 from beamline_server.bundle import DECODER_STEP, Bundle
-from beamline_server.engine.backend import FromEncoder, FromSeat, Origin
 from beamline_server.engine.ort.cuda.backend import CudaBackend
+from beamline_server.engine.ort.cuda.buckets import FromBatch, FromEncoder, Origin
 from beamline_server.engine.ort.cuda.captured_graphs import CAPTURED_FROM_USE
-from beamline_server.engine.ort.cuda.memory import CudaMemory
-from gpu_parts.batches import SLOTS, busy_batch, seated
+from gpu_parts.batches import SLOTS, busy_step, filled
 from gpu_parts.setting import Setting, median
 
 
@@ -31,30 +28,29 @@ def _steps(setting: Setting, name: str) -> dict[str, Any]:
     limits, kernels = setting.result("limits"), setting.result("kernels")
     table = []
     for graphs in (False, True):
-        runner = setting.runner(name, graphs=graphs)
+        backend = setting.backend(name, graphs=graphs)
         for rows in setting.scale.rows:
-            row = {"rows": rows, "graphs": graphs, **_time(setting, runner, bundle, rows)}
+            row = {"rows": rows, "graphs": graphs, **_time(setting, backend, bundle, rows)}
             row["kv_bytes"] = kv_bytes(bundle, rows, setting)
             table.append({**row, **(floor(row, weights, limits, kernels) if limits else {})})
-    admission = _admission(setting, setting.runner(name), bundle)
+    admission = _admission(setting, setting.backend(name), bundle)
     return {"model": name, "weight_bytes": weights, "steps": table, "admission": admission}
 
 
-def _time(setting: Setting, runner: CudaBackend, bundle: Bundle, rows: int) -> dict[str, Any]:
-    batch = busy_batch(bundle, rows, setting.scale.beams, setting.scale.source_tokens)
+def _time(setting: Setting, backend: CudaBackend, bundle: Bundle, rows: int) -> dict[str, Any]:
+    step = busy_step(bundle, rows, setting.scale.beams, setting.scale.source_tokens)
     vocabulary = bundle.manifest.dimensions.source_vocabulary
-    cache = seated(runner, setting.random_sources(vocabulary, len(batch.source_length)))
-    assert isinstance(cache, CudaMemory)
+    memory = filled(backend, setting.random_sources(vocabulary, len(step.members)))
     for _ in range(CAPTURED_FROM_USE + 2):
-        runner.step(cache, batch)
+        step.run(memory)
     whole, device_alone = [], []
-    run = cache.run_for(batch)
+    run = step.bound(memory)
     for _ in range(setting.scale.repetitions):
         began = time.perf_counter()
-        runner.step(cache, batch)
+        step.run(memory)
         whole.append(time.perf_counter() - began)
         began = time.perf_counter()
-        runner.step_graphs.run(run)
+        backend.step_graphs.run(run)
         device_alone.append(time.perf_counter() - began)
     return {
         "step_us": median(whole) * 1e6,
@@ -64,23 +60,23 @@ def _time(setting: Setting, runner: CudaBackend, bundle: Bundle, rows: int) -> d
     }
 
 
-def _admission(setting: Setting, runner: CudaBackend, bundle: Bundle) -> dict[str, Any]:
-    """Encoding a few newcomers, and seating them among many."""
+def _admission(setting: Setting, backend: CudaBackend, bundle: Bundle) -> dict[str, Any]:
+    """Encoding a few newcomers, and arranging them among many."""
     vocabulary = bundle.manifest.dimensions.source_vocabulary
     there = max(setting.scale.batches)
     newcomers = min(4, there)
     sources = setting.random_sources(vocabulary, there)
     width = setting.scale.source_tokens
-    cache = seated(runner, sources)
+    memory = filled(backend, sources)
     encode, arrange = [], []
     for _ in range(setting.scale.repetitions):
         began = time.perf_counter()
-        encoded = runner.encode(encoder_batch(sources[:newcomers], source_width=width))
+        encoded = backend.encode(sources[:newcomers])
         encode.append(time.perf_counter() - began)
         origins: list[Origin] = [FromEncoder(encoded, i) for i in range(newcomers)]
-        origins += [FromSeat(seat) for seat in range(newcomers, there)]
+        origins += [FromBatch(number) for number in range(newcomers, there)]
         began = time.perf_counter()
-        cache.arrange(origins, slots=SLOTS, source_width=width)
+        memory.arrange(origins, slots=SLOTS, source_width=width)
         arrange.append(time.perf_counter() - began)
         del encoded, origins
     return {
@@ -112,7 +108,7 @@ def weight_bytes(bundle: Bundle) -> int:
 
 
 def kv_bytes(bundle: Bundle, rows: int, setting: Setting) -> int:
-    """Bytes of keys and values that a step of `busy_batch` has to read."""
+    """Bytes of keys and values that a step of `busy_step` has to read."""
     dimensions = bundle.manifest.dimensions
     sentences = max(1, rows // setting.scale.beams)
     return 2 * 2 * dimensions.decoder_layers * dimensions.d_model * sentences * (SLOTS + setting.scale.source_tokens)

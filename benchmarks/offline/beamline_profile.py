@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 from beamline_server.bundle import Bundle
 from beamline_server.engine.backend import Backend
@@ -15,7 +15,7 @@ from beamline_server.engine.workers import Engine
 from beamline_server.models.load import EngineOptions, build_backend, capacity, model_rules
 from offline.beamline_worker import QUEUE_ROWS, Inbox, requests
 from offline.gemm_rate import best_rate, step_operations
-from offline.session_clock import TimedRunner, session_calls, share_outside
+from offline.session_clock import TimedBackend, session_calls, share_outside
 from offline.task import Search, Sentence, read_sentences
 
 BEAM = 4
@@ -25,7 +25,7 @@ SHORT_SENTENCES, LONG_TOKENS = 31, 200
 SHORTEST, LONGEST = 12, 28
 """Tokens of the short sentences: between these, so that they end at different times."""
 ROUNDS = 8
-"""Short sentences per seat: 8 of them, 20 tokens on average, end before the long one does."""
+"""Short sentences per batch index: 8 of them, 20 tokens on average, end before the long one does."""
 
 
 class _FullSteps(NullObserver):
@@ -42,10 +42,10 @@ class _FullSteps(NullObserver):
 
 
 def _engine(
-    bundle: Bundle, runner: object, inbox: Inbox, options: EngineOptions, observer: StepObserver | None = None
+    bundle: Bundle, backend: Backend, inbox: Inbox, options: EngineOptions, observer: StepObserver | None = None
 ) -> Engine:
     return Engine(
-        [cast(Backend, runner)] * (options.workers or 1),
+        [backend] * (options.workers or 1),
         model_rules(bundle.manifest),
         capacity(bundle, options),
         queue_rows=QUEUE_ROWS,
@@ -73,26 +73,25 @@ def outside_sessions(bundle: Bundle, *, sentences: str, workers: int) -> dict[st
     options = EngineOptions(device="cpu", workers=workers, threads=1, rows=SENTENCES * BEAM)
     sources = read_sentences(Path(sentences))
     with session_calls() as runs:
-        runner = TimedRunner(build_backend(bundle, "cpu", 1))
+        backend = TimedBackend(build_backend(bundle, "cpu", 1))
         inbox = Inbox()
-        engine = _engine(bundle, runner, inbox, options)
+        engine = _engine(bundle, backend, inbox, options)
         engine.start()
         _all_done(engine, inbox, requests(sources[: 2 * SENTENCES * workers], Search()))
         runs.clear()
-        runner.encodes.clear()
-        runner.steps.clear()
+        backend.clear()
         _all_done(engine, inbox, requests(sources, Search()))
         engine.stop(0)
-    last_encode = {call.thread: call.ended for call in runner.encodes}
-    calls = [*runner.encodes, *runner.steps]
+    last_encode = {call.thread: call.ended for call in backend.encodes}
+    calls = [*backend.encodes, *backend.runs]
     share = share_outside(calls, min(last_encode.values()), runs or calls)
-    rows = [call.rows or 0 for call in runner.steps]
+    rows = [call.rows or 0 for call in backend.runs]
     return {
         **dataclasses.asdict(share),
-        "inside": "session.run" if runs else "the runner's calls",
+        "inside": "session.run" if runs else "the backend's calls",
         "rows_per_step": sum(rows) / len(rows),
-        "step_ms": median(call.seconds for call in runner.steps) * 1e3,
-        "encode_ms": median(call.seconds for call in runner.encodes) * 1e3,
+        "step_ms": median(call.seconds for call in backend.runs) * 1e3,
+        "encode_ms": median(call.seconds for call in backend.encodes) * 1e3,
     }
 
 
@@ -100,20 +99,20 @@ def step_over_floor(bundle: Bundle, *, sentences: str) -> dict[str, Any]:
     """The step of 32 sentences with 4 rows each on one thread, over the time its products take at their best rate."""
     rows, precision = SENTENCES * BEAM, bundle.manifest.precision
     before = best_rate(bundle.manifest.spec, precision, rows)
-    runner, inbox, observer = TimedRunner(build_backend(bundle, "cpu", 1)), Inbox(), _FullSteps(rows)
-    engine = _engine(bundle, runner, inbox, EngineOptions(device="cpu", workers=1, rows=rows), observer)
+    backend, inbox, observer = TimedBackend(build_backend(bundle, "cpu", 1)), Inbox(), _FullSteps(rows)
+    engine = _engine(bundle, backend, inbox, EngineOptions(device="cpu", workers=1, rows=rows), observer)
     engine.start()
     sources = read_sentences(Path(sentences))[:SENTENCES]
     _all_done(engine, inbox, requests(sources, Search.forced(4)))
     observer.step_s.clear()
-    runner.steps.clear()
+    backend.clear()
     _all_done(engine, inbox, requests(sources, Search.forced(STEP_TOKENS)))
     engine.stop(0)
     rate = max(before, best_rate(bundle.manifest.spec, precision, rows))
     floor_s = step_operations(bundle.manifest.spec, rows) / rate
     return {
         "step_ms": median(observer.step_s) * 1e3,
-        "runner_ms": median(call.seconds for call in runner.steps if call.rows == rows) * 1e3,
+        "backend_ms": median(call.seconds for call in backend.runs if call.rows == rows) * 1e3,
         "floor_ms": floor_s * 1e3,
         "gops": rate / 1e9,
     }
@@ -123,19 +122,19 @@ def company(bundle: Bundle, *, sentences: str) -> dict[str, Any]:
     """Seconds that short sentences take, 31 at a time on one worker: among themselves, and beside one of 200 tokens."""
     sources = read_sentences(Path(sentences))
     short = [sources[i % len(sources)] for i in range(SHORT_SENTENCES * ROUNDS)]
-    runner = build_backend(bundle, "cpu", 1)
-    _short_s(bundle, runner, short[:SHORT_SENTENCES], None)
+    backend = build_backend(bundle, "cpu", 1)
+    _short_s(bundle, backend, short[:SHORT_SENTENCES], None)
     return {
-        "alone_s": _short_s(bundle, runner, short, None),
-        "beside_s": _short_s(bundle, runner, short, sources[0]),
+        "alone_s": _short_s(bundle, backend, short, None),
+        "beside_s": _short_s(bundle, backend, short, sources[0]),
         "sentences": len(short),
     }
 
 
-def _short_s(bundle: Bundle, runner: Backend, short: Sequence[Sentence], long: Sentence | None) -> float:
+def _short_s(bundle: Bundle, backend: Backend, short: Sequence[Sentence], long: Sentence | None) -> float:
     rows = (SHORT_SENTENCES + (long is not None)) * BEAM
     inbox = Inbox()
-    engine = _engine(bundle, runner, inbox, EngineOptions(device="cpu", workers=1, rows=rows))
+    engine = _engine(bundle, backend, inbox, EngineOptions(device="cpu", workers=1, rows=rows))
     engine.start()
     if long is not None:
         engine.submit(requests([long], Search.forced(LONG_TOKENS)))

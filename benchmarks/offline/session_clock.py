@@ -1,4 +1,4 @@
-"""What an engine's threads do when: the time inside onnxruntime, and what a runner's calls take."""
+"""What an engine's threads do when: the time inside onnxruntime, and what a backend's calls take."""
 
 import threading
 import time
@@ -9,17 +9,29 @@ from typing import Any
 
 import onnxruntime
 
+from beamline_server.engine.backend import Backend, Bucket, Cache, Encoded, StepResult
+from beamline_server.engine.table import Table
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call on one thread: times of `time.perf_counter`, and the CPU time of that thread meanwhile, in seconds."""
+    """A call on one thread: times of `time.perf_counter`, and the CPU time of that thread meanwhile, in seconds.
+
+    Attributes:
+        thread: Its number.
+        began: When.
+        ended: When.
+        cpu_s: CPU time.
+        rows: Of a decoder step, N.
+        method: Of a session, its name.
+    """
 
     thread: int
     began: float
     ended: float
     cpu_s: float
     rows: int | None = None
-    """Of a decoder step: live beams."""
+    method: str = ""
 
     @property
     def seconds(self) -> float:
@@ -27,8 +39,8 @@ class Call:
         return self.ended - self.began
 
 
-def timed(call: Callable[..., Any], note: Callable[[Call], None], rows: Callable[..., int] | None = None) -> Any:
-    """A function that does the same and notes each call; `rows` tells them from the arguments."""
+def timed(call: Callable[..., Any], note: Callable[[Call], None], *, rows: int | None = None, method: str = "") -> Any:
+    """A function that does the same and notes each call."""
 
     def wrapper(*args: Any, **options: Any) -> Any:
         began, cpu = time.perf_counter(), time.thread_time()
@@ -36,23 +48,68 @@ def timed(call: Callable[..., Any], note: Callable[[Call], None], rows: Callable
             return call(*args, **options)
         finally:
             cpu, ended = time.thread_time() - cpu, time.perf_counter()
-            note(Call(threading.get_ident(), began, ended, cpu, rows(*args[:2]) if rows else None))
+            note(Call(threading.get_ident(), began, ended, cpu, rows, method))
 
     return wrapper
 
 
-class TimedRunner:
-    """A runner that notes the calls of another; whatever else that one has is there as well."""
+class TimedBackend:
+    """A backend that notes the calls of another.
 
-    def __init__(self, inner: Any) -> None:
+    Attributes:
+        encodes: Calls of the encoder.
+        placings: Of `Cache.place`.
+        runs: Of `Bucket.run`: packing, and the session within.
+    """
+
+    def __init__(self, inner: Backend) -> None:
         self._inner = inner
+        self.device = inner.device
         self.encodes: list[Call] = []
-        self.steps: list[Call] = []
-        self.encode = timed(inner.encode, self.encodes.append)
-        self.step = timed(inner.step, self.steps.append, lambda _, batch: len(batch.ids))
+        self.placings: list[Call] = []
+        self.runs: list[Call] = []
+        self._encode = timed(inner.encode, self.encodes.append)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+    def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
+        """As `Backend.encode`."""
+        encoded: Encoded = self._encode(sources)
+        return encoded
+
+    def new_cache(self) -> Cache:
+        """As `Backend.new_cache`."""
+        return _TimedCache(self._inner.new_cache(), self)
+
+    def clear(self) -> None:
+        """Forget all calls."""
+        for calls in (self.encodes, self.placings, self.runs):
+            calls.clear()
+
+
+class _TimedCache:
+    def __init__(self, inner: Cache, clock: TimedBackend) -> None:
+        self._inner = inner
+        self._clock = clock
+        self._place = timed(inner.place, clock.placings.append)
+
+    def enter(self, index: int, encoded: Encoded, number: int) -> None:
+        self._inner.enter(index, encoded, number)
+
+    def leave(self, index: int) -> None:
+        self._inner.leave(index)
+
+    def place(self, table: Table) -> Sequence[Bucket]:
+        return [_TimedBucket(bucket, self._clock) for bucket in self._place(table)]
+
+
+class _TimedBucket:
+    def __init__(self, inner: Bucket, clock: TimedBackend) -> None:
+        self.members = inner.members
+        self.needed = inner.needed
+        self._run = timed(inner.run, clock.runs.append, rows=inner.needed.rows)
+
+    def run(self, table: Table, candidates: int, *, logprobs: bool = False) -> StepResult:
+        result: StepResult = self._run(table, candidates, logprobs=logprobs)
+        return result
 
 
 @contextmanager
@@ -62,7 +119,7 @@ def session_calls() -> Iterator[list[Call]]:
     session = onnxruntime.InferenceSession
     plain = {name: getattr(session, name) for name in ("run", "run_with_iobinding")}
     for name, method in plain.items():
-        setattr(session, name, timed(method, calls.append))
+        setattr(session, name, timed(method, calls.append, method=name))
     try:
         yield calls
     finally:
@@ -84,16 +141,16 @@ class Share:
     outside_and_waiting: float
 
 
-def share_outside(runner_calls: Sequence[Call], until: float, runs: Sequence[Call]) -> Share:
+def share_outside(backend_calls: Sequence[Call], until: float, runs: Sequence[Call]) -> Share:
     """How much of the threads' time no session ran.
 
     Args:
-        runner_calls: Calls of the runner; from its first one on a thread is at work.
-        until: When it ends to have its lanes full.
+        backend_calls: Calls of the backend; from its first one on a thread is at work.
+        until: When their buckets end to be full.
         runs: What counts as inside.
     """
     first: dict[int, float] = {}
-    for call in runner_calls:
+    for call in backend_calls:
         first[call.thread] = min(call.began, first.get(call.thread, call.began))
     window = sum(until - began for began in first.values())
     inside = [

@@ -141,11 +141,11 @@ def serve(bench: Bench) -> None:
 
 
 def warm_up_pool_bytes(bundle: Bundle, *, workers: int) -> int:
-    """Bytes of the caches that a server's warm-up fills: every worker's rows, in the narrowest lane."""
+    """Bytes of the caches that a server's warm-up fills: every worker's rows, in the bucket that all share."""
     dimensions = bundle.manifest.dimensions
-    seats = SERVER_ROWS // bundle.manifest.generation_defaults.beam_size
+    sentences = SERVER_ROWS // bundle.manifest.generation_defaults.beam_size
     of_a_token = 4 * dimensions.d_model * dimensions.decoder_layers * 2 * 2  # fp32; keys and values, of both attentions
-    return int(workers * seats * SHARED_WIDTH * of_a_token)
+    return int(workers * sentences * SHARED_WIDTH * of_a_token)
 
 
 def quality(bench: Bench) -> None:

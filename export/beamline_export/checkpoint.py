@@ -16,7 +16,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pt")
 _SUFFIXES = (".safetensors", ".pt")
 
 MOST_POSITIONS = 1 << 16
-"""More than this the engine's widest seat could not hold at its widest beam."""
+"""More than any model has; a search of 16 beams takes 2^20 slots for as many tokens."""
 MOST_LAYERS = 1024
 _MOST = 1 << 24
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"

@@ -3,16 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from beamline_server.engine.testing import (
-    Faults,
-    ManualClock,
-    RandomTable,
-    TableRunner,
-    Tokens,
-    run_alone,
-    table_rules,
-)
-
 from beamline_server.engine.admission import Capacity
 from beamline_server.engine.observer import NullObserver, StepObserver
 from beamline_server.engine.request import (
@@ -25,6 +15,15 @@ from beamline_server.engine.request import (
     SearchOptions,
 )
 from beamline_server.engine.step import EngineCore
+from doubles.engine import (
+    Faults,
+    ManualClock,
+    RandomTable,
+    TableBackend,
+    run_alone,
+    table_rules,
+)
+from doubles.memory import Tokens
 
 RULES = table_rules(8)
 TABLE = RandomTable(8)
@@ -35,7 +34,7 @@ class Bench:
     """A core with what it stands on. One step takes one second."""
 
     core: EngineCore
-    runner: TableRunner
+    backend: TableBackend
     clock: ManualClock
 
     def step(self) -> list[Event]:
@@ -60,7 +59,7 @@ def bench(
     encode_tokens: int = 1024,
     faults: Faults | None = None,
     observer: StepObserver | None = None,
-    make_runner: Callable[..., TableRunner] = TableRunner,
+    make_backend: Callable[..., TableBackend] = TableBackend,
 ) -> Bench:
     """A core on a table.
 
@@ -68,20 +67,20 @@ def bench(
         rows: At a time.
         slots: Of its caches.
         encode_tokens: To encode per step at most.
-        faults: Of the runner.
+        faults: Of the backend.
         observer: Is told of steps.
-        make_runner: Another kind of runner.
+        make_backend: Another kind of backend.
     """
-    runner, clock = make_runner(TABLE, RULES, faults=faults), ManualClock()
+    backend, clock = make_backend(TABLE, RULES, faults=faults), ManualClock()
     core = EngineCore(
-        runner,
+        backend,
         RULES,
         Capacity(rows, slots),
         clock=clock,
         observer=observer or NullObserver(),
         encode_tokens=encode_tokens,
     )
-    return Bench(core, runner, clock)
+    return Bench(core, backend, clock)
 
 
 def request(
@@ -117,7 +116,7 @@ def pieces(events: Sequence[Event], number: int) -> Tokens:
 
 def alone(asked: GenerationRequest) -> Completed:
     """What a request gets on an engine of its own."""
-    outcome = run_alone(TableRunner(TABLE, RULES), RULES, asked)
+    outcome = run_alone(TableBackend(TABLE, RULES), RULES, asked)
     assert isinstance(outcome, Completed)
     return outcome
 

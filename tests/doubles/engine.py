@@ -1,11 +1,12 @@
-"""Public doubles: an engine without a model, on a clock that stands still.
+"""An engine without a model, on a clock that stands still.
 
     rules = table_rules(vocabulary=8)
-    runner = TableRunner(RandomTable(vocabulary=8), rules)
-    run_alone(runner, rules, GenerationRequest(RequestId(1), (3, 4), SearchOptions(beam_size=2)))
+    backend = TableBackend(RandomTable(vocabulary=8), rules)
+    run_alone(backend, rules, GenerationRequest(RequestId(1), (3, 4), SearchOptions(beam_size=2)))
 
-`TableRunner` looks log-probabilities up in a function of (source, prefix), but it learns both from its caches alone, as
-a model would: a wrong slot, seat, lane or row gives a wrong answer, or a `BrokenContract` that says what was wrong.
+`TableBackend` looks log-probabilities up in a function of (source, prefix), but it learns both from packed arrays and
+from what was written to its memories alone, as a model would: a wrong slot, batch index, bucket or row gives a wrong
+answer, or a `BrokenContract` that says what was wrong.
 """
 
 import hashlib
@@ -15,44 +16,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from beamline_server.engine.batch import LEAST_QUERIES
 from numpy.typing import NDArray
 
-from beamline_server.engine.admission import Capacity
-from beamline_server.engine.backend import (
-    Backend,
-    Cache,
-    Encoded,
-    EncoderBatch,
-    FromCache,
-    FromEncoder,
-    FromSeat,
-    Origin,
-    StepBatch,
-)
+from beamline_server.engine.admission import SHARED_WIDTH, Capacity, cost, number_of
+from beamline_server.engine.backend import Backend, Cache, Encoded
 from beamline_server.engine.observer import NullObserver
+from beamline_server.engine.ort.cuda.buckets import FINE_FROM, Buckets
+from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId
 from beamline_server.engine.step import EngineCore, ModelRules
-from beamline_server.engine.table import FloatArray, IntArray, SearchRules
+from beamline_server.engine.table import FloatArray
+from doubles.memory import TableMemory, Tokens, TracedStep, read_sources
 
 _PATIENCE_S = 30.0
 """How long a test waits for another thread before it says that nothing comes."""
 
-Tokens = tuple[int, ...]
 LogprobTable = Callable[[Tokens, Tokens], FloatArray]
 """(source, prefix that begins with the decoder start) -> log-probabilities of the next token, (V,). Pure."""
-
-
-class BrokenContract(BaseException):
-    """The engine broke the contract between itself and its runner.
-
-    No `Exception`, because the engine turns those of a runner into failed requests; this one is the test's to see.
-    """
-
-
-def _expect(holds: bool, problem: str) -> None:
-    if not holds:
-        raise BrokenContract(problem)
 
 
 class ManualClock:
@@ -117,7 +97,7 @@ class Faults:
 
 
 class Gate:
-    """Holds a runner back before each step until a test lets it pass."""
+    """Holds a backend back before each step until a test lets it pass."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -143,7 +123,7 @@ class Gate:
             self._changed.notify_all()
 
     def pass_through(self) -> None:
-        """Wait for leave; the runner's side."""
+        """Wait for leave; the backend's side."""
         with self._changed:
             self._waiting += 1
             self._changed.notify_all()
@@ -158,81 +138,15 @@ class Gate:
             raise TimeoutError("nobody came to the gate, or nobody opened it")
 
 
-@dataclass(slots=True)
-class _Seat:
-    """One sentence of a cache: its source, and (position, token) by slot. What nobody wrote since is poison."""
-
-    source: Tokens
-    written: dict[int, tuple[int, int]] = field(default_factory=dict)
-
-
-class TableCache:
-    """A lane's cache that knows what was written where, and whether a step that failed may have spoiled it."""
-
-    def __init__(self, runner: "TableRunner") -> None:
-        self.runner = runner
-        self.slots = 0
-        self.source_width = 0
-        self.seats: list[_Seat] = []
-        self.broken = False
-
-    def arrange(self, origins: Sequence[Origin], *, slots: int, source_width: int) -> None:
-        """As `Cache.arrange`; what is cut off by fewer slots is lost, and a newcomer's seat is all poison."""
-        _expect(not self.broken, "a cache is used again whose step failed: it may hold anything")
-        stayers = [origin.seat for origin in origins if isinstance(origin, FromSeat)]
-        _expect(len(stayers) == len(set(stayers)), f"seats {stayers} are taken twice")
-        seated = [self._seated(origin, slots) for origin in origins]
-        longest = max((len(seat.source) for seat in seated), default=0)
-        _expect(longest <= source_width, f"a source of {longest} tokens does not fit in {source_width}")
-        # Seats are filled in order in the same memory: nobody's seat may be taken before its sentence has moved.
-        for seat, origin in enumerate(origins):
-            _expect(not isinstance(origin, FromSeat) or origin.seat >= seat, f"seat {seat} is filled from a filled one")
-        self.seats, self.slots, self.source_width = seated, slots, source_width
-
-    def _seated(self, origin: Origin, slots: int) -> _Seat:
-        if isinstance(origin, FromEncoder):
-            return _Seat(origin.encoded.tensors[origin.index])
-        if isinstance(origin, FromCache):
-            assert isinstance(origin.cache, TableCache)
-            _expect(origin.cache is not self, "a sentence moves from its own cache")
-            old = origin.cache.seats[origin.seat]
-        else:
-            old = self.seats[origin.seat]
-        return _Seat(old.source, {slot: entry for slot, entry in old.written.items() if slot < slots})
-
-
-@dataclass(frozen=True, slots=True)
-class TracedStep:
-    """One decoder step as the runner saw it.
-
-    Attributes:
-        sources: The source of each sentence, in seat order.
-        positions: Position of each sentence's new tokens.
-        taken: Slots that each sentence's new tokens took, in the order of its beams.
-        rows: N.
-        slots: P.
-        source_width: R.
-        query_length: Q.
-    """
-
-    sources: tuple[Tokens, ...]
-    positions: tuple[int, ...]
-    taken: tuple[Tokens, ...]
-    rows: int
-    slots: int
-    source_width: int
-    query_length: int
-
-
-class TableRunner:
-    """A `Backend` whose answers come from a table; checks every batch. Thread-safe.
+class TableBackend:
+    """A `Backend` whose answers come from a table; checks all that it is given. Thread-safe.
 
     Args:
         table: What it answers.
         rules: The model it stands for.
         faults: Calls that fail.
         gate: Where each step waits for leave.
-        device: The kind that it stands for: lanes are finer on a CPU.
+        device: The kind that it stands for: on "cpu" buckets are finer, elsewhere all arrays are padded.
 
     Attributes:
         encoded: The sources of each encoder call.
@@ -249,8 +163,8 @@ class TableRunner:
         device: str = "cpu",
     ) -> None:
         self.device = device
+        self.rules = rules
         self._table = table
-        self._rules = rules
         self._faults = faults or Faults()
         self._gate = gate
         self._encode_numbers = itertools.count()
@@ -258,106 +172,35 @@ class TableRunner:
         self.encoded: list[tuple[Tokens, ...]] = []
         self.trace: list[TracedStep] = []
 
-    def encode(self, batch: EncoderBatch) -> Encoded:
-        """As `Backend.encode`; what it encodes is the sources themselves."""
+    def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
+        """As `Backend.encode`; what it encodes is the sources themselves, read back from the packed arrays."""
         if fault := self._faults.encode.get(next(self._encode_numbers)):
             raise fault
-        sentences, width = batch.row_of.shape
-        _expect(len(batch.ids) == len(batch.positions) == len(batch.back), "the packed arrays differ in length")
-        _expect(batch.source_length.shape == (sentences,), "source_length is not one per sentence")
-        _expect(int(batch.source_length.sum()) == len(batch.ids), "source_length does not add up to the packed rows")
-        sources = []
-        for sentence, length in enumerate(batch.source_length.tolist()):
-            _expect(0 < length <= width, f"a source of {length} tokens in {width}")
-            rows = batch.row_of[sentence]
-            _expect(np.array_equal(batch.positions[rows[:length]], np.arange(length)), "positions are not 0, 1, …")
-            _expect(
-                np.array_equal(batch.back[rows[:length]], sentence * width + np.arange(length)),
-                "back does not lead to where row_of comes from",
-            )
-            _expect(bool(np.isin(rows, rows[:length]).all()), "padding is filled from another sentence")
-            sources.append(tuple(batch.ids[rows[:length]].tolist()))
-        self.encoded.append(tuple(sources))
-        return Encoded(tuple(sources))
+        read, padded_tokens = read_sources(sources)
+        self.encoded.append(read)
+        return Encoded(read, padded_tokens)
 
     def new_cache(self) -> Cache:
         """As `Backend.new_cache`."""
-        return TableCache(self)
+        return Buckets(self.new_memory, self._narrowest)
 
-    def step(self, cache: Cache, batch: StepBatch) -> tuple[FloatArray, IntArray]:
-        """As `Backend.step`: writes each row's token, reads its prefix through its ancestors, looks it up."""
+    def new_memory(self) -> TableMemory:
+        """The memory of a bucket."""
+        return TableMemory(self, padded=self.device != "cpu")
+
+    def _narrowest(self, sequences: int) -> int:
+        return 0 if sequences >= FINE_FROM and self.device == "cpu" else number_of(SHARED_WIDTH)
+
+    def begin_step(self) -> BaseException | None:
+        """A step begins, of any memory: wait at the gate; returns what is to be raised instead of computing."""
         number = next(self._step_numbers)
         if self._gate is not None:
             self._gate.pass_through()
-        assert isinstance(cache, TableCache)
-        if fault := self._faults.step.get(number):
-            cache.broken = True
-            raise fault
-        _expect(cache.runner is self, "the cache is another runner's")
-        _expect(not cache.broken, "a cache is used again whose step failed: it may hold anything")
-        self._check(cache, batch)
-        self._note(cache, batch)
-        for token, position, (seat, slot) in zip(batch.ids.tolist(), batch.positions.tolist(), batch.slot, strict=True):
-            cache.seats[seat].written[int(slot)] = (position, token)
-        logprobs = np.stack([self._logprobs(cache, batch, row) for row in range(len(batch.ids))])
-        top = np.argsort(-logprobs, axis=1, kind="stable")[:, : batch.candidates]
-        return np.take_along_axis(logprobs, top, axis=1), top
+        return self._faults.step.get(number)
 
-    def _check(self, cache: TableCache, batch: StepBatch) -> None:
-        rows = len(batch.ids)
-        sentences, heads, queries, slots = batch.ancestors.shape
-        _expect(sentences == len(cache.seats), f"{sentences} sentences in {len(cache.seats)} seats")
-        _expect(heads == 1 and queries >= LEAST_QUERIES, f"{queries} queries, {heads} heads")
-        _expect(slots == cache.slots, f"a mask over {slots} slots, {cache.slots} are there")
-        _expect(batch.row_of.shape == (sentences, queries), "row_of does not have the mask's shape")
-        _expect(batch.slot.shape == (rows, 2), "slot is not one pair per row")
-        _expect(len(batch.positions) == len(batch.back) == rows, "the packed arrays differ in length")
-        _expect(0 < batch.candidates <= self._rules.vocabulary, f"{batch.candidates} candidates")
-        lengths = [len(seat.source) for seat in cache.seats]
-        _expect(
-            batch.source_length.tolist() == lengths, f"sources of {batch.source_length} tokens; seated are {lengths}"
-        )
-        _expect(bool((np.diff(batch.back) > 0).all()), "two rows stand at one place, or out of order")
-        sentence, query = np.divmod(batch.back, queries)
-        _expect(np.array_equal(batch.slot[:, 0], sentence), "a row writes into another sentence's pool")
-        _expect(np.array_equal(batch.row_of[sentence, query], np.arange(rows)), "row_of and back contradict each other")
-        _expect(set(sentence.tolist()) == set(range(sentences)), "a seated sentence has no row")
-        own_rows = sentence[batch.row_of] == np.arange(sentences)[:, None]
-        _expect(bool(own_rows.all()), "padding is filled from another sentence")
-        _expect(bool(((batch.slot[:, 1] >= 0) & (batch.slot[:, 1] < slots)).all()), f"a slot is outside of {slots}")
-        # Who descends from the slot that a row writes? That row, and nobody else.
-        heirs = batch.ancestors[sentence, 0, :, batch.slot[:, 1]]
-        alone = np.arange(queries) == query[:, None]
-        _expect(np.array_equal(heirs, alone), "a row writes where another beam descends from, or does not see itself")
-
-    def _note(self, cache: TableCache, batch: StepBatch) -> None:
-        sentences = range(len(cache.seats))
-        of = [np.flatnonzero(batch.slot[:, 0] == sentence) for sentence in sentences]
-        step = TracedStep(
-            sources=tuple(seat.source for seat in cache.seats),
-            positions=tuple(int(batch.positions[rows[0]]) for rows in of),
-            taken=tuple(tuple(batch.slot[rows, 1].tolist()) for rows in of),
-            rows=len(batch.ids),
-            slots=cache.slots,
-            source_width=cache.source_width,
-            query_length=batch.row_of.shape[1],
-        )
-        self.trace.append(step)
-
-    def _logprobs(self, cache: TableCache, batch: StepBatch, row: int) -> FloatArray:
-        sentence, query = divmod(int(batch.back[row]), batch.row_of.shape[1])
-        seat = cache.seats[sentence]
-        ancestors = np.flatnonzero(batch.ancestors[sentence, 0, query]).tolist()
-        poison = [slot for slot in ancestors if slot not in seat.written]
-        _expect(not poison, f"a beam reads slots {poison}, which nobody wrote")
-        path = sorted(seat.written[slot] for slot in ancestors)
-        positions = [position for position, _ in path]
-        _expect(positions == list(range(int(batch.positions[row]) + 1)), f"a beam's ancestors are at {positions}")
-        prefix = tuple(token for _, token in path)
-        _expect(prefix[0] == self._rules.decoder_start, f"a prefix begins with {prefix[0]}")
-        logprobs = self._table(seat.source, prefix)
-        _expect(logprobs.shape == (self._rules.vocabulary,), "the table does not have the vocabulary's size")
-        return logprobs
+    def look_up(self, source: Tokens, prefix: Tokens) -> FloatArray:
+        """The table's log-probabilities, (V,)."""
+        return self._table(source, prefix)
 
 
 class Inbox:
@@ -407,10 +250,10 @@ def run_until_idle(core: EngineCore) -> list[Event]:
     return events
 
 
-def run_alone(runner: Backend, rules: ModelRules, request: GenerationRequest) -> Completed | Failed:
+def run_alone(backend: Backend, rules: ModelRules, request: GenerationRequest) -> Completed | Failed:
     """What a request comes to with nobody else in the engine, and all the time in the world."""
-    capacity = Capacity(rows=request.options.beam_size, slots=1 << 30)
-    core = EngineCore(runner, rules, capacity, clock=ManualClock(), observer=NullObserver())
+    capacity = Capacity(cost(request).rows, slots=1 << 40)
+    core = EngineCore(backend, rules, capacity, clock=ManualClock(), observer=NullObserver())
     core.accept([replace(request, deadline=None, stream=False)])
     (outcome,) = run_until_idle(core)
     assert isinstance(outcome, Completed | Failed)

@@ -80,7 +80,7 @@ def write_tokenizer(file: Path) -> None:
 
 def recorded(bundle: Bundle) -> dict[str, Any]:
     """Texts with their ids, and searches with their answers."""
-    runner, rules = build_backend(bundle, "cpu", threads=1), model_rules(bundle.manifest)
+    backend, rules = build_backend(bundle, "cpu", threads=1), model_rules(bundle.manifest)
     tokenizer = load_tokenizer(bundle)
     assert tokenizer is not None
     texts = ["ba de fi", "", "ku  lo unheard"]
@@ -88,18 +88,18 @@ def recorded(bundle: Bundle) -> dict[str, Any]:
         "texts": [
             {"text": t, "ids": tokenizer.encode(t), "back": tokenizer.decode(tokenizer.encode(t))} for t in texts
         ],
-        "searches": list(searches(runner, rules, LEAST_MARGIN[bundle.manifest.precision])),
+        "searches": list(searches(backend, rules, LEAST_MARGIN[bundle.manifest.precision])),
     }
 
 
-def searches(runner: Backend, rules: ModelRules, least_margin: float) -> Iterator[dict[str, Any]]:
+def searches(backend: Backend, rules: ModelRules, least_margin: float) -> Iterator[dict[str, Any]]:
     """Clear-cut searches and their answers."""
     for number, options in enumerate(SEARCHES):
         candidates = random_sources(len(WORDS), 1, 16, count=150, seed=number)
-        clear = [source for source in candidates if margin(runner, rules, source, options) > least_margin]
+        clear = [source for source in candidates if margin(backend, rules, source, options) > least_margin]
         sources = clear[-PER_SEARCH:]
         assert len(sources) == PER_SEARCH, f"only {len(clear)} searches are clear enough"
-        for source, answer in zip(sources, search_all(runner, rules, [(s, options) for s in sources]), strict=True):
+        for source, answer in zip(sources, search_all(backend, rules, [(s, options) for s in sources]), strict=True):
             yield {
                 "source": list(source),
                 "options": {
@@ -114,11 +114,11 @@ def searches(runner: Backend, rules: ModelRules, least_margin: float) -> Iterato
             }
 
 
-def margin(runner: Backend, rules: ModelRules, source: Tokens, options: SearchOptions) -> float:
+def margin(backend: Backend, rules: ModelRules, source: Tokens, options: SearchOptions) -> float:
     """How close the closest decision of a search was."""
 
     def next_logprobs(prefixes: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        return all_logprobs(runner, [source] * len(prefixes), np.array(prefixes), rules.vocabulary)[:, -1]
+        return all_logprobs(backend, [source] * len(prefixes), np.array(prefixes), rules.vocabulary)[:, -1]
 
     trace = reference_search(next_logprobs, rules.search, options, rules.decoder_start)
     ranks = [abs(a.score - b.score) for a, b in zip(trace.hypotheses, trace.hypotheses[1:], strict=False)]

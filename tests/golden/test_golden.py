@@ -18,18 +18,18 @@ ANSWERS: dict[str, Any] = json.loads((HERE / "format2.json").read_text("utf-8"))
 TOLERANCE = {"fp32": 1e-4, "int8": 2e-2}
 
 
-def checked_runner(name: str) -> Backend:
-    """A runner that has given the answers of the machine that exported the bundle, whatever processor this is."""
+def checked_backend(name: str) -> Backend:
+    """A backend that has given the answers of the machine that exported the bundle, whatever processor this is."""
     bundle = load_bundle(HERE / name)
-    runner = build_backend(bundle, "cpu", threads=1)
-    check_golden(bundle, runner)
-    return runner
+    backend = build_backend(bundle, "cpu", threads=1)
+    check_golden(bundle, backend)
+    return backend
 
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_searches_answer_as_recorded(name: str) -> None:
     """The same tokens, and scores within rounding."""
-    runner, manifest = checked_runner(name), load_bundle(HERE / name).manifest
+    backend, manifest = checked_backend(name), load_bundle(HERE / name).manifest
     cases = ANSWERS[name]["searches"]
     assert len(cases) == 9
     searches = [
@@ -39,7 +39,7 @@ def test_searches_answer_as_recorded(name: str) -> None:
         )
         for case in cases
     ]
-    for case, answer in zip(cases, search_all(runner, model_rules(manifest), searches), strict=True):
+    for case, answer in zip(cases, search_all(backend, model_rules(manifest), searches), strict=True):
         expected = case["hypotheses"]
         assert [list(h.tokens) for h in answer.hypotheses] == [h["tokens"] for h in expected]
         scores = [h.score for h in answer.hypotheses]

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from beamline_server.engine.testing import ManualClock, run_alone
 
 from beamline_server.bundle import Bundle
 from beamline_server.engine.admission import Capacity
@@ -34,6 +33,7 @@ from beamline_server.engine.request import (
 from beamline_server.engine.step import EngineCore, ModelRules
 from beamline_server.models.load import model_rules
 from beamline_server.tokenizer import load_tokenizer
+from doubles.engine import ManualClock, run_alone
 
 pytestmark = pytest.mark.parity
 
@@ -45,7 +45,7 @@ REQUESTS = 300
 class Model:
     """A bundle, ready to run on one thread."""
 
-    runner: Backend
+    backend: Backend
     rules: ModelRules
     sources: tuple[tuple[int, ...], ...]
 
@@ -94,7 +94,7 @@ def through_the_engine(
 ) -> dict[RequestId, Event]:
     """All requests, some at a time at random; one in ten is cancelled while it waits or runs."""
     rng = random.Random(seed)
-    core = EngineCore(model.runner, model.rules, Capacity(rows, 1 << 17), clock=ManualClock(), observer=NullObserver())
+    core = EngineCore(model.backend, model.rules, Capacity(rows, 1 << 17), clock=ManualClock(), observer=NullObserver())
     arrivals: Iterator[GenerationRequest] = iter(asked)
     coming: list[RequestId] = []
     outcomes: dict[RequestId, Event] = {}
@@ -114,7 +114,7 @@ def through_the_engine(
 
 @pytest.mark.parametrize(("seed", "rows", "at_once"), [(0, 128, 6), (1, 384, 20)], ids=["few-at-a-time", "many"])
 def test_an_answer_is_the_same_alone_and_in_any_batch(model: Model, seed: int, rows: int, at_once: int) -> None:
-    """Few share a lane; many sit in lanes by length and move from one to the next."""
+    """Few share a bucket; many are in buckets by length and move from one to the next."""
     asked = requests(model.sources, seed)
     outcomes = through_the_engine(model, asked, seed, rows=rows, at_once=at_once)
     completed = 0
@@ -124,7 +124,7 @@ def test_an_answer_is_the_same_alone_and_in_any_batch(model: Model, seed: int, r
             assert isinstance(outcome.error, RequestCancelled)
             continue
         assert isinstance(outcome, Completed)
-        alone = run_alone(model.runner, model.rules, request)
+        alone = run_alone(model.backend, model.rules, request)
         assert isinstance(alone, Completed)
         # Tokens, scores and token log-probabilities, bit for bit.
         assert outcome.hypotheses == alone.hypotheses
@@ -151,20 +151,20 @@ def test_an_answer_does_not_depend_on_the_number_of_threads(request: pytest.Fixt
 
 
 def test_caches_on_a_device_give_the_same_answers(fr_en_fp32: Bundle) -> None:
-    """The runner for GPUs, on the CPU: other code moves the caches, the same graphs compute."""
+    """The backend for GPUs, on the CPU: other code moves the caches, the same graphs compute."""
     rules, sources = model_rules(fr_en_fp32.manifest), sources_of(fr_en_fp32)
     asked = requests(sources, 2)[:48]
     host = Model(CpuBackend(fr_en_fp32, threads=1), rules, sources)
-    runner = CudaBackend(fr_en_fp32, device="cpu")
-    device = Model(runner, rules, sources)
+    backend = CudaBackend(fr_en_fp32, device="cpu")
+    device = Model(backend, rules, sources)
     on_host, on_device = through_the_engine(host, asked, 2), through_the_engine(device, asked, 2)
     # Which tells that shapes came again, and what they were computed in was padded and bound once.
-    assert len(runner.step_graphs) > 3
+    assert len(backend.step_graphs) > 3
     for number, outcome in on_host.items():
         other = on_device[number]
         assert type(outcome) is type(other)
         if isinstance(outcome, Completed) and isinstance(other, Completed):
             assert outcome.hypotheses == other.hypotheses
-            alone = run_alone(runner, rules, asked[number])
+            alone = run_alone(backend, rules, asked[number])
             assert isinstance(alone, Completed)
             assert other.hypotheses == alone.hypotheses

@@ -65,7 +65,7 @@ def test_fp16_on_a_gpu_is_fp32_but_for_near_ties(
     expected = [answer.hypotheses[0].tokens for answer in search_all(cpu, rules, [(s, greedy) for s in sources])]
     path = forced(expected, rules.decoder_start)
 
-    on_cpu, on_gpu = (all_logprobs(runner, sources, path, vocabulary) for runner in (cpu, gpu))
+    on_cpu, on_gpu = (all_logprobs(backend, sources, path, vocabulary) for backend in (cpu, gpu))
 
     best = on_cpu.argmax(2)
     differences = [np.take_along_axis(side, best[..., None], 2) for side in (on_cpu, on_gpu)]
@@ -86,7 +86,7 @@ def test_searches_on_a_gpu_agree(fr_en_fp32: Bundle, cpu: Backend, gpu: Backend,
         for number, source in enumerate(sources)
     ]
 
-    on_cpu, on_gpu = (search_all(runner, rules, searches) for runner in (cpu, gpu))
+    on_cpu, on_gpu = (search_all(backend, rules, searches) for backend in (cpu, gpu))
 
     pairs = [(a.hypotheses[0], b.hypotheses[0]) for a, b in zip(on_cpu, on_gpu, strict=True)]
     same = [(a, b) for a, b in pairs if a.tokens == b.tokens]

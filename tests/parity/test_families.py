@@ -167,14 +167,14 @@ def test_searches_equal_generate(case: HuggingFaceCase, tmp_path: Path) -> None:
     checkpoint = write(case, tmp_path / "checkpoint")
     bundle = exported(checkpoint)
     assert bundle.manifest.parity["beam_search"]["parted_beyond_near_ties"] == 0  # type: ignore[index]
-    rules, runner = model_rules(bundle.manifest), build_backend(bundle, "cpu", threads=1)
+    rules, backend = model_rules(bundle.manifest), build_backend(bundle, "cpu", threads=1)
     oracle = GenerateOracle(HuggingFaceReference(MODEL_CLASSES[case.family], checkpoint).model, rules)
     sources = sources_of(bundle, case.seed)
     for options in SEARCHES:
         # What min_new_tokens bans is not renormalized; docs/bring-your-model.md says so.
         if case.generation.get("renormalize_logits") and options.min_new_tokens and options.beam_size > 1:
             continue
-        comparisons = list(oracle.compare(runner, sources, options))
+        comparisons = list(oracle.compare(backend, sources, options))
         assert len(comparisons) == len(sources)
         assert all(c.agrees for c in comparisons), [c.parting for c in comparisons if not c.agrees]
         assert max(c.score_difference for c in comparisons) < 1e-4
@@ -215,8 +215,8 @@ def test_searches_equal_the_reference_search(seed: int, changes: dict[str, Any],
 def check_against_reference_search(
     bundle: Bundle, reference: Reference, sources: Sequence[Tokens], options: SearchOptions
 ) -> None:
-    rules, runner = model_rules(bundle.manifest), build_backend(bundle, "cpu", threads=1)
-    answers = search_all(runner, rules, [(source, options) for source in sources])
+    rules, backend = model_rules(bundle.manifest), build_backend(bundle, "cpu", threads=1)
+    answers = search_all(backend, rules, [(source, options) for source in sources])
     for source, answer in zip(sources, answers, strict=True):
         trace = reference_search(
             lambda prefixes, source=source: reference.logprobs(source, prefixes)[:, -1],  # type: ignore[misc]
@@ -228,7 +228,7 @@ def check_against_reference_search(
         if [h.tokens for h in found] == [h.tokens for h in expected]:
             assert [h.score for h in found] == pytest.approx([h.score for h in expected], abs=1e-4, rel=1e-4)
         else:
-            parting = find_parting(trace, runner, rules, source, options)
+            parting = find_parting(trace, backend, rules, source, options)
             assert parting is not None
             assert parting.margin < NEAR_TIE, parting
 

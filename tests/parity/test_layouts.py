@@ -264,10 +264,10 @@ def greedy(model: nn.Module, source: Sequence[int], most: int, eos: Sequence[int
 
 def same_outputs(bundle: Bundle, model: nn.Module, sources: Sequence[tuple[int, ...]]) -> dict[int, int]:
     """How many sources have the same outputs as by the module's own decoding, by beam size."""
-    rules, runner = model_rules(bundle.manifest), build_backend(bundle, "cpu", threads=1)
+    rules, backend = model_rules(bundle.manifest), build_backend(bundle, "cpu", threads=1)
     same = {}
     for options in SEARCHES:
-        answers = search_all(runner, rules, [(source, options) for source in sources])
+        answers = search_all(backend, rules, [(source, options) for source in sources])
         found = [[h.tokens for h in answer.hypotheses] for answer in answers]
         if options.beam_size == 1:
             expected = [[greedy(model, source, options.max_new_tokens, rules.search.eos)] for source in sources]
@@ -387,9 +387,9 @@ def test_a_model_without_an_end_runs_to_its_length(changes: dict[str, Any], tmp_
     assert bundle.manifest.special_tokens.eos == ()
     sources = sources_of(20)
     assert same_outputs(bundle, model, sources) == {4: 20, 1: 20}
-    runner = build_backend(bundle, "cpu", threads=1)
+    backend = build_backend(bundle, "cpu", threads=1)
     options = [*SEARCHES, SearchOptions(3, 3, max_new_tokens=7, min_new_tokens=3, early_stopping=EarlyStopping.NEVER)]
     for search in options:
-        for answer in search_all(runner, model_rules(bundle.manifest), [(source, search) for source in sources]):
+        for answer in search_all(backend, model_rules(bundle.manifest), [(source, search) for source in sources]):
             assert {len(h.tokens) for h in answer.hypotheses} == {search.max_new_tokens}
             assert {h.finish for h in answer.hypotheses} == {Finish.LENGTH}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from beamline_server.engine.build import build_runner, model_rules
 
 from beamline_export.agreement import NEAR_TIE, Tokens, searching_core
 from beamline_export.bundle_writer import ExportOptions, export
@@ -19,7 +20,6 @@ from beamline_export.reference import HuggingFaceReference
 from beamline_export.reference_search import SearchTrace
 from beamline_export.testing import EOS, write_hugging_face
 from beamline_server.bundle import Bundle
-from beamline_server.engine.build import build_runner, model_rules
 from beamline_server.engine.request import Completed, EarlyStopping, GenerationRequest, RequestId, SearchOptions
 from beamline_server.tokenizer import load_tokenizer
 

@@ -19,7 +19,7 @@ from beamline_server.bundle import (
     load_bundle,
     read_manifest,
 )
-from beamline_server.testing import make_manifest, write_bundle
+from doubles.service import make_manifest, write_bundle
 
 CALIBRATED = {"scaled": "calibrated", "sentences": 400, "ranges": {"head.weight": 8.5, "cross_kv": 0.0}}
 FILES = ["encoder.onnx", *decoder_graphs("fp32", 1), "weights.bin"]

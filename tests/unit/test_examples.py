@@ -47,4 +47,4 @@ def test_an_example_is_valid_python(origin: str, example: str) -> None:
 
 def test_examples_are_found() -> None:
     origins = {origin for origin, _ in FOUND}
-    assert {"README.md", "server/beamline_server/process.py", "server/beamline_server/testing.py"} <= origins
+    assert {"README.md", "server/beamline_server/process.py"} <= origins

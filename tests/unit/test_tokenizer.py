@@ -17,8 +17,8 @@ import transformers
 
 from beamline_export.reference import quiet_transformers
 from beamline_server.bundle import Bundle, BundleError
-from beamline_server.testing import make_manifest
 from beamline_server.tokenizer import Tokenizer, load_tokenizer
+from doubles.service import make_manifest
 
 MODEL = Path(__file__).parents[2] / "models" / "fr-en"
 MARIAN_FILES = ["source.spm", "target.spm", "vocab.json"]

@@ -45,7 +45,7 @@ def forced_rows(
         part: Tokens of a target that a step takes at most.
 
     Yields:
-        The number of the target, the position of the token, and what comes after it.
+        The number of the target, the position of the token, and what comes after it; the next one may overwrite it.
     """
     table, cache, encoded = SequenceTable(len(sources), ()), backend.new_cache(), backend.encode(sources)
     for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
@@ -82,5 +82,8 @@ def _run(bucket: Bucket, table: SequenceTable, *, logprobs: bool) -> Iterator[tu
 
 def forced_decode(backend: Backend, source: Sequence[int], target: Sequence[int]) -> tuple[list[int], list[float]]:
     """The most probable token after each one of a target, and its log-probability."""
-    rows = [row for _, _, row in forced_rows(backend, [source], [target])]
-    return [int(row.top_token[0]) for row in rows], [float(row.top_logprob[0]) for row in rows]
+    tokens, logprobs = [], []
+    for _, _, row in forced_rows(backend, [source], [target]):
+        tokens.append(int(row.top_token[0]))
+        logprobs.append(float(row.top_logprob[0]))
+    return tokens, logprobs

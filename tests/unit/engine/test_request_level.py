@@ -8,14 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from beamline_server.engine.testing import (
-    Inbox,
-    ManualClock,
-    RandomTable,
-    TableRunner,
-    run_alone,
-    table_rules,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +17,14 @@ from beamline_server.engine.observer import NullObserver
 from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId, SearchOptions
 from beamline_server.engine.step import Clock, EngineCore
 from beamline_server.engine.workers import Engine
+from doubles.engine import (
+    Inbox,
+    ManualClock,
+    RandomTable,
+    TableBackend,
+    run_alone,
+    table_rules,
+)
 
 RULES = table_rules(8)
 TABLE = RandomTable(8)
@@ -52,7 +52,7 @@ def error_of(outcome: Completed | Failed) -> Exception:
 
 
 def assert_as_alone(outcome: Completed | Failed, asked: GenerationRequest) -> None:
-    expected = run_alone(TableRunner(TABLE, RULES), RULES, asked)
+    expected = run_alone(TableBackend(TABLE, RULES), RULES, asked)
     assert isinstance(outcome, Completed)
     assert isinstance(expected, Completed)
     assert outcome.hypotheses == expected.hypotheses
@@ -85,14 +85,14 @@ def test_continuous_batching_never_waits() -> None:
 
 def test_a_batch_is_encoded_together_however_long_its_sources_are() -> None:
     queue = [request(number, source_tokens=300) for number in range(9)]
-    room = Room(64, 64, 1 << 20)
+    room = Room(64, 1 << 20)
     assert RequestLevel(8, 0.5).starters(queue, room, encode_tokens=1000) == 8
     assert Continuous().starters(queue, room, encode_tokens=1000) == 3
 
 
 def test_a_batch_is_no_larger_than_there_is_room_for() -> None:
     queue = [request(number, beams=4) for number in range(9)]
-    assert RequestLevel(8, 0.5).starters(queue, Room(12, 12, 1 << 20), encode_tokens=1000) == 3
+    assert RequestLevel(8, 0.5).starters(queue, Room(12, 1 << 20), encode_tokens=1000) == 3
 
 
 # -- one worker, stepped by hand --------------------------------------------------------------------------------------
@@ -107,9 +107,9 @@ class Bench:
     clock: ManualClock = field(default_factory=ManualClock)
 
     def __post_init__(self) -> None:
-        self.runner = TableRunner(TABLE, RULES)
+        self.backend = TableBackend(TABLE, RULES)
         self.core = EngineCore(
-            self.runner,
+            self.backend,
             RULES,
             Capacity(self.rows, 1 << 16),
             clock=self.clock,
@@ -133,9 +133,9 @@ def test_an_empty_worker_waits_for_the_delay_and_no_longer() -> None:
     bench.core.accept([request(2)])
     assert bench.core.rests_until == 10.5
     assert bench.step(then_s=0.25) == []
-    assert bench.runner.encoded == []
+    assert bench.backend.encoded == []
     bench.step()
-    assert [len(batch) for batch in bench.runner.encoded] == [2]
+    assert [len(batch) for batch in bench.backend.encoded] == [2]
     assert bench.core.rests_until == -math.inf
 
 
@@ -152,7 +152,7 @@ def test_nobody_starts_before_all_of_a_batch_have_ended_and_their_rows_go_as_the
     bench.core.accept([request(1, tokens=2), request(2, tokens=5), request(3, tokens=1), request(4, tokens=1)])
     told = [sorted(outcomes(bench.step())) for _ in range(6)]
     assert told == [[], [1], [], [], [2], [3, 4]]
-    assert [step.rows for step in bench.runner.trace] == [2, 2, 1, 1, 1, 2]
+    assert [step.rows for step in bench.backend.trace] == [2, 2, 1, 1, 1, 2]
 
 
 def test_a_worker_with_nothing_to_do_rests_for_nothing() -> None:
@@ -262,9 +262,9 @@ def start() -> Iterator[Start]:
     engines: list[Engine] = []
 
     def started(admission: Admission, *, workers: int = 1, clock: Clock | None = None) -> Running:
-        inbox, manual, runner = Inbox(), ManualClock(), TableRunner(TABLE, RULES)
+        inbox, manual, backend = Inbox(), ManualClock(), TableBackend(TABLE, RULES)
         engine = Engine(
-            [runner] * workers,
+            [backend] * workers,
             RULES,
             Capacity(64, 1 << 20),
             queue_rows=1000,

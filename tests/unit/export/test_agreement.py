@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from beamline_server.engine.testing import Faults, RandomTable, TableRunner, table_rules
 from numpy.typing import NDArray
 
 from beamline_export.agreement import NEAR_TIE, Parting, find_parting, search_all
 from beamline_export.reference_search import Candidate, SearchTrace, Step, reference_search
 from beamline_export.spec import ExportError
 from beamline_server.engine.request import EarlyStopping, SearchOptions
+from doubles.engine import Faults, RandomTable, TableBackend, table_rules
 
 VOCABULARY = 12
 SOURCE = (3, 5, 1)
@@ -34,7 +34,7 @@ def traced(options: SearchOptions, nudge: dict[tuple[int, ...], tuple[int, float
 
 
 def parting(trace: SearchTrace, options: SearchOptions) -> Parting | None:
-    return find_parting(trace, TableRunner(TABLE, RULES), RULES, SOURCE, options)
+    return find_parting(trace, TableBackend(TABLE, RULES), RULES, SOURCE, options)
 
 
 @pytest.mark.parametrize("beam", [1, 2, 4])
@@ -88,13 +88,13 @@ def test_a_step_tells_its_closest_call() -> None:
 
 
 def test_a_failed_search_is_an_export_error() -> None:
-    runner = TableRunner(TABLE, RULES, faults=Faults(step={1: RuntimeError("out of order")}))
+    backend = TableBackend(TABLE, RULES, faults=Faults(step={1: RuntimeError("out of order")}))
     with pytest.raises(ExportError, match="a beam search failed"):
-        search_all(runner, RULES, [(SOURCE, SearchOptions(max_new_tokens=3))])
+        search_all(backend, RULES, [(SOURCE, SearchOptions(max_new_tokens=3))])
 
 
 def test_answers_come_in_the_order_of_the_questions() -> None:
     searches = [((i, i + 1), SearchOptions(1 + i % 3, 1, max_new_tokens=2 + i)) for i in range(7)]
-    together = search_all(TableRunner(TABLE, RULES), RULES, searches)
+    together = search_all(TableBackend(TABLE, RULES), RULES, searches)
     for search, answer in zip(searches, together, strict=True):
-        assert search_all(TableRunner(TABLE, RULES), RULES, [search])[0].hypotheses == answer.hypotheses
+        assert search_all(TableBackend(TABLE, RULES), RULES, [search])[0].hypotheses == answer.hypotheses

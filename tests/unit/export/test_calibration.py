@@ -35,7 +35,7 @@ from beamline_server.bundle import WEIGHTS, Bundle, FileEntry, GenerationDefault
 from beamline_server.engine.ort.sessions import session_options
 from beamline_server.engine.request import EarlyStopping, SearchOptions
 from beamline_server.models.load import build_backend, model_rules
-from beamline_server.testing import make_manifest, write_bundle
+from doubles.service import make_manifest, write_bundle
 
 GREEDY = SearchOptions(1, 1, max_new_tokens=12)
 

@@ -9,7 +9,7 @@ import pytest
 from beamline_export.expectations import MOST_LINES, Example, Expectations, read_expectations, resolve
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle
-from beamline_server.testing import DECODER_START, EOS, make_manifest
+from doubles.service import DECODER_START, EOS, make_manifest
 
 GOOD = {"source_ids": [5, 6, EOS], "target_ids": [7, 8, EOS]}
 

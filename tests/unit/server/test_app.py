@@ -25,7 +25,7 @@ from beamline_server.engine.request import Deliver
 from beamline_server.listening import PortError
 from beamline_server.models.load import DeviceError
 from beamline_server.settings import Command, Settings, SettingsError
-from beamline_server.testing import EOS, ScriptedEngine, failure_of, make_completed, silent, write_bundle
+from doubles.service import EOS, ScriptedEngine, failure_of, make_completed, silent, write_bundle
 
 REQUEST = pb.GenerateRequest(inputs=[pb.Input(token_ids=pb.TokenIds(ids=[97, EOS]))])
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -12,7 +12,7 @@ from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, Sea
 from beamline_server.rpc.converters import Limits, Order, RequestReader, default_search, limits_of
 from beamline_server.rpc.errors import InvalidRequest, ModelNotFound
 from beamline_server.settings import Settings, SettingsError
-from beamline_server.testing import DECODER_START, EOS, VOCABULARY, ByteTokenizer, make_manifest
+from doubles.service import DECODER_START, EOS, VOCABULARY, ByteTokenizer, make_manifest
 
 LIMITS = Limits(
     max_inputs=3, max_text_bytes=20, max_source_tokens=10, max_new_tokens=50, max_target_tokens=60, max_beam_size=8

@@ -11,7 +11,7 @@ from beamline_server.engine.request import Completed, Event, Failed, Piece, Requ
 from beamline_server.rpc.call import Call
 from beamline_server.rpc.desk import Desk, Source
 from beamline_server.rpc.errors import NotAccepting
-from beamline_server.testing import ScriptedEngine, make_completed, silent
+from doubles.service import ScriptedEngine, make_completed, silent
 
 CALL = Call(arrived_s=0, deadline_s=10)
 SOURCES = [

@@ -11,7 +11,7 @@ from beamline.v1 import generation_pb2 as pb
 from beamline_server.engine.errors import DeadlineExceeded, EngineStopped, QueueFull, RequestTooLarge, StepFailed
 from beamline_server.engine.request import Failed
 from beamline_server.settings import Settings
-from beamline_server.testing import EOS, RunningService, failure_of, make_completed, make_manifest, serving, silent
+from doubles.service import EOS, RunningService, failure_of, make_completed, make_manifest, serving, silent
 
 CODE = grpc.StatusCode
 

@@ -8,7 +8,7 @@ from beamline.v1 import generation_pb2 as pb
 from beamline_server.engine.errors import QueueFull, StepFailed
 from beamline_server.engine.request import Failed, GenerationRequest, Piece
 from beamline_server.settings import Settings
-from beamline_server.testing import EOS, RunningService, failure_of, make_completed, serving, shouted, silent
+from doubles.service import EOS, RunningService, failure_of, make_completed, serving, shouted, silent
 
 END: Any = vars(grpc.aio)["EOF"]
 REQUEST = pb.GenerateStreamRequest(input=pb.Input(text="in"), output=pb.OutputOptions(token_ids=True))

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from beamline_server.engine.workers import EngineLoad
 from beamline_server.metrics import Metrics
 from beamline_server.rpc.health import LIVENESS_NAME, SERVICE, Condition, EngineWatch, Health, watch_engine
-from beamline_server.testing import ManualClock, RunningService, ScriptedEngine, serving
+from doubles.service import ManualClock, RunningService, ScriptedEngine, serving
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from beamline_server.inspect_cli import aligned, main
-from beamline_server.testing import write_bundle
+from doubles.service import write_bundle
 
 
 def test_it_tells_what_is_in_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

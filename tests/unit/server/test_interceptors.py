@@ -16,7 +16,7 @@ from beamline_server.rpc.call import Call, current_call, generates
 from beamline_server.rpc.errors import MethodNotFound
 from beamline_server.rpc.interceptors import Guard, printable
 from beamline_server.rpc.server import bind
-from beamline_server.testing import ByteTokenizer, ManualClock, RunningService, failure_of, serving
+from doubles.service import ByteTokenizer, ManualClock, RunningService, failure_of, serving
 
 CODE = grpc.StatusCode
 GENERATE = "/beamline.v1.GenerationService/Generate"

@@ -13,7 +13,7 @@ from beamline_server.engine.request import RequestId
 from beamline_server.engine.workers import EngineLoad
 from beamline_server.metrics import MethodName, Metrics, Outcome
 from beamline_server.rpc.info import versions
-from beamline_server.testing import ManualClock, make_completed, serving
+from doubles.service import ManualClock, make_completed, serving
 
 # Other files - dashboards, alerts, autoscaling - name these.
 NAMES = {

@@ -9,7 +9,7 @@ from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, Serv
 
 from beamline.v1 import generation_pb2 as pb
 from beamline_server.settings import Settings
-from beamline_server.testing import RunningService, failure_of, serving
+from doubles.service import RunningService, failure_of, serving
 
 VERSIONS = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 SERVICES = {"beamline.v1.GenerationService", "grpc.health.v1.Health", *VERSIONS}

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from beamline_server.engine.request import Finish, Hypothesis
 from beamline_server.rpc.streaming import GrowingText, PieceWriter
-from beamline_server.testing import EOS, ByteTokenizer
 from beamline_server.tokenizer import CleanedUp
+from doubles.service import EOS, ByteTokenizer
 
 BYTES = st.lists(st.integers(0, 255), max_size=30)
 TEXTS = st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("aé€😀\N{REPLACEMENT CHARACTER} ")))

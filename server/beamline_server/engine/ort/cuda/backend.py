@@ -66,9 +66,10 @@ class CudaBackend:
 
     def new_cache(self) -> Cache:
         """As `Backend.new_cache`. A run costs its launches here, and padding next to nothing: buckets are few."""
-        return Buckets(self._new_memory, lambda _: number_of(SHARED_WIDTH))
+        return Buckets(self.new_memory, lambda _: number_of(SHARED_WIDTH))
 
-    def _new_memory(self) -> CudaMemory:
+    def new_memory(self) -> CudaMemory:
+        """The memory of a bucket."""
         return CudaMemory(
             self._sessions,
             self._mover,

@@ -197,10 +197,8 @@ class CudaMemory:
     def run(self, table: Table, members: IntArray, needed: Extent, candidates: int, *, logprobs: bool) -> StepResult:
         """As `Memory.run`."""
         with self._lock:
-            run = self._run_for(needed, candidates, logprobs=logprobs)
-            inputs = _step_inputs(run)
-            attended, masked = MASK_VALUES[inputs.mask.dtype]
-            pack_step(table, members, self.batch_index, attended, masked, inputs)
+            run = self.run_for(needed, candidates, logprobs=logprobs)
+            pack_run(run, table, members, self.batch_index)
             run.send()
             self._graphs.run(run)
             best = run.receive()
@@ -211,7 +209,7 @@ class CudaMemory:
             best["logprob"][:rows] if logprobs else None,
         )
 
-    def _run_for(self, needed: Extent, candidates: int, *, logprobs: bool) -> FixedRun:
+    def run_for(self, needed: Extent, candidates: int, *, logprobs: bool) -> FixedRun:
         """The run of a shape that has what is needed, bound to this memory."""
         shape = step_shape(
             needed,
@@ -247,15 +245,16 @@ class CudaMemory:
             del self._runs[uncaptured[0]]
 
 
-def _step_inputs(run: FixedRun) -> StepInputs:
-    """A run's inputs as loops fill them: masks of half precision as bits, and without axes of length 1."""
-    inputs = [run.inputs[name] for name in STEP_INPUTS]
-    result = StepInputs(*inputs)
-    mask = result.mask[:, 0]
-    return result._replace(
-        slot=result.slot.reshape(len(result.slot), -1),
-        mask=mask.view(np.uint16) if mask.dtype == np.float16 else mask,
-    )
+def pack_run(run: FixedRun, table: Table, members: IntArray, batch_index: IntArray) -> None:
+    """Write the rows of some sequences into the inputs of a decoder step: masks of half precision as bits."""
+    inputs = StepInputs(*(run.inputs[name] for name in STEP_INPUTS))
+    mask = inputs.mask[:, 0]
+    if mask.dtype == np.float16:
+        mask = mask.view(np.uint16)
+    # Loops know no axes of length 1.
+    inputs = inputs._replace(slot=inputs.slot.reshape(len(inputs.slot), -1), mask=mask)
+    attended, masked = MASK_VALUES[mask.dtype]
+    pack_step(table, members, batch_index, attended, masked, inputs)
 
 
 def keep_places(wanted: Sequence[int], batch: int) -> IntArray:

@@ -1,8 +1,8 @@
 """Moves rows between buffers on a device, which the host cannot write to: one run, however many rows and tensors.
 
-A buffer of caches is seen as rows of one position each, (rows, parts, part): all layers, seats and positions one after
-another. The graph takes rows of one buffer and puts them into rows of another, or of the same one: all rows are taken
-before the first is put. It is the same for every model, so it is made here and not exported:
+A buffer of caches is seen as rows of one position each, (rows, parts, part): all layers, batch indices and positions
+one after another. The graph takes rows of one buffer and puts them into rows of another, or of the same one: all rows
+are taken before the first is put. It is the same for every model, so it is made here and not exported:
 
     put_parts[M, parts, 2] = put[M, 1, 2] + part_numbers[1, parts, 2]
     moved = ScatterND(target, put_parts, Gather(source, take))

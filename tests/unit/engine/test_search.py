@@ -6,14 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from beamline_server.engine.beam import DEAD, SearchRules, advance, parent_of, token_of
-from beamline_server.engine.searches import Searches
-from beamline_server.engine.testing import LogprobTable, RandomTable, TableRunner, Tokens, run_alone, table_rules
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from beamline_export.reference_search import NextLogprobs, reference_search
 from beamline_server.engine.errors import StepFailed
+from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import (
     Completed,
     EarlyStopping,
@@ -27,6 +25,7 @@ from beamline_server.engine.request import (
 )
 from beamline_server.engine.step import ModelRules
 from beamline_server.engine.table import FloatArray
+from doubles.engine import LogprobTable, RandomTable, TableBackend, Tokens, run_alone, table_rules
 
 SOURCE = (3, 4, 5)
 EOS = 1
@@ -34,11 +33,11 @@ EOS = 1
 
 def searched(table: LogprobTable, rules: ModelRules, options: SearchOptions) -> tuple[Hypothesis, ...]:
     """What the engine finds; nothing if it finds that there is nothing."""
-    return search(TableRunner(table, rules), rules, options)
+    return search(TableBackend(table, rules), rules, options)
 
 
-def search(runner: TableRunner, rules: ModelRules, options: SearchOptions) -> tuple[Hypothesis, ...]:
-    outcome = run_alone(runner, rules, GenerationRequest(RequestId(1), SOURCE, options))
+def search(backend: TableBackend, rules: ModelRules, options: SearchOptions) -> tuple[Hypothesis, ...]:
+    outcome = run_alone(backend, rules, GenerationRequest(RequestId(1), SOURCE, options))
     if isinstance(outcome, Failed):
         assert isinstance(outcome.error, StepFailed)
         return ()
@@ -50,12 +49,12 @@ def next_logprobs(table: LogprobTable) -> NextLogprobs:
 
 
 def assert_as_reference(table: LogprobTable, rules: ModelRules, options: SearchOptions) -> None:
-    runner = TableRunner(table, rules)
-    ours = search(runner, rules, options)
+    backend = TableBackend(table, rules)
+    ours = search(backend, rules, options)
     theirs = reference_search(next_logprobs(table), rules.search, options, rules.decoder_start)
     expected = theirs.hypotheses[: options.n_best]
     assert [(h.tokens, h.score) for h in ours] == [(h.tokens, h.score) for h in expected]
-    assert len(runner.trace) == len(theirs.steps), "the searches did not take equally many steps"
+    assert len(backend.trace) == len(theirs.steps), "the searches did not take equally many steps"
 
 
 def only(*tokens: int, vocabulary: int = 8) -> FloatArray:
@@ -83,31 +82,6 @@ def test_engine_equals_the_reference_search(
         assert_as_reference(RandomTable(9, seed), table_rules(9), options)
 
 
-@pytest.mark.parametrize("of_the_dead", [0.0, -2.5, -90.0])
-def test_candidates_of_dead_beams_are_never_chosen(of_the_dead: float) -> None:
-    """Whatever stands where no beam is live, better or worse than the candidates of those that are."""
-    searches, places = Searches(1, 3, (EOS,)), np.array([0])
-    searches.start(0, SearchOptions(beam_size=3, max_new_tokens=9), 0)
-    candidates = np.array([[[-1.0, -2.0, -3.0, -4.0], [of_the_dead] * 4, [of_the_dead] * 4]], np.float32)
-    tokens = np.array([[[4, EOS, 5, 6], [7, EOS, 7, 7], [EOS, 7, 7, 7]]])
-    selection = advance(
-        SearchRules((EOS,)),
-        searches.limits(places),
-        step=searches.step[places],
-        score=searches.score[places],
-        finished=searches.finished,
-        places=places,
-        top_logprob=candidates,
-        top_token=tokens,
-    )
-    assert selection.score.tolist() == [[-1.0, -3.0, -4.0]]
-    assert token_of(selection.choice).tolist() == [[4, 5, 6]]
-    assert not parent_of(selection.choice).any()
-    assert selection.merged is not None
-    assert selection.merged.finished.total[0, 0] == -2.0
-    assert selection.merged.finished.score[0, 1:].tolist() == [DEAD, DEAD]
-
-
 @dataclass(frozen=True)
 class Case:
     """One search on one table."""
@@ -119,7 +93,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    vocabulary = draw(st.integers(2, 12))
+    vocabulary = draw(st.integers(2, 12) | st.just(60))
     tokens = st.integers(0, vocabulary - 1)
     rules = SearchRules(
         eos=tuple(draw(st.lists(tokens, max_size=3, unique=True))),
@@ -153,6 +127,22 @@ def cases(draw: st.DrawFn) -> Case:
 def test_engine_equals_the_reference_search_whatever_the_rules(case: Case) -> None:
     """Bans, forced tokens, several ends, beams wider than the vocabulary, exact ties, searches without a result."""
     assert_as_reference(case.table, case.rules, case.options)
+
+
+@given(cases(), st.integers(0, 1 << 16))
+def test_what_cannot_occur_and_what_is_no_number_is_never_chosen(case: Case, seed: int) -> None:
+    """Some tokens have no probability, after some prefixes none has any; some log-probabilities are no numbers."""
+
+    def holes(source: Tokens, prefix: Tokens) -> FloatArray:
+        logprobs = case.table(source, prefix).copy()
+        draw = np.random.default_rng([seed, *prefix]).integers(0, 8, len(logprobs))
+        logprobs[draw == 0] = np.nan
+        logprobs[draw <= (7 if draw[0] == 7 else 2)] = -np.inf
+        return logprobs
+
+    assert_as_reference(holes, case.rules, case.options)
+    for hypothesis in searched(holes, case.rules, case.options):
+        assert np.isfinite(hypothesis.score)
 
 
 @given(cases())
@@ -241,7 +231,7 @@ def test_a_beam_as_wide_as_needed_is_brute_force(
 def test_a_search_can_finish_at_its_first_step(beam_size: int) -> None:
     """The end is the best first token, and all that could follow the others is worse."""
     outcome = run_alone(
-        TableRunner(lambda _, prefix: only(EOS) if prefix == (0,) else only(2, 3), table_rules()),
+        TableBackend(lambda _, prefix: only(EOS) if prefix == (0,) else only(2, 3), table_rules()),
         table_rules(),
         GenerationRequest(RequestId(1), SOURCE, SearchOptions(beam_size=beam_size, early_stopping=EarlyStopping.NEVER)),
     )
@@ -288,18 +278,49 @@ def test_of_equal_scores_the_lower_token_wins() -> None:
 def test_a_running_beam_that_is_only_as_good_ends_the_search() -> None:
     """All tokens are equally likely: after two hypotheses have ended, no other can have a better mean."""
     rules = table_rules(4, SearchRules(eos=(0,)))
-    runner = TableRunner(RandomTable(4, levels=1), rules)
-    found = search(runner, rules, SearchOptions(beam_size=2, n_best=2))
+    backend = TableBackend(RandomTable(4, levels=1), rules)
+    found = search(backend, rules, SearchOptions(beam_size=2, n_best=2))
     assert [(h.tokens, h.score) for h in found] == [((0,), -0.5), ((1, 0), -0.5)]
-    assert len(runner.trace) == 2
+    assert len(backend.trace) == 2
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_no_end_comes_before_the_least_length(beam_size: int) -> None:
+    """Ends are the best two tokens of every row: no candidate is missing when they are taken away."""
+    rules = table_rules(8, SearchRules(eos=(1, 2)))
+    options = SearchOptions(beam_size=beam_size, n_best=beam_size, min_new_tokens=3, max_new_tokens=9)
+    found = searched(lambda *_: only(1, 2, 3, 4, 5), rules, options)
+    assert found[0].tokens == (3, 3, 3, 1)
+    assert min(len(hypothesis.tokens) for hypothesis in found) == 4
+
+
+def test_banned_tokens_never_occur_and_those_banned_at_the_start_are_not_first() -> None:
+    rules = table_rules(8, SearchRules(eos=(EOS,), banned=(2,), banned_at_start=(3,)))
+    (found,) = searched(lambda *_: only(2, 3, 4), rules, SearchOptions(max_new_tokens=3))
+    assert found.tokens == (4, 3, 3)
+
+
+def test_a_forced_first_token_is_first_with_probability_one() -> None:
+    rules = table_rules(8, SearchRules(eos=(EOS,), banned=(5,), forced_first=5))
+    (found,) = searched(lambda *_: only(2), rules, SearchOptions(max_new_tokens=3))
+    assert (found.tokens, found.token_logprobs) == ((5, 2, 2), (0.0, -1.0, -1.0))
+
+
+def test_candidates_are_as_many_as_an_exact_search_needs_and_no_more_than_there_are() -> None:
+    rules = SearchRules(eos=(1, 2), banned=(3,), banned_at_start=(4, 5, 6))
+    # Three per beam, so that two ends leave one; and one for each token that may be taken away.
+    assert rules.needed_candidates(1, 1000) == 3 + 6
+    assert rules.needed_candidates(16, 1000) == 48 + 6
+    assert rules.needed_candidates(16, 20) == 20
+    assert SearchRules(eos=()).needed_candidates(4, 1000) == 8
 
 
 def test_many_ends_leave_enough_candidates_to_go_on() -> None:
     """Three ends are the best tokens of every beam; still two beams go on."""
     rules = table_rules(8, SearchRules(eos=(1, 2, 3)))
-    runner = TableRunner(lambda *_: only(1, 2, 3, 4, 5), rules)
-    search(runner, rules, SearchOptions(beam_size=2, length_penalty=3.0, early_stopping=EarlyStopping.NEVER))
-    assert [step.rows for step in runner.trace[:3]] == [1, 2, 2]
+    backend = TableBackend(lambda *_: only(1, 2, 3, 4, 5), rules)
+    search(backend, rules, SearchOptions(beam_size=2, length_penalty=3.0, early_stopping=EarlyStopping.NEVER))
+    assert [step.rows for step in backend.trace[:3]] == [1, 2, 2]
 
 
 def test_nothing_left_to_generate_is_a_failure_and_no_hang() -> None:

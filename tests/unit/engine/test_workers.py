@@ -6,17 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
-from beamline_server.engine.testing import (
-    Faults,
-    Gate,
-    Inbox,
-    ManualClock,
-    RandomTable,
-    TableRunner,
-    Tokens,
-    run_alone,
-    table_rules,
-)
 
 from beamline_server.engine.admission import Capacity
 from beamline_server.engine.backend import Backend
@@ -34,6 +23,17 @@ from beamline_server.engine.observer import NullObserver, StepObserver
 from beamline_server.engine.request import Completed, Failed, GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.step import Clock
 from beamline_server.engine.workers import Engine
+from doubles.engine import (
+    Faults,
+    Gate,
+    Inbox,
+    ManualClock,
+    RandomTable,
+    TableBackend,
+    Tokens,
+    run_alone,
+    table_rules,
+)
 
 RULES = table_rules(8, max_source_tokens=50)
 TABLE = RandomTable(8)
@@ -55,8 +55,8 @@ def request(
     return GenerationRequest(RequestId(number), source, options, deadline, stream=stream)
 
 
-def runner(*, gate: Gate | None = None, faults: Faults | None = None) -> TableRunner:
-    return TableRunner(TABLE, RULES, gate=gate, faults=faults)
+def backend(*, gate: Gate | None = None, faults: Faults | None = None) -> TableBackend:
+    return TableBackend(TABLE, RULES, gate=gate, faults=faults)
 
 
 @dataclass
@@ -94,7 +94,7 @@ def start() -> Iterator[Start]:
     engines: list[Engine] = []
 
     def started(
-        *runners: TableRunner,
+        *backends: TableBackend,
         gate: Gate | None = None,
         rows: int = 64,
         queue_rows: int = 64,
@@ -103,7 +103,7 @@ def start() -> Iterator[Start]:
     ) -> Running:
         inbox = Inbox()
         engine = Engine(
-            runners or [runner(gate=gate)],
+            backends or [backend(gate=gate)],
             RULES,
             Capacity(rows, 1 << 30),
             queue_rows=queue_rows,
@@ -129,7 +129,7 @@ def tokens_of(outcome: Completed | Failed) -> Tokens:
 
 
 def tokens_alone(asked: GenerationRequest) -> Tokens:
-    return tokens_of(run_alone(runner(), RULES, asked))
+    return tokens_of(run_alone(backend(), RULES, asked))
 
 
 # -- submitting -------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_load_tells_who_runs_and_who_waits(start: Start) -> None:
 
 def test_workers_share_the_load(start: Start) -> None:
     """A wide request goes to one worker, the narrow ones after it to the other."""
-    first, second = runner(), runner()
+    first, second = backend(), backend()
     running = start(first, second)
     assert running.engine.row_capacity == 128
     running.submit(request(1, beams=4), *(request(number) for number in range(2, 6)))
@@ -252,8 +252,8 @@ def test_workers_share_the_load(start: Start) -> None:
     assert [source[-1] for batch in second.encoded for source in batch] == [2, 3, 4, 5]
 
 
-def test_workers_may_share_one_runner(start: Start) -> None:
-    shared = runner()
+def test_workers_may_share_one_backend(start: Start) -> None:
+    shared = backend()
     running = start(shared, shared)
     asked = [request(number, beams=1 + number % 5) for number in range(30)]
     for one in asked:
@@ -262,8 +262,8 @@ def test_workers_may_share_one_runner(start: Start) -> None:
     assert {one.id: tokens_of(outcomes[one.id]) for one in asked} == {one.id: tokens_alone(one) for one in asked}
 
 
-def test_warming_up_runs_each_distinct_runner_once(start: Start) -> None:
-    shared, other = runner(), runner()
+def test_warming_up_runs_each_distinct_backend_once(start: Start) -> None:
+    shared, other = backend(), backend()
     running = start(shared, shared, other)
     checked: list[Backend] = []
     running.engine.warm_up(checked.append)
@@ -319,7 +319,7 @@ def test_the_step_that_runs_while_a_request_is_cancelled_counts_and_so_does_a_de
 
 
 def test_one_call_cancels_at_all_workers(start: Start) -> None:
-    running = start(runner(), runner())
+    running = start(backend(), backend())
     running.submit(request(1, tokens=FOR_EVER), request(2, tokens=FOR_EVER))
     running.engine.cancel([RequestId(1), RequestId(2)])
     assert isinstance(running.error(1), RequestCancelled)
@@ -349,7 +349,7 @@ def test_stopping_with_grace_finishes_what_was_accepted(start: Start) -> None:
 
 
 def test_stopping_without_grace_fails_the_rest_once(start: Start) -> None:
-    running = start(runner(), runner(), rows=4)
+    running = start(backend(), backend(), rows=4)
     running.submit(*(request(number, beams=2, tokens=FOR_EVER) for number in range(6)))
     running.engine.stop(0)
     running.engine.check()
@@ -392,7 +392,7 @@ def test_a_stopped_engine_refuses(start: Start) -> None:
 
 def test_an_engine_that_never_started_can_be_stopped() -> None:
     inbox = Inbox()
-    engine = Engine([runner()], RULES, Capacity(8, 1 << 20), queue_rows=8, deliver=inbox, observer=NullObserver())
+    engine = Engine([backend()], RULES, Capacity(8, 1 << 20), queue_rows=8, deliver=inbox, observer=NullObserver())
     engine.submit([request(1), request(2)])
     engine.stop(10)
     engine.check()
@@ -414,7 +414,7 @@ def test_an_engine_that_never_started_can_be_stopped() -> None:
 def test_the_death_of_a_worker_reaches_every_waiter(start: Start, faults: Faults) -> None:
     """Who runs, who is being started, who waits in the queue or still in the mailbox."""
     gate = Gate()
-    running = start(runner(gate=gate, faults=faults), gate=gate, rows=2)
+    running = start(backend(gate=gate, faults=faults), gate=gate, rows=2)
     running.submit(*(request(number) for number in range(4)))
     gate.open()
     assert {type(running.error(number)) for number in range(4)} == {StepFailed}
@@ -426,7 +426,7 @@ def test_the_death_of_a_worker_reaches_every_waiter(start: Start, faults: Faults
 
 def test_what_a_dying_worker_finds_in_its_mailbox_fails_too(start: Start) -> None:
     gate = Gate()
-    running = start(runner(gate=gate, faults=Faults(step={0: SystemExit()})), gate=gate)
+    running = start(backend(gate=gate, faults=Faults(step={0: SystemExit()})), gate=gate)
     running.submit(request(1))
     gate.wait_for_arrival()
     running.submit(request(2))
@@ -438,7 +438,7 @@ def test_what_a_dying_worker_finds_in_its_mailbox_fails_too(start: Start) -> Non
 
 
 def test_the_other_workers_go_on_when_one_has_died(start: Start) -> None:
-    running = start(runner(faults=Faults(step={0: SystemExit()})), runner())
+    running = start(backend(faults=Faults(step={0: SystemExit()})), backend())
     running.submit(request(1))
     assert isinstance(running.error(1), StepFailed)
     running.submit(*(request(number) for number in range(2, 6)))
@@ -448,7 +448,7 @@ def test_the_other_workers_go_on_when_one_has_died(start: Start) -> None:
 
 
 def test_a_dead_worker_holds_no_room(start: Start) -> None:
-    running = start(runner(faults=Faults(step={0: SystemExit()})), runner(), rows=4, queue_rows=0)
+    running = start(backend(faults=Faults(step={0: SystemExit()})), backend(), rows=4, queue_rows=0)
     running.submit(request(1, beams=4))
     running.error(1)
     load = running.engine.load()
@@ -456,7 +456,7 @@ def test_a_dead_worker_holds_no_room(start: Start) -> None:
 
 
 def test_a_failed_step_is_no_death(start: Start) -> None:
-    running = start(runner(faults=Faults(step={0: RuntimeError()}, encode={1: RuntimeError()})))
+    running = start(backend(faults=Faults(step={0: RuntimeError()}, encode={1: RuntimeError()})))
     for number in (1, 2):
         running.submit(request(number))
         assert isinstance(running.error(number), StepFailed)
@@ -470,7 +470,7 @@ def test_a_failed_step_is_no_death(start: Start) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_many_threads_submit_and_cancel_and_everybody_gets_one_outcome(start: Start, seed: int) -> None:
-    running = start(runner(), runner(), rows=16, queue_rows=24)
+    running = start(backend(), backend(), rows=16, queue_rows=24)
     accepted: set[int] = set()
 
     def caller(numbers: Sequence[int]) -> None:

@@ -2,39 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+import numpy as np
 import pytest
-from beamline_server.engine.testing import (
-    Faults,
-    ManualClock,
-    RandomTable,
-    TableRunner,
-    Tokens,
-    run_alone,
-    run_until_idle,
-    table_rules,
-)
-from beamline_server.engine.testing_core import (
-    RULES,
-    TABLE,
-    Bench,
-    alone,
-    assert_as_alone,
-    bench,
-    failure,
-    outcomes,
-    pieces,
-    request,
-    source_of,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beamline_server.engine.admission import ENCODE_TOGETHER, Capacity
-from beamline_server.engine.backend import Cache, StepBatch
+from beamline_server.engine.backend import StepResult
 from beamline_server.engine.errors import DeadlineExceeded, EngineStopped, RequestCancelled, StepFailed
 from beamline_server.engine.observer import NullObserver
+from beamline_server.engine.pack import Extent
 from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import (
     Completed,
@@ -49,7 +27,31 @@ from beamline_server.engine.request import (
     SearchOptions,
 )
 from beamline_server.engine.step import EngineCore
-from beamline_server.engine.table import FloatArray
+from beamline_server.engine.table import IntArray, Table
+from doubles.core import (
+    RULES,
+    TABLE,
+    Bench,
+    alone,
+    assert_as_alone,
+    bench,
+    failure,
+    outcomes,
+    pieces,
+    request,
+    source_of,
+)
+from doubles.engine import (
+    Faults,
+    ManualClock,
+    RandomTable,
+    TableBackend,
+    Tokens,
+    run_alone,
+    run_until_idle,
+    table_rules,
+)
+from doubles.memory import TableMemory
 
 # -- random traffic ---------------------------------------------------------------------------------------------------
 
@@ -110,8 +112,8 @@ def simulate(bench: Bench, traffic: Sequence[Arrival]) -> list[Event]:
     return events
 
 
-def slots_taken(runner: TableRunner, source: Tokens) -> list[Tokens]:
-    return [step.taken[step.sources.index(source)] for step in runner.trace if source in step.sources]
+def slots_taken(backend: TableBackend, source: Tokens) -> list[Tokens]:
+    return [step.taken[step.sources.index(source)] for step in backend.trace if source in step.sources]
 
 
 @given(arrivals())
@@ -128,12 +130,12 @@ def test_everybody_gets_one_outcome_and_it_is_the_one_they_would_get_alone(traff
             reasons = {RequestCancelled: arrival.cancelled_at, DeadlineExceeded: asked.deadline}
             assert reasons[type(outcome.error)] is not None
             continue
-        by_itself = TableRunner(TABLE, RULES)
+        by_itself = TableBackend(TABLE, RULES)
         expected = run_alone(by_itself, RULES, asked)
         assert isinstance(expected, Completed)
         assert outcome.hypotheses == expected.hypotheses
         assert outcome.timing.steps == expected.timing.steps
-        assert slots_taken(engine.runner, asked.source) == slots_taken(by_itself, asked.source)
+        assert slots_taken(engine.backend, asked.source) == slots_taken(by_itself, asked.source)
         told = pieces(events, asked.id)
         assert told == outcome.hypotheses[0].tokens[: len(told)]
         assert asked.stream or not told
@@ -143,7 +145,7 @@ def test_everybody_gets_one_outcome_and_it_is_the_one_they_would_get_alone(traff
 def test_requests_start_in_the_order_in_which_they_came(traffic: list[Arrival]) -> None:
     engine = bench(rows=20, slots=4096, encode_tokens=60)
     simulate(engine, traffic)
-    started = [source[-1] for batch in engine.runner.encoded for source in batch]
+    started = [source[-1] for batch in engine.backend.encoded for source in batch]
     came = [a.request.id for a in sorted(traffic, key=lambda arrival: arrival.at)]
     assert started == [number for number in came if number in set(started)]
 
@@ -155,7 +157,7 @@ def test_an_empty_engine_is_idle() -> None:
     engine = bench()
     assert engine.core.idle
     assert engine.step() == []
-    assert engine.runner.trace == []
+    assert engine.backend.trace == []
     assert engine.core.last_step_at is None
 
 
@@ -165,16 +167,16 @@ def test_a_newcomer_joins_at_the_next_step() -> None:
     engine.step()
     engine.core.accept([request(2)])
     engine.step()
-    assert engine.runner.trace[-1].sources == (source_of(1, 3), source_of(2, 3))
-    assert engine.runner.trace[-1].positions == (1, 0)
+    assert engine.backend.trace[-1].sources == (source_of(1, 3), source_of(2, 3))
+    assert engine.backend.trace[-1].positions == (1, 0)
 
 
-def test_a_finished_sentence_leaves_at_its_step_and_a_newcomer_takes_its_seat() -> None:
+def test_a_finished_sequence_leaves_at_its_step_and_a_newcomer_takes_its_place() -> None:
     engine = bench(rows=2)
     engine.core.accept([request(1, tokens=1), request(2, tokens=5), request(3)])
     assert list(outcomes(engine.step())) == [1]
     engine.step()
-    assert engine.runner.trace[-1].sources == (source_of(3, 3), source_of(2, 3))
+    assert engine.backend.trace[-1].sources == (source_of(3, 3), source_of(2, 3))
 
 
 def test_rows_are_packed_whatever_the_widths() -> None:
@@ -182,12 +184,12 @@ def test_rows_are_packed_whatever_the_widths() -> None:
     engine = bench()
     engine.core.accept([request(1, beams=16), request(2)])
     engine.step()
-    assert engine.runner.trace[-1].rows == 2
+    assert engine.backend.trace[-1].rows == 2
     engine.step()
     # Seven tokens but the end follow the first: the beams of the second step.
-    assert engine.runner.trace[-1].rows == 7 + 1
+    assert engine.backend.trace[-1].rows == 7 + 1
     engine.step()
-    assert engine.runner.trace[-1].rows == 16 + 1
+    assert engine.backend.trace[-1].rows == 16 + 1
 
 
 def test_timing_tells_where_the_time_went() -> None:
@@ -207,7 +209,7 @@ def test_encoding_is_bounded_per_step() -> None:
     engine.step()
     assert (engine.core.running_requests, engine.core.queued_requests, engine.core.queued_rows) == (2, 3, 3)
     engine.finish()
-    assert [len(batch) for batch in engine.runner.encoded] == [2, 2, 1]
+    assert [len(batch) for batch in engine.backend.encoded] == [2, 2, 1]
 
 
 def test_who_waits_is_encoded_with_who_starts() -> None:
@@ -275,7 +277,7 @@ def test_a_cancelled_request_frees_its_rows_at_the_next_step() -> None:
     engine.core.cancel([RequestId(1)])
     ends = outcomes(engine.step())
     assert isinstance(failure(ends[RequestId(1)]), RequestCancelled)
-    assert engine.runner.trace[-1].sources == (source_of(2, 3),)
+    assert engine.backend.trace[-1].sources == (source_of(2, 3),)
 
 
 def test_a_request_can_be_cancelled_while_it_waits() -> None:
@@ -312,7 +314,7 @@ def test_a_deadline_ends_a_running_request() -> None:
         assert engine.step() == []
     ends = outcomes(engine.step())
     assert failure(ends[RequestId(1)]) == DeadlineExceeded("decoding")
-    assert engine.runner.trace[-1].sources == (source_of(2, 3),)
+    assert engine.backend.trace[-1].sources == (source_of(2, 3),)
 
 
 def test_a_deadline_ends_a_request_that_waits() -> None:
@@ -339,7 +341,7 @@ def test_a_deadline_that_has_passed_costs_no_encoding() -> None:
     engine = bench()
     engine.core.accept([request(1, deadline=0.0)])
     assert failure(engine.finish()[RequestId(1)]) == DeadlineExceeded("queueing")
-    assert engine.runner.encoded == []
+    assert engine.backend.encoded == []
 
 
 # -- failing ----------------------------------------------------------------------------------------------------------
@@ -368,8 +370,8 @@ def test_a_failed_encoding_does_not_fail_those_who_wait() -> None:
         assert_as_alone(ends[RequestId(number)], request(number))
 
 
-def test_a_failed_step_fails_its_lane_and_the_next_request_is_served() -> None:
-    """The long source sits in a lane of its own, which goes on."""
+def test_a_failed_step_fails_its_bucket_and_the_next_request_is_served() -> None:
+    """The long source is in a bucket of its own, which goes on."""
     engine = bench(faults=Faults(step={2: RuntimeError("no")}))
     engine.core.accept([request(1), request(2, beams=3), request(3, source_tokens=80)])
     engine.step()
@@ -381,7 +383,7 @@ def test_a_failed_step_fails_its_lane_and_the_next_request_is_served() -> None:
     assert_as_alone(ends[RequestId(4)], request(4, beams=2))
 
 
-def test_when_every_lane_fails_everybody_hears_of_it() -> None:
+def test_when_every_bucket_fails_everybody_hears_of_it() -> None:
     engine = bench(faults=Faults(step={2: RuntimeError("no"), 3: RuntimeError("neither")}))
     engine.core.accept([request(1), request(2, source_tokens=80)])
     engine.step()
@@ -390,26 +392,39 @@ def test_when_every_lane_fails_everybody_hears_of_it() -> None:
     assert engine.core.idle
 
 
-class HalfTokens(TableRunner):
-    """Its first answer names tokens that nothing can be done with."""
+class NoTokens(TableMemory):
+    """Its first answer has tokens that nothing can be done with."""
 
     spoiled = False
 
-    def step(self, cache: Cache, batch: StepBatch) -> tuple[FloatArray, Any]:
-        logprob, token = super().step(cache, batch)
+    def run(self, table: Table, members: IntArray, needed: Extent, candidates: int, *, logprobs: bool) -> StepResult:
+        result = super().run(table, members, needed, candidates, logprobs=logprobs)
         if self.spoiled:
-            return logprob, token
+            return result
         self.spoiled = True
-        return logprob, token + 0.5
+        return replace(result, top_token=np.full(result.top_token.shape, None, np.object_))
 
 
-def test_a_failed_decision_fails_who_runs_and_the_next_request_is_served() -> None:
-    engine = bench(make_runner=HalfTokens)
-    engine.core.accept([request(1), request(2)])
-    ends = engine.finish()
+class HalfBroken(TableBackend):
+    """Nothing can be done with the first answer of its third memory: that of the bucket that short requests share."""
+
+    memories = 0
+
+    def new_memory(self) -> TableMemory:
+        self.memories += 1
+        return NoTokens(self, padded=False) if self.memories == 3 else super().new_memory()
+
+
+def test_a_failed_decision_fails_its_bucket_and_the_next_request_is_served() -> None:
+    """The long source is in a bucket of its own, which goes on."""
+    engine = bench(make_backend=HalfBroken)
+    engine.core.accept([request(1), request(2), request(3, source_tokens=80)])
+    ends = outcomes(engine.step())
     assert {number: type(failure(end)) for number, end in ends.items()} == {1: StepFailed, 2: StepFailed}
-    engine.core.accept([request(3)])
-    assert_as_alone(engine.finish()[RequestId(3)], request(3))
+    engine.core.accept([request(4)])
+    ends = engine.finish()
+    assert_as_alone(ends[RequestId(4)], request(4))
+    assert_as_alone(ends[RequestId(3)], request(3, source_tokens=80))
 
 
 def test_the_cause_of_a_failure_is_logged_under_its_id(caplog: pytest.LogCaptureFixture) -> None:
@@ -424,20 +439,20 @@ def test_the_cause_of_a_failure_is_logged_under_its_id(caplog: pytest.LogCapture
     assert str(record.exc_info[1]) == "the cause"
 
 
-class OutOfMemory(TableRunner):
-    """Has no memory for its first cache."""
+class OutOfMemory(TableBackend):
+    """Has no memory for its first bucket."""
 
     failed = False
 
-    def new_cache(self) -> Cache:
+    def new_memory(self) -> TableMemory:
         if not self.failed:
             self.failed = True
             raise MemoryError
-        return super().new_cache()
+        return super().new_memory()
 
 
-def test_a_failed_seating_fails_who_runs_and_the_next_request_is_served() -> None:
-    engine = bench(make_runner=OutOfMemory)
+def test_a_failed_placing_fails_who_runs_and_the_next_request_is_served() -> None:
+    engine = bench(make_backend=OutOfMemory)
     engine.core.accept([request(1), request(2)])
     ends = engine.finish()
     assert {number: type(failure(end)) for number, end in ends.items()} == {1: StepFailed, 2: StepFailed}
@@ -448,8 +463,8 @@ def test_a_failed_seating_fails_who_runs_and_the_next_request_is_served() -> Non
 def test_a_search_without_any_result_fails_alone() -> None:
     """All tokens but the end are banned, and the end is too early."""
     rules = table_rules(3, SearchRules(eos=(1,), banned=(0, 2)))
-    runner = TableRunner(RandomTable(3), rules)
-    core = EngineCore(runner, rules, Capacity(8, 1024), clock=ManualClock(), observer=NullObserver())
+    backend = TableBackend(RandomTable(3), rules)
+    core = EngineCore(backend, rules, Capacity(8, 1024), clock=ManualClock(), observer=NullObserver())
     hopeless, fine = request(1, beams=2), replace(request(2), options=SearchOptions(max_new_tokens=3))
     core.accept([hopeless, fine])
     ends = outcomes(run_until_idle(core))

@@ -46,7 +46,7 @@ def test_no_rows_are_no_run() -> None:
     mover(16, np.float32).move((0, 0), (0, 0), nothing, nothing)
 
 
-def test_rows_of_seats_are_counted_in_every_tensor() -> None:
+def test_rows_of_batch_indices_are_counted_in_every_tensor() -> None:
     rows = flat_rows(2, 100, np.array([10, 40]), np.array([3, 1]))
     assert rows.tolist() == [10, 11, 12, 40, 110, 111, 112, 140]
     assert flat_rows(2, 100, np.zeros(0, np.int64), np.zeros(0, np.int64)).tolist() == []
