@@ -7,11 +7,20 @@ many at a time as there is room for at their worst.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
 from beamline_server.engine.admission import MOST_ROWS, Capacity, cost
-from beamline_server.engine.request import EarlyStopping, GenerationRequest, LengthPenaltyKind, RequestId, SearchOptions
+from beamline_server.engine.request import (
+    EarlyStopping,
+    Finish,
+    GenerationRequest,
+    Hypothesis,
+    LengthPenaltyKind,
+    RequestId,
+    SearchOptions,
+)
 from beamline_server.engine.step import ModelRules
 from beamline_server.engine.table import FloatArray
 
@@ -59,7 +68,7 @@ class NaiveStep:
 
     rows: dict[RequestId, int] = field(default_factory=dict)
     pieces: dict[RequestId, Tokens] = field(default_factory=dict)
-    completed: dict[RequestId, list[tuple[Path, np.float32]]] = field(default_factory=dict)
+    completed: dict[RequestId, tuple[Hypothesis, ...]] = field(default_factory=dict)
     failed: dict[RequestId, str] = field(default_factory=dict)
 
 
@@ -179,11 +188,16 @@ class NaiveEngine:
 
     def _end(self, search: Search, result: NaiveStep) -> None:
         options = search.request.options
-        best = [(path, path.score(len(path.tokens), options)) for path in search.finished[: options.n_best]]
+        best = tuple(self._hypothesis(path, options) for path in search.finished[: options.n_best])
         if best:
             result.completed[search.request.id] = best
         else:
             result.failed[search.request.id] = "nothing found"
+
+    def _hypothesis(self, path: Path, options: SearchOptions) -> Hypothesis:
+        logprobs = tuple(float(after) - float(before) for before, after in pairwise(path.totals))
+        finish = Finish.END_OF_SEQUENCE if path.tokens[-1] in self._rules.search.eos else Finish.LENGTH
+        return Hypothesis(path.tokens, float(path.score(len(path.tokens), options)), logprobs, finish)
 
     def _tell(self, search: Search, result: NaiveStep) -> None:
         """Tell what all that may still win begin with, as far as it has not been told."""

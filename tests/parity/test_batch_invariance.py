@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from doubles.engine import ManualClock, run_alone
 
 from beamline_server.bundle import Bundle
 from beamline_server.engine.admission import Capacity
@@ -34,6 +33,7 @@ from beamline_server.engine.request import (
 from beamline_server.engine.step import EngineCore, ModelRules
 from beamline_server.models.load import model_rules
 from beamline_server.tokenizer import load_tokenizer
+from doubles.engine import ManualClock, run_alone
 
 pytestmark = pytest.mark.parity
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
-from doubles.engine import Inbox, ManualClock
 from dynamic_batching import DynamicBatching, Limits, Translate, parts
 
 from beamline_server.engine.admission import RequestLevel
@@ -30,6 +29,7 @@ from beamline_server.engine.request import (
     RequestId,
     SearchOptions,
 )
+from doubles.engine import Inbox, ManualClock
 
 LONG_S = 1e6
 """A delay that no test waits for."""

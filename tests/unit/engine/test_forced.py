@@ -12,7 +12,8 @@ from beamline_server.engine.forced import forced_decode, forced_rows
 from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.search import start
 from beamline_server.engine.table import SequenceTable
-from doubles.engine import RandomTable, TableBackend, Tokens, table_rules
+from doubles.engine import RandomTable, TableBackend, table_rules
+from doubles.memory import Tokens
 
 VOCABULARY = 8
 RULES = table_rules(VOCABULARY)

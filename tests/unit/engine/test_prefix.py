@@ -26,8 +26,8 @@ from beamline_server.engine.request import (
 )
 from beamline_server.engine.step import EngineCore, ModelRules
 from doubles.core import alone, assert_as_alone, bench, outcomes, pieces, request, source_of
-from doubles.engine import LogprobTable, ManualClock, RandomTable, TableBackend, Tokens, run_alone, table_rules
-from doubles.memory import TracedStep
+from doubles.engine import LogprobTable, ManualClock, RandomTable, TableBackend, run_alone, table_rules
+from doubles.memory import Tokens, TracedStep
 
 VOCABULARY = 12
 LENGTHS = (0, 1, 15, 16, 17, 40)

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from doubles.engine import Faults, RandomTable, TableBackend, table_rules
 from numpy.typing import NDArray
 
 from beamline_export.agreement import NEAR_TIE, Parting, find_parting, search_all
 from beamline_export.reference_search import Candidate, SearchTrace, Step, reference_search
 from beamline_export.spec import ExportError
 from beamline_server.engine.request import EarlyStopping, SearchOptions
+from doubles.engine import Faults, RandomTable, TableBackend, table_rules
 
 VOCABULARY = 12
 SOURCE = (3, 5, 1)

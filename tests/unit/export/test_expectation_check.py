@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doubles.engine import RandomTable, TableBackend
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -23,6 +22,7 @@ from beamline_server.engine.request import EarlyStopping, SearchOptions
 from beamline_server.engine.step import ModelRules
 from beamline_server.models.load import model_rules
 from beamline_server.testing import make_manifest
+from doubles.engine import RandomTable, TableBackend
 
 VOCABULARY, LIMIT = 12, 9
 SOURCES = [(3, 5, 1), (4, 1), (7, 7, 2, 1), (9, 1)]
