@@ -56,7 +56,7 @@ from beamline_server.bundle import (
     read_manifest,
 )
 from beamline_server.engine.backend import Backend
-from beamline_server.engine.forced import forced_decode
+from beamline_server.models.forced import forced_decode
 from beamline_server.models.load import DeviceError, build_backend, choose_device, usable_cores
 from beamline_server.tokenizer import load_tokenizer
 

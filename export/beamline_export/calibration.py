@@ -22,10 +22,10 @@ from beamline_export.parity import Progress
 from beamline_export.precision import Fp32Store
 from beamline_export.spec import Array, ExportError
 from beamline_server.bundle import Bundle, GenerationDefaults
-from beamline_server.engine.forced import forced_decode
 from beamline_server.engine.ort.cpu import CpuBackend, CpuMemory
 from beamline_server.engine.ort.sessions import Sessions
 from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, SearchOptions
+from beamline_server.models.forced import forced_decode
 from beamline_server.models.load import model_rules, usable_cores
 from beamline_server.tokenizer import load_tokenizer
 

@@ -19,9 +19,9 @@ from beamline_export.reference_search import reference_search
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle
 from beamline_server.engine.backend import Backend
-from beamline_server.engine.forced import forced_rows
 from beamline_server.engine.ort.sessions import read_values
 from beamline_server.engine.request import EarlyStopping, SearchOptions
+from beamline_server.models.forced import forced_rows
 from beamline_server.models.load import model_rules
 
 Progress = Callable[[str, int], Iterator[int]]

@@ -16,9 +16,10 @@ import numpy as np
 
 from beamline_server.engine.admission import SHARED_WIDTH, WIDTHS
 from beamline_server.engine.backend import Encoded, StepResult
-from beamline_server.engine.pack import Extent, extent
+from beamline_server.engine.pack import Extent, extent, widths
 from beamline_server.engine.table import IntArray, Table
 
+_WIDTHS = np.array(WIDTHS)
 GRANULE = 8
 """Slots and source positions of a batch index are a multiple of this: few distinct shapes, seldom a change of shape."""
 
@@ -171,10 +172,10 @@ class Buckets:
         if not self._number:
             return {}
         indices = np.fromiter(self._number, np.int64, len(self._number))
-        sequences = table.sequences[indices]
-        needed = np.maximum(sequences["slots_end"], sequences["source_length"])
-        numbers = np.maximum(np.searchsorted(WIDTHS, needed), self._narrowest(len(indices)))
-        return dict(zip(self._number, np.maximum(numbers, list(self._number.values())).tolist(), strict=True))
+        wanted = np.searchsorted(_WIDTHS, widths(table, indices)).tolist()
+        least = self._narrowest(len(indices))
+        pairs = zip(self._number.items(), wanted, strict=True)
+        return {index: max(number, now, least) for (index, now), number in pairs}
 
     def _fill(self, bucket: MemoryBucket, here: list[int], origins: dict[int, FromBatch], table: Table) -> None:
         """Bring a bucket to the members and the shape that it needs."""

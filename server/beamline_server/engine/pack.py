@@ -91,6 +91,16 @@ def extent(table: Table, members: IntArray) -> Extent:
 
 
 @compiled
+def widths(table: Table, indices: IntArray) -> IntArray:
+    """Slots or source positions of each of some sequences, whichever are more."""
+    result = np.empty(len(indices), np.int64)
+    for i in range(len(indices)):
+        sequence = table.sequences[indices[i]]
+        result[i] = max(sequence.slots_end, sequence.source_length)
+    return result
+
+
+@compiled
 def pack_step(
     table: Table, members: IntArray, batch_index: IntArray, attended: Any, masked: Any, into: StepInputs
 ) -> None:

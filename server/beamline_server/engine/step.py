@@ -175,12 +175,8 @@ class EngineCore:
             return events
         began, rows, over = self._clock(), 0, 0
         for bucket in self._place(events):
-            try:
-                over += self._advance(bucket)
-                rows += bucket.needed.rows
-            except Exception as error:  # whatever it was, every waiter must hear of it; the other buckets go on
-                failure = logged_failure(error, "a decode step")
-                events += [Failed(self._leave(index).request.id, failure) for index in bucket.members.tolist()]
+            ran, done = self._advance(bucket, events)
+            rows, over = rows + ran, over + done
         self._note(began, rows)
         return events + self._deliver(over)
 
@@ -285,13 +281,18 @@ class EngineCore:
             events += [Failed(self._forget(index).request.id, failure) for index in list(self._running)]
             return []
 
-    def _advance(self, bucket: Bucket) -> int:
-        """Compute the rows of a bucket, and advance its sequences by what they came to; returns how many are over."""
-        search, needed = self._rules.search, bucket.needed
-        candidates = search.needed_candidates(needed.beams, self._rules.vocabulary)
-        result = bucket.run(self._table.arrays, candidates)
-        self._table.reserve(slots=needed.slots + MOST_ROWS, steps=needed.length + 1)
-        return decide(self._search, self._table.arrays, bucket.members, result.top_logprob, result.top_token)
+    def _advance(self, bucket: Bucket, events: list[Event]) -> tuple[int, int]:
+        """Run a bucket and decide for its sequences; if that fails, only they end. Returns rows, and who is over."""
+        needed, search = bucket.needed, self._rules.search
+        try:
+            self._table.reserve(slots=needed.slots + MOST_ROWS, steps=needed.length + 1)
+            result = bucket.run(self._table.arrays, search.needed_candidates(needed.beams, self._rules.vocabulary))
+            over = decide(self._search, self._table.arrays, bucket.members, result.top_logprob, result.top_token)
+        except Exception as error:  # as above
+            failure = logged_failure(error, "a decode step")
+            events += [Failed(self._leave(index).request.id, failure) for index in bucket.members.tolist()]
+            return 0, 0
+        return needed.rows, over
 
     def _note(self, began: float, rows: int) -> None:
         self.last_step_at = self._clock()

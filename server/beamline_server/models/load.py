@@ -19,12 +19,12 @@ from beamline_server.engine.admission import (
     number_of,
 )
 from beamline_server.engine.backend import Backend
-from beamline_server.engine.forced import forced_decode
 from beamline_server.engine.observer import NullObserver, StepObserver
 from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import MAX_BEAMS, Deliver, Failed, GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.step import ENCODE_TOKENS, EngineCore, ModelRules
 from beamline_server.engine.workers import Engine
+from beamline_server.models.forced import forced_decode
 
 _log = logging.getLogger(__name__)
 

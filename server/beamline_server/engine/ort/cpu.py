@@ -130,7 +130,7 @@ class CpuMemory:
         self.own = _Tensors(self._tensors, sessions.width, sessions.dtype)
         self.cross = _Tensors(self._tensors, sessions.width, sessions.dtype)
         self._binding = sessions.decoder.io_binding()
-        self._bound: tuple[tuple[int, ...], ...] = ()
+        self._caches_bound = False
         self._shape: tuple[int, ...] = ()
         self._batch_index: IntArray = np.zeros(0, np.int64)
         self._inputs: StepInputs | None = None
@@ -159,8 +159,10 @@ class CpuMemory:
             elif isinstance(origin.memory, CpuMemory):
                 own[b] = [origin.memory.own.tensor(t)[origin.batch_index] for t in range(self._tensors)]
                 cross[b] = [origin.memory.cross.tensor(t)[origin.batch_index] for t in range(self._tensors)]
+        before = (self.own.layout(), self.cross.layout())
         self.own.arrange(origins, slots, own)
         self.cross.arrange(origins, source_width, cross)
+        self._caches_bound = self._caches_bound and before == (self.own.layout(), self.cross.layout())
 
     def run(self, table: Table, members: IntArray, needed: Extent, candidates: int, *, logprobs: bool) -> StepResult:
         """As `Memory.run`."""
@@ -175,13 +177,10 @@ class CpuMemory:
 
     def _bind(self, batch: int, needed: Extent, candidates: int, *, logprobs: bool) -> tuple[StepInputs, StepResult]:
         """Bind what is not bound yet: most stays the same while nobody comes or goes."""
-        bound = (self.own.layout(), self.cross.layout())
         shape = (batch, needed.rows, max(needed.queries, LEAST_QUERIES), self.slots, candidates, logprobs)
-        if bound != self._bound or self._shape[-1:] != (logprobs,):
-            self._binding.clear_binding_inputs()
-            self._binding.clear_binding_outputs()
+        if not self._caches_bound or self._shape[-1:] != (logprobs,):
             self._bind_caches()
-            self._bound, self._shape = bound, ()
+            self._caches_bound, self._shape = True, ()
         if shape != self._shape or self._inputs is None or self._outputs is None:
             self._inputs = self._bind_inputs(*shape[:4])
             self._outputs = self._bind_outputs(needed.rows, candidates, logprobs=logprobs)
@@ -190,6 +189,8 @@ class CpuMemory:
 
     def _bind_caches(self) -> None:
         """Bind pools as inputs and as outputs to the same memory: the graph then writes them in place."""
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
         for t, (own, cross) in enumerate(zip(self._sessions.self_names, self._sessions.cross_names, strict=True)):
             self._bind_input(own, self.own.tensor(t))
             self._bind_output(f"{own}_out", self.own.tensor(t))
