@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from beamline_server.engine.build import build_runner, model_rules
 
 from beamline_export.agreement import NEAR_TIE, Tokens, searching_core
 from beamline_export.bundle_writer import ExportOptions, export
@@ -21,6 +20,7 @@ from beamline_export.reference_search import SearchTrace
 from beamline_export.testing import EOS, write_hugging_face
 from beamline_server.bundle import Bundle
 from beamline_server.engine.request import Completed, EarlyStopping, GenerationRequest, RequestId, SearchOptions
+from beamline_server.models.load import build_backend, model_rules
 from beamline_server.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.parity
@@ -113,7 +113,7 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 def searched(bundle: Bundle, requests: Sequence[GenerationRequest]) -> list[Completed]:
     """The engine's answers to requests that run together, in their order."""
-    core = searching_core(build_runner(bundle, "cpu", threads=1), model_rules(bundle.manifest))
+    core = searching_core(build_backend(bundle, "cpu", threads=1), model_rules(bundle.manifest))
     core.accept(requests)
     done: dict[RequestId, Completed] = {}
     while not core.idle:

@@ -71,12 +71,14 @@ def forced_rows(
 
 def _run(bucket: Bucket, table: SequenceTable, *, logprobs: bool) -> Iterator[tuple[int, int, ForcedRow]]:
     result = bucket.run(table.arrays, 1, logprobs=logprobs)
+    # Copies: rows may be kept, and the next step may overwrite the result.
+    top_logprob, top_token = result.top_logprob.copy(), result.top_token.copy()
+    every = None if result.logprob is None else result.logprob.copy()
     row = 0
     for index in bucket.members.tolist():
         sequence = table.arrays.sequences[index]
         for position in sequence.position[: sequence.rows].tolist():
-            every = None if result.logprob is None else result.logprob[row]
-            yield index, position, ForcedRow(result.top_logprob[row], result.top_token[row], every)
+            yield index, position, ForcedRow(top_logprob[row], top_token[row], None if every is None else every[row])
             row += 1
 
 

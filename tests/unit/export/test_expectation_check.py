@@ -91,7 +91,7 @@ def quiet(_: str, count: int) -> Iterator[int]:
     return iter(range(count))
 
 
-def backend(table: Callable[[Any, Any], NDArray[np.float32]] = TABLE) -> TableBackend:
+def runner(table: Callable[[Any, Any], NDArray[np.float32]] = TABLE) -> TableBackend:
     return TableBackend(table, RULES)
 
 
@@ -109,15 +109,15 @@ def test_the_same_model_gives_what_is_expected(beam: int, end: bool) -> None:
     targets = [target[:-1] if not end and target[-1] == 1 else target for target in outputs(table, beam)]
     targets[0] = (1,)  # an output of the end alone is never without it
     check = expected(targets, beam_size=beam)
-    assert check.check(backend(table), quiet) == {"examples": 4, "same": 4, "near_ties": 0}
-    assert check.count_same(backend(table), quiet) == 4
+    assert check.check(runner(table), quiet) == {"examples": 4, "same": 4, "near_ties": 0}
+    assert check.count_same(runner(table), quiet) == 4
 
 
 @pytest.mark.parametrize("beam", [1, 4])
 def test_another_model_is_found(beam: int) -> None:
     targets = outputs(RandomTable(VOCABULARY, seed=2), beam)
     with pytest.raises(ExportError, match=r"expected\.jsonl: 0 of 4 outputs are as expected; the first that differs"):
-        expected(targets, beam_size=beam).check(backend(), quiet)
+        expected(targets, beam_size=beam).check(runner(), quiet)
 
 
 def test_the_first_difference_is_shown_with_likely_causes() -> None:
@@ -126,7 +126,7 @@ def test_the_first_difference_is_shown_with_likely_causes() -> None:
     token, behind = second_choice(path, 2)
     targets = outputs(Nudged(TABLE, SOURCES[0], path[:2], token, behind + 1))
     with pytest.raises(ExportError) as caught:
-        expected(targets).check(backend(), quiet)
+        expected(targets).check(runner(), quiet)
     row = TABLE(SOURCES[0], (0, *path[:2]))
     assert str(caught.value).startswith(
         "expected.jsonl: 3 of 4 outputs are as expected; the first that differs is in line 1, at token 3: "
@@ -144,9 +144,9 @@ def test_a_near_tie_is_no_difference(beam: int) -> None:
     if beam == 2:  # two hypotheses of one token, whose order is the near-tie
         targets = [target[:1] for target in targets]
     check = expected(targets, beam_size=beam, max_new_tokens=1 if beam == 2 else None)
-    assert check.check(backend(ours), quiet)["near_ties"] == 1
+    assert check.check(runner(ours), quiet)["near_ties"] == 1
     with pytest.raises(ExportError, match="3 of 4"):
-        check.check(backend(TABLE), quiet)
+        check.check(runner(TABLE), quiet)
 
 
 def test_after_a_near_tie_the_rest_still_counts() -> None:
@@ -158,7 +158,7 @@ def test_after_a_near_tie_the_rest_still_counts() -> None:
     best = TABLE(SOURCES[0], (0, *first[:2])).argmax()
     wrong = (*first[:2], int(best) - 1 if best > 2 else int(best) + 1)
     with pytest.raises(ExportError, match="at token 3"):
-        expected([wrong, *outputs(theirs)[1:]]).check(backend(ours), quiet)
+        expected([wrong, *outputs(theirs)[1:]]).check(runner(ours), quiet)
 
 
 def test_near_ties_alone_decide_nothing() -> None:
@@ -166,7 +166,7 @@ def test_near_ties_alone_decide_nothing() -> None:
         return np.full(VOCABULARY, -np.log(VOCABULARY), np.float32)
 
     with pytest.raises(ExportError, match=r"0 of 4 outputs are as expected, all others are near-ties"):
-        expected([(5, 6)] * 4).check(backend(flat), quiet)
+        expected([(5, 6)] * 4).check(runner(flat), quiet)
 
 
 def test_log_probabilities_are_compared_where_they_are_given() -> None:
@@ -184,7 +184,7 @@ def test_log_probabilities_are_compared_where_they_are_given() -> None:
         read = Expectations(Path("expected.jsonl"), tuple(enumerate(lines, 1)))
         return ExpectedOutputs(read, Bundle(Path("bundle"), MANIFEST, "f" * 64))
 
-    figures = given(-5e-4).check(backend(), quiet)
+    figures = given(-5e-4).check(runner(), quiet)
     assert figures.pop("max_logprob_difference") == pytest.approx(5e-4, rel=0.01)
     assert figures == {"examples": 4, "same": 4, "near_ties": 0, "with_logprobs": 4}
     wanted = logprobs[0][-1]
@@ -193,7 +193,7 @@ def test_log_probabilities_are_compared_where_they_are_given() -> None:
         rf"expected {wanted - 2e-3:.4f} \(allowed difference: 0\.001\); config\.json is probably wrong"
     )
     with pytest.raises(ExportError, match=message):
-        given(-2e-3).check(backend(), quiet)
+        given(-2e-3).check(runner(), quiet)
 
 
 def words_of(tokens: Sequence[int]) -> str:
@@ -223,10 +223,10 @@ def test_a_near_tie_is_no_difference_of_texts_either(tmp_path: Path) -> None:
     theirs, ours = (Nudged(TABLE, SOURCES[0], (), token, behind + by) for by in (2e-5, -2e-5))
     texts = [words_of(target) for target in outputs(theirs)]
     check = expected_texts(tmp_path, texts)
-    assert check.check(backend(theirs), quiet) == {"examples": 4, "same": 4, "near_ties": 0}
-    assert check.check(backend(ours), quiet) == {"examples": 4, "same": 3, "near_ties": 1}
+    assert check.check(runner(theirs), quiet) == {"examples": 4, "same": 4, "near_ties": 0}
+    assert check.check(runner(ours), quiet) == {"examples": 4, "same": 3, "near_ties": 1}
     with pytest.raises(ExportError, match=rf"3 of 4 .* in line 1: expected '{texts[0]}', got 'w"):
-        check.check(backend(TABLE), quiet)
+        check.check(runner(TABLE), quiet)
 
 
 def test_a_near_tie_excuses_no_text_that_it_does_not_lead_to(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_near_tie_excuses_no_text_that_it_does_not_lead_to(tmp_path: Path) -> 
     assert len(begin) > 2
     for wrong in ("w9 w9 w9 w9", " ".join([*begin[:-1], "w11"]), " ".join(begin[:-1]), f"{texts[0]} w3"):
         with pytest.raises(ExportError, match=rf"3 of 4 .* in line 1: expected '{wrong}', got 'w"):
-            expected_texts(tmp_path, [wrong, *texts[1:]]).check(backend(ours), quiet)
+            expected_texts(tmp_path, [wrong, *texts[1:]]).check(runner(ours), quiet)
 
 
 def test_a_text_that_differs_in_a_model_of_near_ties_is_told(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_text_that_differs_in_a_model_of_near_ties_is_told(tmp_path: Path) -> 
         return np.full(VOCABULARY, -np.log(VOCABULARY), np.float32)
 
     with pytest.raises(ExportError, match=r"0 of 4 outputs are as expected; the first that differs is in line 1"):
-        expected_texts(tmp_path, ["nothing like it"] * 4).check(backend(flat), quiet)
+        expected_texts(tmp_path, ["nothing like it"] * 4).check(runner(flat), quiet)
 
 
 def other_rules(**tokens: Any) -> ModelRules:
@@ -288,7 +288,7 @@ def test_an_output_that_ends_where_the_model_goes_on_is_told(end: bool) -> None:
 def test_a_part_of_an_output_of_a_beam_search_is_told() -> None:
     path = outputs(TABLE, 4)[0]
     with pytest.raises(ExportError, match=rf"at token 4: expected the end, got {path[3]}; an output ends with eos_tok"):
-        lone(SOURCES[0], path[:3], beam_size=4).check(backend(), quiet)
+        lone(SOURCES[0], path[:3], beam_size=4).check(runner(), quiet)
 
 
 def test_a_part_of_an_output_is_told() -> None:
@@ -296,14 +296,14 @@ def test_a_part_of_an_output_is_told() -> None:
     path = outputs(TABLE)[0]
     row = TABLE(SOURCES[0], (0, *path[:2]))
     with pytest.raises(ExportError) as caught:
-        expected([path[:2], *outputs(TABLE)[1:]]).check(backend(), quiet)
+        expected([path[:2], *outputs(TABLE)[1:]]).check(runner(), quiet)
     assert str(caught.value).startswith(
         "expected.jsonl: 3 of 4 outputs are as expected; the first that differs is in line 1, at token 3: "
         f"expected the end (log-probability {row[1]:.3f}), got {path[2]} ({row[path[2]]:.3f}); an output ends with "
         "eos_token_id (1) or after max_new_tokens (9): correct config.json, or give the max_new_tokens of the line; "
     )
     check = lone(SOURCES[0], path[:2], max_new_tokens=2)
-    assert check.check(backend(), quiet)["same"] == 1
+    assert check.check(runner(), quiet)["same"] == 1
 
 
 def test_a_near_tie_at_the_end_is_none_of_the_differences() -> None:
@@ -315,7 +315,7 @@ def test_a_near_tie_at_the_end_is_none_of_the_differences() -> None:
     ours = Nudged(TABLE, SOURCES[0], path, 1, behind - 2e-5)
     for target in (path, (*path, 1)):
         check = expected([target, *outputs(TABLE)[1:]])
-        assert check.check(backend(ours), quiet) == {"examples": 4, "same": 3, "near_ties": 1}
+        assert check.check(runner(ours), quiet) == {"examples": 4, "same": 3, "near_ties": 1}
 
 
 def test_a_model_without_an_end_ends_at_the_limit() -> None:
@@ -346,4 +346,4 @@ def test_an_end_before_the_least_length_is_told() -> None:
     assert path[-1] == 1
     for target in (path, path[:-1]):
         with pytest.raises(ExportError, match=r"0 of 1"):
-            lone(SOURCES[0], target, other_manifest({}, min_new_tokens=LIMIT)).check(backend(), quiet)
+            lone(SOURCES[0], target, other_manifest({}, min_new_tokens=LIMIT)).check(runner(), quiet)
