@@ -1,6 +1,6 @@
 """What the host adds to a decoder step: an engine over a model that takes no time.
 
-Everything but the run of the graph is the engine's own on a CPU: table, buckets, packing, binding, search, delivery.
+Everything but the run of the graph is the engine's own on a CPU: table, packing, binding, search, delivery.
 Sentences of one length start together; what is counted is the CPU time of the engine's thread in the steps between the
 first and the last of them. The processor's L2 cache is emptied before each step, as the products of a real one do.
 """
@@ -13,11 +13,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from beamline_server.engine.admission import SHARED_WIDTH, Capacity, number_of
+from beamline_server.engine.admission import Capacity
 from beamline_server.engine.backend import Cache, Encoded
 from beamline_server.engine.observer import NullObserver
-from beamline_server.engine.ort.cpu import CpuMemory
-from beamline_server.engine.ort.cuda.buckets import Buckets
+from beamline_server.engine.ort.cpu import Bound, CpuCache
 from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.step import EngineCore, ModelRules
@@ -34,35 +33,16 @@ _L2_BYTES = 8 << 20
 """More than the L2 cache of any core has."""
 
 
-class _NoBinding:
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
-
-
-class _NoSession:
-    """What `CpuMemory` knows of a bundle's sessions, for a model of one small layer."""
-
-    width, dtype, vocabulary = 8, np.float32, VOCABULARY
-    self_names, cross_names = ("self_k_0", "self_v_0"), ("cross_k_0", "cross_v_0")
-
-    @property
-    def decoder(self) -> "_NoSession":
-        """Whatever is bound to it, it does nothing."""
-        return self
-
-    def io_binding(self) -> _NoBinding:
-        """As that of onnxruntime."""
-        return _NoBinding()
-
-
 class FreeBackend:
-    """A backend whose graphs take no time and answer at random.
+    """A backend of one small layer, whose graphs take no time and answer at random.
 
     Attributes:
         seconds: CPU time that making up the answers took, which is no part of a step.
     """
 
     device = "cpu"
+    layers, width, heads, vocabulary = 1, 8, 1, VOCABULARY
+    pieces = ()
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -72,12 +52,15 @@ class FreeBackend:
     def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
         """As `Backend.encode`."""
         width = max(map(len, sources))
-        tensors = [np.zeros((len(sources), width, _NoSession.width), np.float32) for _ in _NoSession.cross_names]
+        tensors = [np.zeros((len(sources), width, self.width), np.float32) for _ in ("keys", "values")]
         return Encoded(tensors, 0)
 
     def new_cache(self) -> Cache:
-        """As `Backend.new_cache`; all sentences share a bucket."""
-        return Buckets(lambda: _FreeMemory(self), lambda _: number_of(SHARED_WIDTH))
+        """As `Backend.new_cache`."""
+        return _FreeCache(cast(Any, self))
+
+    def tell(self, _: object) -> None:
+        """As `CpuBackend.tell`."""
 
     def answer(self, logprob: FloatArray, token: IntArray) -> None:
         """Write the candidates of a step, (N, C)."""
@@ -97,14 +80,10 @@ class FreeBackend:
         self.seconds += time.thread_time() - began
 
 
-class _FreeMemory(CpuMemory):
-    def __init__(self, backend: FreeBackend) -> None:
-        super().__init__(cast(Any, _NoSession()))
-        self._backend = backend
-
-    def run_decoder(self) -> None:
-        assert self._outputs is not None
-        self._backend.answer(self._outputs.top_logprob, self._outputs.top_token)
+class _FreeCache(CpuCache):
+    def compute(self, bound: Bound) -> None:
+        backend = cast(FreeBackend, self._backend)
+        backend.answer(bound.result.top_logprob, bound.result.top_token)
 
 
 @dataclass(frozen=True, slots=True)

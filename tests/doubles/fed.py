@@ -27,10 +27,9 @@ class FedSequences:
     def __init__(self, sources: Sequence[Tokens], targets: Sequence[Tokens], *, part: int = 1) -> None:
         self._table = SequenceTable(len(sources), ())
         self._table.reserve(slots=max(map(len, targets)), steps=1)
-        for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            request = GenerationRequest(RequestId(index), source, SearchOptions(), target_prefix=target[1:])
-            self._table.enter(index, request, target[0], part=part)
-            start(self.arrays, index)
+        self._sources, self._targets, self._part = sources, targets, part
+        for index in range(len(sources)):
+            self.restart(index)
 
     @property
     def arrays(self) -> Table:
@@ -43,6 +42,13 @@ class FedSequences:
         found = memory.run(self.arrays, who, extent(self.arrays, who), candidates, logprobs=logprobs)
         every = None if found.logprob is None else found.logprob.copy()
         return StepResult(found.top_logprob.copy(), found.top_token.copy(), every)
+
+    def restart(self, index: int) -> None:
+        """Begin to feed a sequence, anew if it has been."""
+        source, target = self._sources[index], self._targets[index]
+        request = GenerationRequest(RequestId(index), source, SearchOptions(), target_prefix=target[1:])
+        self._table.enter(index, request, target[0], part=self._part)
+        start(self.arrays, index)
 
     def feed(self, members: Sequence[int]) -> None:
         """Let these sequences go on to their next tokens."""

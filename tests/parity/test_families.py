@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from beamline_export.agreement import NEAR_TIE, Tokens, find_parting, search_all
-from beamline_export.build_graphs import build_decoder_step, build_encoder
+from beamline_export.build_graphs import build_graphs
 from beamline_export.bundle_writer import ExportOptions, export
 from beamline_export.calibration import RangeStore
 from beamline_export.families.registry import detect
@@ -289,7 +289,7 @@ def test_every_product_has_its_range(case: Any, tmp_path: Path) -> None:
     graphs: dict[str, list[Any]] = {}
     for name, store in {"measured": RangeStore(), "calibrated": CalibratedInt8Store(asked)}.items():
         with WeightsFile(tmp_path / name) as weights:
-            graphs[name] = [build(checkpoint, store, weights).graph for build in (build_encoder, build_decoder_step)]
+            graphs[name] = [model.graph for model in build_graphs(checkpoint, store, "int8", weights).values()]
     outputs = [value.name for graph in graphs["measured"] for value in graph.output]
     measured = [name.removeprefix("range:") for name in outputs if name.startswith("range:")]
     products = [node for graph in graphs["calibrated"] for node in graph.node if node.op_type == "MatMulIntegerToFloat"]

@@ -13,11 +13,10 @@ from beamline_server.engine.admission import MOST_ROWS
 from beamline_server.engine.backend import StepResult
 from beamline_server.engine.ort.cpu import CpuBackend
 from beamline_server.engine.ort.cuda.backend import CudaBackend
-from beamline_server.engine.ort.cuda.buckets import FromBatch
 from beamline_server.models.forced import forced_rows
 from beamline_server.models.load import model_rules
 from beamline_server.tokenizer import load_tokenizer
-from doubles.fed import FedSequences, Tokens, newcomers
+from doubles.fed import FedSequences, Tokens
 
 pytestmark = pytest.mark.parity
 
@@ -87,15 +86,18 @@ def test_the_best_candidates_are_the_best_of_all(
     """In steps that ask for both, in batches that change meanwhile; fp16 by the code for GPUs."""
     bundle = export_fr_en("fp16") if precision == "fp16" else request.getfixturevalue(f"fr_en_{precision}")
     backend = CudaBackend(bundle, device="cpu") if precision == "fp16" else CpuBackend(bundle, threads=1)
-    fed, memory, members = FedSequences(sources, targets), backend.new_memory(), list(range(SENTENCES))
-    memory.arrange(newcomers(backend, sources), slots=32, source_width=64)
+    fed, cache, members = FedSequences(sources, targets), backend.new_cache(), list(range(SENTENCES))
+    encoded = backend.encode(sources)
+    for index in members:
+        cache.enter(index, encoded, index)
     for step in range(6):
-        found = fed.run(memory, members, candidates=CANDIDATES + step % 2, logprobs=True)
+        (bucket,) = cache.place(fed.arrays)
+        found = bucket.run(fed.arrays, CANDIDATES + step % 2, logprobs=True)
         assert_best(found)
-        without = fed.run(memory, members, candidates=CANDIDATES)
+        best = found.top_logprob[:, :CANDIDATES].copy()
+        without = bucket.run(fed.arrays, CANDIDATES)
         assert without.logprob is None
-        assert np.array_equal(without.top_logprob, found.top_logprob[:, :CANDIDATES])
+        assert np.array_equal(without.top_logprob, best)
         fed.feed(members)
         if step == 2:
-            members = members[1:]
-            memory.arrange([FromBatch(b) for b in range(1, SENTENCES)], slots=32, source_width=64)
+            cache.leave(members.pop(0))

@@ -17,7 +17,8 @@ from beamline_server.engine.admission import Capacity
 from beamline_server.engine.backend import Bucket, Cache, Encoded, StepResult
 from beamline_server.engine.errors import DeadlineExceeded, RequestCancelled, StepFailed
 from beamline_server.engine.observer import NullObserver
-from beamline_server.engine.pack import Extent, StepInputs, pack_step
+from beamline_server.engine.ort.cuda.rectangle import StepInputs, pack_step
+from beamline_server.engine.pack import Extent
 from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import (
     Completed,
@@ -39,9 +40,9 @@ from doubles.uncompiled import uncompiled
 
 STEPS = int(os.environ.get("BEAMLINE_FUZZ_STEPS", "3000"))
 """Steps of sequences, each of which counts once, that are compared at least."""
-LOOPS = ("search", "pack", "table", "processors")
+LOOPS = ("search", "pack", "ort.cuda.rectangle", "table", "processors")
 CAPACITY, ENCODE_TOKENS = Capacity(40, 8192), 60
-PLAIN_SEARCH, PLAIN_PACK, _, _ = uncompiled(*(f"beamline_server.engine.{name}" for name in LOOPS))
+PLAIN_SEARCH, PLAIN_PACK, PLAIN_RECTANGLE, _, _ = uncompiled(*(f"beamline_server.engine.{name}" for name in LOOPS))
 
 # -- compiled and uncompiled ------------------------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ class PackedTwice(TableMemory):
         expect(PLAIN_PACK.extent(table, members) == needed, f"another extent than {needed}")
         ours, plain = (
             super().pack(table, members, needed, loop),
-            super().pack(table, members, needed, PLAIN_PACK.pack_step),
+            super().pack(table, members, needed, PLAIN_RECTANGLE.pack_step),
         )
         for name, array in zip(StepInputs._fields, ours, strict=True):
             expect(np.array_equal(array, getattr(plain, name)), f"{name} is packed differently")

@@ -252,16 +252,20 @@ class CpuCache:
     def run(self, table: Table, candidates: int, *, logprobs: bool = False) -> StepResult:
         """As `Bucket.run`."""
         bound = self._steps.bound(self.needed, candidates, logprobs=logprobs)
-        buffers, own, cross, heads = self._steps.buffers, self._own.pages, self._cross.pages, self._backend.heads
-        pack_rows(table, self.members, own.pages, cross.pages, buffers)
-        rows = self.needed.rows
-        check(run_step(self._run, self._sessions, bound.handles, rows, buffers, own, cross, heads, *self._steps.room))
+        pack_rows(table, self.members, self._own.pages.pages, self._cross.pages.pages, self._steps.buffers)
+        self.compute(bound)
         self._backend.tell(bound.extra)
         return bound.result
 
+    def compute(self, bound: "Bound") -> None:
+        """Run the graphs of a step from what has been packed."""
+        steps, own, cross, heads = self._steps, self._own.pages, self._cross.pages, self._backend.heads
+        rows, handles = self.needed.rows, bound.handles
+        check(run_step(self._run, self._sessions, handles, rows, steps.buffers, own, cross, heads, *steps.room))
+
 
 @dataclass(frozen=True, slots=True)
-class _Bound:
+class Bound:
     """The graphs of a step, bound for so many rows and candidates.
 
     Attributes:
@@ -282,10 +286,10 @@ class _Steps:
 
     def __init__(self, backend: CpuBackend) -> None:
         self._backend = backend
-        self._bound: OrderedDict[tuple[int, int, bool], _Bound] = OrderedDict()
+        self._bound: OrderedDict[tuple[int, int, bool], Bound] = OrderedDict()
         self._sizes = (0, 0, 0)
 
-    def bound(self, needed: Extent, candidates: int, *, logprobs: bool) -> _Bound:
+    def bound(self, needed: Extent, candidates: int, *, logprobs: bool) -> Bound:
         """The graphs of a step, bound for so many rows and candidates."""
         wanted = (needed.rows, needed.slots, needed.source_length)
         if any(more > size for more, size in zip(wanted, self._sizes, strict=True)):
@@ -305,7 +309,7 @@ class _Steps:
         self.room = room(self._backend.heads, max(slots, sources))
         self.buffers = buffers(rows, slots, sources, width)
 
-    def _bind(self, rows: int, candidates: int, logprobs: bool) -> _Bound:
+    def _bind(self, rows: int, candidates: int, logprobs: bool) -> Bound:
         pieces = self._backend.pieces
         result = StepResult(
             np.empty((rows, candidates), np.float32),
@@ -327,7 +331,7 @@ class _Steps:
             bindings.append(Binding(piece, inputs, outputs | more))
             extra |= more
         handles = np.array([binding.handle for binding in bindings], np.int64)
-        return _Bound(bindings, handles, result, extra)
+        return Bound(bindings, handles, result, extra)
 
     def _inputs(self, piece: int, rows: int) -> dict[str, NDArray[Any]]:
         buffers = self.buffers

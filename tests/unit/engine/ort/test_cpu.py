@@ -1,118 +1,200 @@
-"""The backend for the CPU: what is bound stays bound, and what a failed step leaves behind is thrown away."""
+"""The backend for the CPU: what runs together gets what it would get alone, wherever its slots are."""
 
-from collections.abc import Callable
-from typing import Any
+import gc
+import weakref
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
 from beamline_server.bundle import Bundle
-from beamline_server.engine.ort.cpu import CpuBackend, CpuMemory
-from beamline_server.engine.ort.cuda.buckets import FromBatch
-from doubles.fed import FedSequences, Tokens, newcomers
+from beamline_server.engine.backend import StepResult
+from beamline_server.engine.ort.c_api import NativeError
+from beamline_server.engine.ort.cpu import PAGE, CpuBackend, CpuCache
+from beamline_server.engine.ort.cuda.backend import CudaBackend
+from beamline_server.engine.table import FloatArray
+from doubles.fed import FedSequences, Tokens, logprobs_alone
 
-SOURCES: list[Tokens] = [(5, 6, 7, 1), (8, 1), (9, 10, 11, 12, 13, 1), (6, 6, 1)]
-TARGETS: list[Tokens] = [(2, *range(10 * number + 3, 10 * number + 13)) for number in range(1, 5)]
-
-
-class CountedBinding:
-    """A binding that notes what is bound."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self.bound: list[str] = []
-
-    def bind_input(self, name: str, *place: Any) -> None:
-        self.bound.append(name)
-        self.inner.bind_input(name, *place)
-
-    def bind_output(self, name: str, *place: Any) -> None:
-        self.bound.append(name)
-        self.inner.bind_output(name, *place)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+SOURCES: list[Tokens] = [(5, 6, 7, 1), (8, 1), tuple(range(3, 3 + 2 * PAGE)), (6, 6, 1)]
+TARGETS: list[Tokens] = [(2, *range(3 + number, 3 + number + 3 * PAGE)) for number in range(4)]
 
 
-class CountingMemory(CpuMemory):
-    """A memory that tells what it has bound since it was last asked."""
-
-    def __init__(self, sessions: Any) -> None:
-        super().__init__(sessions)
-        self.counted = CountedBinding(self._binding)
-        self._binding = self.counted
-
-    def newly_bound(self) -> set[str]:
-        bound, self.counted.bound = set(self.counted.bound), []
-        return bound
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def backend(tiny: Callable[[str], Bundle]) -> CpuBackend:
     return CpuBackend(tiny("fp32"), threads=1)
 
 
-@pytest.fixture
-def memory(backend: CpuBackend) -> CountingMemory:
-    memory = CountingMemory(backend._sessions)
-    memory.arrange(newcomers(backend, SOURCES), slots=16, source_width=8)
-    return memory
+@pytest.fixture(scope="module")
+def alone(backend: CpuBackend) -> list[FloatArray]:
+    """Log-probabilities after every token of each target, fed alone, (T, V)."""
+    return [logprobs_alone(backend, source, target) for source, target in zip(SOURCES, TARGETS, strict=True)]
 
 
-INPUTS = {"ids", "positions", "slot", "row_of", "back", "ancestors", "source_length"}
-OUTPUTS = {"top_logprob", "top_token"}
+class Fed:
+    """Sequences that are fed their targets through a cache, and what each has been fed."""
+
+    def __init__(self, backend: CpuBackend, *, part: int = 1) -> None:
+        self.backend = backend
+        self.table = FedSequences(SOURCES, TARGETS, part=part)
+        self.cache = backend.new_cache()
+        assert isinstance(self.cache, CpuCache)
+        self.fed: dict[int, int] = {}
+
+    def enter(self, *indices: int) -> None:
+        encoded = self.backend.encode([SOURCES[index] for index in indices])
+        for number, index in enumerate(indices):
+            self.table.restart(index)
+            self.cache.enter(index, encoded, number)
+            self.fed[index] = 0
+
+    def leave(self, index: int) -> None:
+        self.cache.leave(index)
+        del self.fed[index]
+
+    def step(self, alone: Sequence[FloatArray], *, candidates: int = 3, logprobs: bool = False) -> StepResult:
+        """A step of all that are there, each of whose rows is as alone."""
+        (bucket,) = self.cache.place(self.table.arrays)
+        found = bucket.run(self.table.arrays, candidates, logprobs=logprobs)
+        expected = np.stack([alone[index][self.fed[index]] for index in bucket.members.tolist()])
+        best = np.argsort(-expected, axis=1, kind="stable")[:, :candidates]
+        assert np.array_equal(found.top_token, best)
+        assert np.array_equal(found.top_logprob, np.take_along_axis(expected, best, axis=1))
+        assert (found.logprob is not None) == logprobs
+        assert found.logprob is None or np.array_equal(found.logprob, expected)
+        for index in self.fed:
+            self.fed[index] += 1
+        self.table.feed(list(self.fed))
+        return found
 
 
-def is_cache(name: str) -> bool:
-    return name.startswith(("self_", "cross_"))
+def test_what_runs_together_gets_what_it_would_get_alone(backend: CpuBackend, alone: list[FloatArray]) -> None:
+    fed = Fed(backend)
+    fed.enter(0, 1, 2, 3)
+    for _ in range(2 * PAGE + 1):
+        fed.step(alone)
 
 
-def test_while_nobody_comes_or_goes_nothing_is_bound_anew(memory: CountingMemory) -> None:
-    fed = FedSequences(SOURCES, TARGETS)
-    fed.run(memory, range(4))
-    first = memory.newly_bound()
-    assert first >= INPUTS | OUTPUTS
-    assert "logprob" not in first
-    for _ in range(5):
-        fed.feed(range(4))
-        fed.run(memory, range(4))
-        assert memory.newly_bound() == set()
+def test_a_sequence_keeps_its_past_when_others_come_and_go(backend: CpuBackend, alone: list[FloatArray]) -> None:
+    """And an index that is taken again has none; pages that were given back are taken by others."""
+    fed = Fed(backend)
+    fed.enter(2)
+    fed.enter(0, 1)
+    for _ in range(PAGE + 2):
+        fed.step(alone)
+    fed.leave(0)
+    fed.step(alone)
+    fed.enter(3, 0)
+    fed.leave(2)
+    fed.step(alone)
+    fed.enter(2)
+    for _ in range(PAGE + 2):
+        fed.step(alone)
 
 
-def test_caches_are_bound_anew_when_they_move_and_only_then(memory: CountingMemory) -> None:
-    fed = FedSequences(SOURCES, TARGETS)
-    fed.run(memory, range(4))
-    memory.newly_bound()
-    fed.run(memory, range(4), candidates=5)
-    assert memory.newly_bound() == INPUTS | OUTPUTS
-    memory.arrange([FromBatch(number) for number in range(4)], slots=32, source_width=8)
-    fed.run(memory, range(4), candidates=5)
-    bound = memory.newly_bound()
-    assert bound > INPUTS | OUTPUTS
-    assert any(is_cache(name) for name in bound)
+def test_who_leaves_before_it_has_run_leaves_nothing(backend: CpuBackend, alone: list[FloatArray]) -> None:
+    fed = Fed(backend)
+    fed.enter(0, 1)
+    fed.leave(0)
+    fed.step(alone)
+    fed.leave(1)
+    assert fed.cache.place(fed.table.arrays) == []
 
 
-def test_all_logprobs_are_bound_only_where_they_are_asked_for(memory: CountingMemory) -> None:
-    fed = FedSequences(SOURCES, TARGETS)
-    for logprobs, asked_anew in ((False, True), (True, True), (True, False), (False, True), (False, False)):
-        fed.run(memory, range(4), logprobs=logprobs)
-        bound = memory.newly_bound()
-        assert bool(bound) is asked_anew
-        assert ("logprob" in bound) == (logprobs and asked_anew)
-        outputs = len(memory.counted.inner.get_outputs())
-        assert outputs == len(OUTPUTS) + logprobs + 2 * 2  # and the pools of two layers
+def test_pasts_survive_that_there_are_more_pages(backend: CpuBackend, alone: list[FloatArray]) -> None:
+    fed = Fed(backend)
+    assert isinstance(fed.cache, CpuCache)
+    fed.enter(0, 2)
+    fed.step(alone)
+    for memory in (fed.cache._own, fed.cache._cross):
+        before = memory.pages.keys.shape[1]
+        memory._grow()
+        assert memory.pages.keys.shape[1] == 2 * before
+    fed.enter(1)
+    for _ in range(PAGE + 1):
+        fed.step(alone)
 
 
-def test_a_step_fails_with_onnxruntimes_words_and_the_next_one_computes(memory: CountingMemory) -> None:
+def test_every_page_is_free_or_held_by_one(backend: CpuBackend, alone: list[FloatArray]) -> None:
+    fed = Fed(backend)
+    assert isinstance(fed.cache, CpuCache)
+
+    def check(expected: Sequence[int]) -> None:
+        assert isinstance(fed.cache, CpuCache)
+        for memory in (fed.cache._own, fed.cache._cross):
+            held = [page for i, n in enumerate(memory.pages.held) for page in memory.pages.pages[i, :n].tolist()]
+            assert sorted([*held, *memory._free]) == list(range(memory.pages.keys.shape[1] // PAGE))
+        assert [int(n) for n in fed.cache._own.pages.held] == list(expected)
+
+    fed.enter(0, 2)
+    fed.step(alone)
+    check([1, 0, 1])
+    for _ in range(PAGE):
+        fed.step(alone)
+    check([2, 0, 2])
+    fed.leave(0)
+    check([0, 0, 2])
+
+
+def test_all_logprobs_are_there_in_the_steps_that_ask_for_them(backend: CpuBackend, alone: list[FloatArray]) -> None:
+    fed = Fed(backend)
+    fed.enter(0, 1)
+    for logprobs, candidates in [(False, 3), (True, 3), (True, 5), (False, 5), (True, 1), (False, 30)]:
+        fed.step(alone, candidates=candidates, logprobs=logprobs)
+
+
+def test_steps_of_as_many_rows_and_candidates_are_bound_once(backend: CpuBackend, alone: list[FloatArray]) -> None:
+    fed = Fed(backend)
+    fed.enter(0, 1)
+    first = fed.step(alone)
+    fed.enter(2)
+    assert fed.step(alone).top_token is not first.top_token
+    fed.leave(2)
+    assert fed.step(alone).top_token is first.top_token
+    assert fed.step(alone, candidates=4).top_token is not first.top_token
+
+
+def test_a_part_of_a_prefix_is_what_its_tokens_are_one_by_one(backend: CpuBackend, alone: list[FloatArray]) -> None:
+    """Several rows of a sequence: of the same attention, in the same order, so with the same bits."""
+    fed = Fed(backend, part=5)
+    encoded = backend.encode(SOURCES[:1])
+    fed.cache.enter(0, encoded, 0)
+    for begin in range(0, 4 * 5, 5):
+        (bucket,) = fed.cache.place(fed.table.arrays)
+        found = bucket.run(fed.table.arrays, 3, logprobs=True)
+        assert found.logprob is not None
+        assert np.array_equal(found.logprob, alone[0][begin : begin + 5])
+        fed.table.feed([0])
+
+
+def test_the_whole_graph_says_the_same_but_for_rounding(tiny: Callable[[str], Bundle], alone: list[FloatArray]) -> None:
+    """The one that a GPU runs, run on the CPU."""
+    whole = CudaBackend(tiny("fp32"), device="cpu")
+    for source, target, ours in zip(SOURCES, TARGETS, alone, strict=True):
+        assert logprobs_alone(whole, source, target) == pytest.approx(ours, abs=2e-5)
+
+
+def test_a_step_fails_with_onnxruntimes_words_and_the_next_one_computes(
+    backend: CpuBackend, alone: list[FloatArray]
+) -> None:
     """A token that the model does not have is one that nobody can ask for."""
-    fed = FedSequences(SOURCES[:1], [(2, 10**6, 3)])
-    memory.arrange([FromBatch(0)], slots=16, source_width=8)
-    expected = fed.run(memory, [0])
-    fed.feed([0])
-    with pytest.raises(Exception, match="out of data bounds"):
-        fed.run(memory, [0])
-    again = FedSequences(SOURCES[:1], [(2, 3)])
-    assert np.array_equal(again.run(memory, [0]).top_logprob, expected.top_logprob)
+    wrong, cache = FedSequences(SOURCES[:1], [(10**6,)]), backend.new_cache()
+    cache.enter(0, backend.encode(SOURCES[:1]), 0)
+    (bucket,) = cache.place(wrong.arrays)
+    with pytest.raises(NativeError, match="out of data bounds"):
+        bucket.run(wrong.arrays, 3)
+    cache.leave(0)
+    fed = Fed(backend)
+    fed.cache = cache
+    fed.enter(0)
+    fed.step(alone)
+
+
+def test_what_graphs_give_beyond_their_contract_is_told_if_anybody_wants_it(tiny: Callable[[str], Bundle]) -> None:
+    """`logprob` is in the contract; nothing else is in these graphs."""
+    told: list[str] = []
+    backend = CpuBackend(tiny("int8"), threads=1, note=lambda name, _: told.append(name))
+    logprobs_alone(backend, SOURCES[0], TARGETS[0][:2])
+    assert told == []
 
 
 def test_sources_of_no_length_in_common_are_encoded_alike_alone(backend: CpuBackend) -> None:
@@ -120,3 +202,13 @@ def test_sources_of_no_length_in_common_are_encoded_alike_alone(backend: CpuBack
     for number, source in enumerate(SOURCES):
         for tensor, lone in zip(together, backend.encode([source]).tensors, strict=True):
             assert np.array_equal(tensor[number, : len(source)], lone[0, : len(source)])
+
+
+def test_a_backend_that_nobody_holds_is_gone(tiny: Callable[[str], Bundle]) -> None:
+    """With its sessions: nothing refers to itself."""
+    backend = CpuBackend(tiny("int8"), threads=1)
+    logprobs_alone(backend, SOURCES[0], TARGETS[0][:2])
+    gone = weakref.ref(backend.pieces[0])
+    del backend
+    gc.collect()
+    assert gone() is None

@@ -5,7 +5,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from beamline_server.engine.ort.sessions import SPIN_US, session_options, sums_int8_exactly
+from beamline_server.engine.ort.sessions import session_options
+from beamline_server.engine.ort.settings import SPIN_US
+from beamline_server.engine.processor import sums_int8_exactly
 
 
 def spins(threads: int) -> str:

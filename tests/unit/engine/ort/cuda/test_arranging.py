@@ -1,4 +1,4 @@
-"""Keys and values of a bucket, in host memory and as on a device: nobody's answer changes when others come and go."""
+"""Keys and values of a bucket as on a device: nobody's answer changes when others come and go."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,6 @@ import pytest
 
 from beamline_server.bundle import Bundle
 from beamline_server.engine.backend import StepResult
-from beamline_server.engine.ort.cpu import CpuBackend
 from beamline_server.engine.ort.cuda.backend import CudaBackend
 from beamline_server.engine.ort.cuda.buckets import FromBatch, Memory
 from beamline_server.engine.table import FloatArray
@@ -15,21 +14,18 @@ from doubles.fed import FedSequences, Tokens, logprobs_alone, newcomers
 
 SOURCES: list[Tokens] = [(5, 6, 7, 1), (8, 1), (9, 10, 11, 12, 13, 1), (6, 6, 1)]
 TARGETS: list[Tokens] = [(2, *range(10 * number + 3, 10 * number + 9)) for number in range(1, 5)]
-BACKENDS = ["cpu", "cuda"]
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, tiny: Callable[[str], Bundle]) -> CpuBackend | CudaBackend:
-    """That of the CPU, and the one for GPUs, run on the CPU."""
-    if request.param == "cpu":
-        return CpuBackend(tiny("fp32"), threads=1)
+@pytest.fixture
+def backend(tiny: Callable[[str], Bundle]) -> CudaBackend:
+    """The one for GPUs, run on the CPU."""
     return CudaBackend(tiny("fp32"), device="cpu")
 
 
 @pytest.fixture(scope="module")
 def alone(tiny: Callable[[str], Bundle]) -> list[FloatArray]:
     """Log-probabilities after every token of each target, fed alone, (T, V)."""
-    backend = CpuBackend(tiny("fp32"), threads=1)
+    backend = CudaBackend(tiny("fp32"), device="cpu")
     return [logprobs_alone(backend, source, target) for source, target in zip(SOURCES, TARGETS, strict=True)]
 
 
@@ -47,18 +43,14 @@ def assert_as_alone(found: StepResult, alone: Sequence[FloatArray], members: Seq
     assert found.logprob is None or np.array_equal(found.logprob, expected)
 
 
-def test_what_runs_together_gets_what_it_would_get_alone(
-    backend: CpuBackend | CudaBackend, alone: list[FloatArray]
-) -> None:
+def test_what_runs_together_gets_what_it_would_get_alone(backend: CudaBackend, alone: list[FloatArray]) -> None:
     fed, memory = FedSequences(SOURCES, TARGETS), arranged(backend.new_memory(), newcomers(backend, SOURCES))
     for position in range(len(TARGETS[0])):
         assert_as_alone(fed.run(memory, range(4)), alone, range(4), position)
         fed.feed(range(4))
 
 
-def test_all_logprobs_are_there_in_the_steps_that_ask_for_them(
-    backend: CpuBackend | CudaBackend, alone: list[FloatArray]
-) -> None:
+def test_all_logprobs_are_there_in_the_steps_that_ask_for_them(backend: CudaBackend, alone: list[FloatArray]) -> None:
     """Asked for in one step and not in the next, with the same rows and with other ones."""
     fed, memory = FedSequences(SOURCES, TARGETS), arranged(backend.new_memory(), newcomers(backend, SOURCES))
     for position, (logprobs, candidates) in enumerate([(False, 3), (True, 3), (True, 5), (False, 5), (True, 1)]):
@@ -70,7 +62,7 @@ def test_all_logprobs_are_there_in_the_steps_that_ask_for_them(
 
 
 def test_candidates_are_as_many_as_are_asked_for_up_to_the_vocabulary(
-    backend: CpuBackend | CudaBackend, alone: list[FloatArray]
+    backend: CudaBackend, alone: list[FloatArray]
 ) -> None:
     fed, memory = (
         FedSequences(SOURCES[:1], TARGETS[:1]),
@@ -81,9 +73,7 @@ def test_candidates_are_as_many_as_are_asked_for_up_to_the_vocabulary(
         assert_as_alone(fed.run(memory, [0], candidates=candidates), alone, [0], 0)
 
 
-def test_a_sequence_keeps_its_past_when_another_leaves(
-    backend: CpuBackend | CudaBackend, alone: list[FloatArray]
-) -> None:
+def test_a_sequence_keeps_its_past_when_another_leaves(backend: CudaBackend, alone: list[FloatArray]) -> None:
     """The last one takes the place of the second, as buckets close gaps."""
     fed, memory = FedSequences(SOURCES, TARGETS), arranged(backend.new_memory(), newcomers(backend, SOURCES))
     for _ in range(2):
@@ -97,7 +87,7 @@ def test_a_sequence_keeps_its_past_when_another_leaves(
 @pytest.mark.parametrize("slots", [16, 200])
 @pytest.mark.parametrize("source_width", [8, 48])
 def test_pasts_survive_growth_and_shrinking(
-    backend: CpuBackend | CudaBackend, alone: list[FloatArray], slots: int, source_width: int
+    backend: CudaBackend, alone: list[FloatArray], slots: int, source_width: int
 ) -> None:
     fed, memory = FedSequences(SOURCES, TARGETS), arranged(backend.new_memory(), newcomers(backend, SOURCES[:1]))
     fed.run(memory, [0])
@@ -114,9 +104,7 @@ def test_pasts_survive_growth_and_shrinking(
     assert_as_alone(StepResult(found.top_logprob[1:], found.top_token[1:]), alone, [3], 1)
 
 
-def test_a_sequence_takes_its_past_to_another_bucket(
-    backend: CpuBackend | CudaBackend, alone: list[FloatArray]
-) -> None:
+def test_a_sequence_takes_its_past_to_another_bucket(backend: CudaBackend, alone: list[FloatArray]) -> None:
     """From the narrower into the wider one, which has sequences of its own."""
     fed = FedSequences(SOURCES, TARGETS)
     narrow = arranged(backend.new_memory(), newcomers(backend, SOURCES[:2]))
@@ -130,9 +118,7 @@ def test_a_sequence_takes_its_past_to_another_bucket(
     assert_as_alone(fed.run(narrow, [0]), alone, [0], 1)
 
 
-def test_a_part_of_a_prefix_is_what_its_tokens_are_one_by_one(
-    backend: CpuBackend | CudaBackend, alone: list[FloatArray]
-) -> None:
+def test_a_part_of_a_prefix_is_what_its_tokens_are_one_by_one(backend: CudaBackend, alone: list[FloatArray]) -> None:
     """Several rows of a sequence beside one of another; other kernels, so other last bits."""
     targets = [TARGETS[0][:5], TARGETS[1][:1], TARGETS[2][:3]]
     fed = FedSequences(SOURCES[:3], targets, part=4)
@@ -146,9 +132,7 @@ def test_a_part_of_a_prefix_is_what_its_tokens_are_one_by_one(
     assert fed.run(memory, [0], logprobs=True).logprob == pytest.approx(alone[0][4:5], abs=2e-5)
 
 
-def test_a_bucket_has_room_for_what_is_encoded_apart(
-    backend: CpuBackend | CudaBackend, alone: list[FloatArray]
-) -> None:
+def test_a_bucket_has_room_for_what_is_encoded_apart(backend: CudaBackend, alone: list[FloatArray]) -> None:
     """Two encoder calls of the same shape before either is used."""
     fed, memory = FedSequences(SOURCES, TARGETS), backend.new_memory()
     first, second = newcomers(backend, SOURCES[:1]), newcomers(backend, SOURCES[3:])
