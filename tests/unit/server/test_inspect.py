@@ -31,7 +31,7 @@ def test_it_tells_what_is_in_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixt
         "lengths 1 2",
         "torch 2.13.0",
         "encoder.onnx 12 bytes",
-        "40 bytes in all",
+        "100 bytes in all",
         "files verified no; --verify",
     } <= lines
 
