@@ -144,7 +144,9 @@ def test_all_logprobs_are_there_in_the_steps_that_ask_for_them(backend: CpuBacke
 
 def test_steps_of_as_many_rows_and_candidates_are_bound_once(backend: CpuBackend, alone: list[FloatArray]) -> None:
     fed = Fed(backend)
-    fed.enter(0, 1)
+    fed.enter(0, 1, 2)
+    fed.step(alone)
+    fed.leave(2)
     first = fed.step(alone)
     fed.enter(2)
     assert fed.step(alone).top_token is not first.top_token
