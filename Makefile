@@ -9,7 +9,7 @@ OPTIMUM := .venv-optimum
 # For tests and benchmarks that import onnxruntime without the server, which sets it by itself.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo test protos fmt lint type check bench bench-quick bench-online bench-engine constraints clean
+.PHONY: setup demo test test-quick protos fmt lint type check bench bench-quick bench-online bench-engine constraints clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Whatever needs neither a model nor a process of its own: the engine, the server and what stands around them.
+test-quick: $(STAMP)
+	BEAMLINE_FUZZ_STEPS=500 $(BIN)/python -m pytest --hypothesis-profile=quick \
+	  tests/unit/engine tests/unit/server tests/unit/test_architecture.py --ignore tests/unit/engine/ort
 
 protos: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=protos --pyi_out=protos --grpc_python_out=protos \

@@ -24,8 +24,9 @@ for _name in ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy"):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples in every run; `--hypothesis-profile=explore` looks for new ones.
+# The same examples in every run; `--hypothesis-profile=explore` looks for new ones, `quick` has few.
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("steady"), max_examples=20)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("steady")
 

@@ -34,7 +34,7 @@ from beamline_server.engine.request import (
 from beamline_server.engine.step import EngineCore, ModelRules
 from beamline_server.engine.table import FloatArray, IntArray, Table
 from doubles.engine import LogprobTable, ManualClock, RandomTable, TableBackend, table_rules
-from doubles.memory import PackStep, TableMemory, Tokens, expect
+from doubles.memory import PackStep, TableMemory, Tokens, TracedStep, expect
 from doubles.naive_engine import NaiveEngine, NaiveStep
 from doubles.uncompiled import uncompiled
 
@@ -251,6 +251,13 @@ def told(events: Sequence[Event]) -> NaiveStep:
     return result
 
 
+def rows_of(steps: Sequence[TracedStep]) -> dict[RequestId, int]:
+    """How many rows of each request ran, all buckets together."""
+    pairs = [(source[-1], len(taken)) for s in steps for source, taken in zip(s.sources, s.taken, strict=True)]
+    assert len(dict(pairs)) == len(pairs), "a request ran twice in a step"
+    return {RequestId(number): rows for number, rows in pairs}
+
+
 def run(seed: int) -> int:
     """One traffic; returns how many steps of sequences were compared."""
     given = traffic(random.Random(seed))
@@ -269,12 +276,7 @@ def run(seed: int) -> int:
         events, expected = core.step(), naive.step(clock.now)
         core.check()
         found = told(events)
-        ran = [
-            (RequestId(source[-1]), len(taken))
-            for s in backend.trace[before:]
-            for source, taken in zip(s.sources, s.taken, strict=True)
-        ]
-        assert sorted(ran) == sorted(expected.rows.items())
+        assert rows_of(backend.trace[before:]) == expected.rows
         assert found.pieces == expected.pieces
         assert found.failed == expected.failed
         assert found.completed == expected.completed

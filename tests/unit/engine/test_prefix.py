@@ -120,7 +120,7 @@ def batches(draw: st.DrawFn) -> Batch:
 
 
 @given(batches(), st.sampled_from(["cpu", "cuda"]))
-@settings(max_examples=60)
+@settings(max_examples=6 * settings().max_examples // 10)
 def test_prefixes_of_all_lengths_run_beside_each_other(batch: Batch, device: str) -> None:
     backend = TableBackend(batch.table, batch.rules, device=device)
     core = EngineCore(backend, batch.rules, Capacity(64, 1 << 16), clock=ManualClock(), observer=NullObserver())

@@ -208,7 +208,7 @@ def traffic(draw: st.DrawFn) -> list[tuple[int, GenerationRequest]]:
 
 
 @given(traffic(), st.integers(1, 5), st.sampled_from([0.0, 2.0, LONG_S]))
-@settings(max_examples=60)
+@settings(max_examples=6 * settings().max_examples // 10)
 def test_answers_are_those_of_continuous_batching(
     coming: list[tuple[int, GenerationRequest]], max_batch: int, max_delay_s: float
 ) -> None:

@@ -124,7 +124,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @given(cases())
-@settings(max_examples=400)
+@settings(max_examples=4 * settings().max_examples)
 def test_engine_equals_the_reference_search_whatever_the_rules(case: Case) -> None:
     """Bans, forced tokens, several ends, beams wider than the vocabulary, exact ties, searches without a result."""
     assert_as_reference(case.table, case.rules, case.options)
