@@ -45,7 +45,7 @@ def forced_rows(
         part: Tokens of a target that a step takes at most.
 
     Yields:
-        The number of the target, the position of the token, and what comes after it; the next one may overwrite it.
+        The number of the target, the position of the token, and what comes after it.
     """
     table, cache, encoded = SequenceTable(len(sources), ()), backend.new_cache(), backend.encode(sources)
     for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
@@ -71,12 +71,14 @@ def forced_rows(
 
 def _run(bucket: Bucket, table: SequenceTable, *, logprobs: bool) -> Iterator[tuple[int, int, ForcedRow]]:
     result = bucket.run(table.arrays, 1, logprobs=logprobs)
+    # Copies: rows may be kept, and the next step may overwrite the result.
+    top_logprob, top_token = result.top_logprob.copy(), result.top_token.copy()
+    every = None if result.logprob is None else result.logprob.copy()
     row = 0
     for index in bucket.members.tolist():
         sequence = table.arrays.sequences[index]
         for position in sequence.position[: sequence.rows].tolist():
-            every = None if result.logprob is None else result.logprob[row]
-            yield index, position, ForcedRow(result.top_logprob[row], result.top_token[row], every)
+            yield index, position, ForcedRow(top_logprob[row], top_token[row], None if every is None else every[row])
             row += 1
 
 

@@ -22,10 +22,11 @@ def packed(texts: list[list[int]], *, width: int, more: int = 0) -> EncoderInput
     ids, lengths = flat(texts)
     rows, batch = len(ids) + more, len(texts) + more
     into = EncoderInputs(
-        *(np.full(rows, RUBBISH) for _ in range(2)),
-        np.full((batch, width), RUBBISH),
-        np.full(rows, RUBBISH),
-        np.full(batch, RUBBISH),
+        ids=np.full(rows, RUBBISH),
+        positions=np.full(rows, RUBBISH),
+        pad_index=np.full((batch, width), RUBBISH),
+        unpad_index=np.full(rows, RUBBISH),
+        source_length=np.full(batch, RUBBISH),
     )
     pack_encoder(ids, lengths, into)
     return into

@@ -25,7 +25,8 @@ from beamline_server.engine.request import (
 )
 from beamline_server.engine.step import ModelRules
 from beamline_server.engine.table import FloatArray
-from doubles.engine import LogprobTable, RandomTable, TableBackend, Tokens, run_alone, table_rules
+from doubles.engine import LogprobTable, RandomTable, TableBackend, run_alone, table_rules
+from doubles.memory import Tokens
 
 SOURCE = (3, 4, 5)
 EOS = 1

@@ -46,12 +46,11 @@ from doubles.engine import (
     ManualClock,
     RandomTable,
     TableBackend,
-    Tokens,
     run_alone,
     run_until_idle,
     table_rules,
 )
-from doubles.memory import TableMemory
+from doubles.memory import TableMemory, Tokens
 
 # -- random traffic ---------------------------------------------------------------------------------------------------
 

@@ -30,10 +30,10 @@ from doubles.engine import (
     ManualClock,
     RandomTable,
     TableBackend,
-    Tokens,
     run_alone,
     table_rules,
 )
+from doubles.memory import Tokens
 
 RULES = table_rules(8, max_source_tokens=50)
 TABLE = RandomTable(8)
