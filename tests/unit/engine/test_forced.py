@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beamline_server.engine.backend import StepResult
-from beamline_server.engine.forced import forced_decode, forced_rows
 from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.search import start
 from beamline_server.engine.table import SequenceTable
+from beamline_server.models.forced import forced_decode, forced_rows
 from doubles.engine import RandomTable, TableBackend, table_rules
 from doubles.memory import Tokens
 
