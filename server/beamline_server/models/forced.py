@@ -45,7 +45,7 @@ def forced_rows(
         part: Tokens of a target that a step takes at most.
 
     Yields:
-        The number of the target, the position of the token, and what comes after it; the next one may overwrite it.
+        The number of the target, the position of the token, and what comes after it.
     """
     table, cache, encoded = SequenceTable(len(sources), ()), backend.new_cache(), backend.encode(sources)
     for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
