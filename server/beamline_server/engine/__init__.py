@@ -41,9 +41,10 @@ Where things are
     table.py                           the running sequences as arrays
     search.py processors.py            one step of one search; what may change its candidates
     backend.py                         what a backend has to do: encode, place, run
-    buckets.py pack.py                 for backends: sequences of like length together; rows into a graph's inputs
-    ort/                               the backends, on onnxruntime
-    compiled.py                        compiles the loops of table, search, processors and pack
+    pack.py                            what sequences need in a step; sources as an encoder's inputs
+    ort/                               the backends, on onnxruntime: cpu.py attends over slots where they are,
+                                       cuda/ runs sequences of like length together in rectangles
+    compiled.py code_cache.py          compile the loops of table, search, processors, pack and ort; keep the machine code
 
 Decide, then do: admission, search and packing are functions of the table and a request; the core alone changes who
 runs. Compiled loops have no state but the table's arrays.

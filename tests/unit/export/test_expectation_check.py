@@ -34,6 +34,7 @@ MANIFEST = make_manifest(
     dimensions={
         "d_model": 8,
         "decoder_layers": 1,
+        "decoder_heads": 2,
         "source_vocabulary": VOCABULARY,
         "target_vocabulary": VOCABULARY,
         "max_source_tokens": 16,
