@@ -44,7 +44,7 @@ Where things are
     pack.py                            what sequences need in a step; sources as an encoder's inputs
     ort/                               the backends, on onnxruntime: cpu.py attends over slots where they are,
                                        cuda/ runs sequences of like length together in rectangles
-    compiled.py code_cache.py          compile the loops of table, search, processors, pack and ort; keep the machine code
+    compiled.py code_cache.py          compile the loops of all these; keep the machine code
 
 Decide, then do: admission, search and packing are functions of the table and a request; the core alone changes who
 runs. Compiled loops have no state but the table's arrays.

@@ -23,6 +23,7 @@ _API_VERSION = 24
 """Of the interface; libraries serve all versions up to their own."""
 _PLACES = {
     "GetErrorMessage": 2,
+    "CreateEnv": 3,
     "CreateSessionFromArray": 8,
     "CreateSessionOptions": 10,
     "DisableMemPattern": 17,
@@ -39,9 +40,6 @@ _PLACES = {
     "ReleaseSession": 95,
     "ReleaseValue": 96,
     "ReleaseSessionOptions": 100,
-    "CreateEnvWithGlobalThreadPools": 119,
-    "DisablePerSessionThreads": 120,
-    "CreateThreadingOptions": 121,
     "AddSessionConfigEntry": 130,
     "RunWithBinding": 133,
     "CreateIoBinding": 134,
@@ -49,12 +47,10 @@ _PLACES = {
     "BindInput": 136,
     "BindOutput": 137,
     "CreateAndRegisterAllocator": 144,
-    "SetGlobalIntraOpNumThreads": 147,
-    "SetGlobalInterOpNumThreads": 148,
-    "SetGlobalSpinControl": 149,
     "AddExternalInitializersFromFilesInMemory": 279,
 }
 _ELEMENT = {np.dtype(np.float32): 1, np.dtype(np.int64): 7}
+_LIBRARIES = ("libonnxruntime.so.*", "libonnxruntime.*.dylib")
 _SILENT = 4
 _ARENA = 1
 _CPU_MEMORY = 0
@@ -72,7 +68,10 @@ def _table() -> int:
     spec = find_spec("onnxruntime")
     assert spec is not None
     assert spec.origin is not None
-    (library,) = (Path(spec.origin).parent / "capi").glob("libonnxruntime.so.*")
+    folder = Path(spec.origin).parent / "capi"
+    library = next((path for pattern in _LIBRARIES for path in folder.glob(pattern)), None)
+    if library is None:
+        raise NativeError(f"{folder} has no library of onnxruntime; install onnxruntime again")
     base = ctypes.CDLL(str(library)).OrtGetApiBase
     base.restype = Pointer
     get_api = ctypes.CFUNCTYPE(Pointer, ctypes.c_uint32)(Pointer.from_address(base()).value or 0)
@@ -124,33 +123,12 @@ def _release(kind: str, pointer: int | Pointer) -> None:
     _function(f"Release{kind}", None, Pointer)(pointer)
 
 
-class _Environment:
-    """What all sessions of the process share: an arena, and the threads of those that have more than one.
-
-    onnxruntime has one environment per process: the first session fixes how many threads there are.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        options = _new("CreateThreadingOptions")
-        _call("SetGlobalIntraOpNumThreads", options, ctypes.c_int(threads))
-        _call("SetGlobalInterOpNumThreads", options, ctypes.c_int(1))
-        _call("SetGlobalSpinControl", options, ctypes.c_int(1))
-        name = ctypes.c_char_p(b"beamline")
-        self.pointer = _new("CreateEnvWithGlobalThreadPools", ctypes.c_int(_SILENT), name, options)
-        _call("CreateAndRegisterAllocator", self.pointer, _memory(), Pointer())
-
-
-_environments: list[_Environment] = []
-
-
-def _environment(threads: int, cores: int) -> _Environment:
-    if not _environments:
-        _environments.append(_Environment(threads if threads > 1 else cores))
-    (environment,) = _environments
-    if threads not in (1, environment.threads):
-        raise NativeError(f"this process computes on 1 or {environment.threads} threads, not on {threads}")
-    return environment
+@cache
+def _environment() -> Pointer:
+    """What all sessions of the process share: an arena."""
+    made = _new("CreateEnv", ctypes.c_int(_SILENT), ctypes.c_char_p(b"beamline"))
+    _call("CreateAndRegisterAllocator", made, _memory(), Pointer())
+    return made
 
 
 @cache
@@ -164,15 +142,11 @@ class NativeSession:
     Args:
         graph: The model, in ONNX's format.
         weights: Name and content of the file that it takes its weights from; the session keeps what it needs.
-        threads: To compute a node on. With more than one, all sessions of the process share them.
-        cores: That this process may use.
+        threads: To compute a node on.
         settings: onnxruntime's session configuration, key by key.
     """
 
-    def __init__(
-        self, graph: bytes, weights: tuple[str, bytes], *, threads: int, cores: int, settings: Mapping[str, str]
-    ) -> None:
-        environment = _environment(threads, cores)
+    def __init__(self, graph: bytes, weights: tuple[str, bytes], *, threads: int, settings: Mapping[str, str]) -> None:
         options = _new("CreateSessionOptions")
         try:
             _configure(options, threads, settings)
@@ -186,7 +160,7 @@ class NativeSession:
                 ctypes.c_size_t(1),
             )
             size = ctypes.c_size_t(len(graph))
-            pointer = _new("CreateSessionFromArray", environment.pointer, ctypes.c_char_p(graph), size, options)
+            pointer = _new("CreateSessionFromArray", _environment(), ctypes.c_char_p(graph), size, options)
         finally:
             _release("SessionOptions", options)
         self.handle: int = pointer.value or 0
@@ -209,13 +183,10 @@ class NativeSession:
 
 def _configure(options: Pointer, threads: int, settings: Mapping[str, str]) -> None:
     _call("SetSessionLogSeverityLevel", options, ctypes.c_int(_SILENT))
+    _call("SetIntraOpNumThreads", options, ctypes.c_int(threads))
     _call("SetInterOpNumThreads", options, ctypes.c_int(1))
     # Shapes change from step to step: a pattern of one is no use for the next.
     _call("DisableMemPattern", options)
-    if threads == 1:
-        _call("SetIntraOpNumThreads", options, ctypes.c_int(1))
-    else:
-        _call("DisablePerSessionThreads", options)
     for key, value in {**settings, "session.use_env_allocators": "1"}.items():
         _call("AddSessionConfigEntry", options, ctypes.c_char_p(key.encode()), ctypes.c_char_p(value.encode()))
 

@@ -22,7 +22,7 @@ from beamline_server.engine.backend import Cache, Encoded, StepResult
 from beamline_server.engine.compiled import compiled, entry_point
 from beamline_server.engine.ort.attention import TOGETHER, attend, room
 from beamline_server.engine.ort.c_api import Binding, NativeSession, address, check
-from beamline_server.engine.ort.settings import ENCODER_INPUTS, settings, usable_cores
+from beamline_server.engine.ort.settings import ENCODER_INPUTS, settings
 from beamline_server.engine.ort.vectors import call
 from beamline_server.engine.pack import LEAST_QUERIES, EncoderInputs, Extent, extent, flat, pack_encoder
 from beamline_server.engine.table import FloatArray, IntArray, Table, example
@@ -56,9 +56,7 @@ class CpuBackend:
         weights = (WEIGHTS, bundle.read(WEIGHTS))
 
         def opened(name: str) -> NativeSession:
-            return NativeSession(
-                bundle.read(name), weights, threads=threads, cores=usable_cores(), settings=settings(threads)
-            )
+            return NativeSession(bundle.read(name), weights, threads=threads, settings=settings(threads))
 
         self._encoder = opened(ENCODER)
         self.pieces = [opened(name) for name in decoder_pieces(self.layers)]

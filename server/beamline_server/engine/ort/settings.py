@@ -1,7 +1,5 @@
 """How onnxruntime computes the graphs of a bundle, and what they call their inputs."""
 
-import os
-
 from beamline_server.engine.processor import processor, sums_int8_exactly
 
 SPIN_US = 300
@@ -24,14 +22,11 @@ def settings(threads: int) -> dict[str, str]:
         # it must not, since the front end has the same cores.
         "session.intra_op.allow_spinning": str(int(threads > 1)),
         "session.intra_op.spin_duration_us": str(SPIN_US),
+        # The decoder is several graphs, each with threads of its own: they must not keep a core from the next one's.
+        "session.force_spinning_stop": "1",
         # Unsigned weights, which are summed in 32 bits everywhere; where signed ones are as well, those are twice as
         # fast.
         "session.x64quantprecision": str(int(not sums_int8_exactly(processor()))),
         # On CPU the fused kernel is several times slower than its parts (onnxruntime 1.31).
         "optimization.disable_specified_optimizers": "SkipLayerNormFusion;BiasSkipLayerNormFusion",
     }
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
