@@ -28,7 +28,7 @@ test: $(STAMP)
 
 # Whatever needs neither a model nor a process of its own: the engine, the server and what stands around them.
 test-quick: $(STAMP)
-	BEAMLINE_FUZZ_STEPS=500 $(BIN)/python -m pytest --hypothesis-profile=quick \
+	FUZZ_STEPS=500 $(BIN)/python -m pytest --hypothesis-profile=quick \
 	  tests/unit/engine tests/unit/server tests/unit/test_architecture.py --ignore tests/unit/engine/ort
 
 protos: $(STAMP)

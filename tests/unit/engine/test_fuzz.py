@@ -38,7 +38,7 @@ from doubles.memory import PackStep, TableMemory, Tokens, TracedStep, expect
 from doubles.naive_engine import NaiveEngine, NaiveStep
 from doubles.uncompiled import uncompiled
 
-STEPS = int(os.environ.get("BEAMLINE_FUZZ_STEPS", "3000"))
+STEPS = int(os.environ.get("FUZZ_STEPS", "3000"))
 """Steps of sequences, each of which counts once, that are compared at least."""
 LOOPS = ("search", "pack", "ort.cuda.rectangle", "table", "processors")
 CAPACITY, ENCODE_TOKENS = Capacity(40, 8192), 60
