@@ -227,6 +227,8 @@ async def _run_until_signalled(command: Command) -> int:
 
 def build(bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: StepObserver) -> BuiltEngine:
     """The real engine; a `BuildEngine`."""
+    if is_off():
+        raise SettingsError(["NUMBA_DISABLE_JIT is set, so that nothing is compiled; unset it"])
     device = choose_device(settings.device, bundle.manifest.precision)
     options = EngineOptions(
         device=device,
@@ -253,10 +255,6 @@ def build(bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: Ste
 
 
 def _make_loops_ready() -> None:
-    if is_off():
-        message = "NUMBA_DISABLE_JIT is set: the engine's loops run as plain Python, some hundred times slower"
-        _log.warning(message, extra={"event": "engine_not_compiled"})
-        return
     ready = make_ready(_tell_compiling)
     _log.info("the engine's loops are machine code", extra={"event": "engine_compiled", **asdict(ready)})
 

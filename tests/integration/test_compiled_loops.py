@@ -1,5 +1,7 @@
-"""A server whose loops have machine code, have none yet, or are switched off: its log tells, and it answers."""
+"""A server whose loops have machine code, or have none yet: its log tells, and it answers."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -9,12 +11,13 @@ from typing import Any
 import pytest
 
 from beamline_client import Client
+from beamline_server.app import EXIT_SETTINGS
 from beamline_server.bundle import Bundle
-from beamline_server.process import ServerProcess
+from beamline_server.process import BEAMLINE, ServerProcess
 from doubles.loops import ENTRY_POINTS, environment, write_loops
 
 SERVE = "import sys, loops.outer; from beamline_server.app import main; sys.exit(main())"
-STARTING = ("listening", "engine_compiling", "engine_compiled", "engine_not_compiled", "serving")
+STARTING = ("listening", "engine_compiling", "engine_compiled", "serving")
 
 Start = Callable[..., list[dict[str, Any]]]
 
@@ -77,8 +80,11 @@ def test_where_nothing_can_be_written_it_says_that_it_will_compile_again(start: 
     assert records[2]["kept"] is False
 
 
-def test_a_server_without_machine_code_says_so(start: Start) -> None:
-    records = start(NUMBA_DISABLE_JIT="1")
+def test_a_server_that_may_not_compile_says_what_to_do(fr_en_int8: Bundle) -> None:
+    command = [str(BEAMLINE), "serve", str(fr_en_int8.path), "--grpc-port", "0", "--metrics-port", "0"]
+    environment = os.environ | {"NUMBA_DISABLE_JIT": "1"}
 
-    assert events(records) == ["listening", "engine_not_compiled", "serving"]
-    assert records[1]["level"] == "warning"
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    assert refused.returncode == EXIT_SETTINGS
+    assert refused.stderr.endswith("NUMBA_DISABLE_JIT is set, so that nothing is compiled; unset it\n")
