@@ -122,7 +122,7 @@ def test_imports_point_one_way(ban: Ban) -> None:
     assert not found, f"{ban.reason}: {', '.join(found)}"
 
 
-@pytest.mark.parametrize("name", ["compiled", "search", "processors", "pack", "table"])
+@pytest.mark.parametrize("name", ["search", "processors", "pack", "table"])
 def test_what_computes_on_the_table_computes_alone(name: str) -> None:
     """Arrays in, arrays out: no clock, no thread, no log, no backend."""
     engine = (

@@ -48,6 +48,7 @@ def bundle_of(folder: Path, kind: str, files: list[str], **tokens: Any) -> Bundl
     dimensions = {
         "d_model": 8,
         "decoder_layers": 1,
+        "decoder_heads": 1,
         "source_vocabulary": tokens.pop("vocabulary", 6000),
         "target_vocabulary": tokens.pop("target_vocabulary", 6000),
         "max_source_tokens": 64,
