@@ -22,8 +22,9 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from beamline_server.engine.processor import processor, target
 
-# numba reads it when it is imported.
+# numba reads them when it is imported.
 os.environ.setdefault("NUMBA_CPU_NAME", target(processor()))
+os.environ.setdefault("NUMBA_CPU_FEATURES", "")  # none of this machine's own
 
 import numba
 import numba.core.config

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from beamline_server.engine.code_cache import trusted_owners
+from beamline_server.engine.processor import processor, target
 from doubles.loops import ENTRY_POINTS, code_files, run_loops, write_loops
 
 COMPILED = {"compiled": ENTRY_POINTS, "loaded": 0, "kept": True, "told": [ENTRY_POINTS]}
@@ -169,12 +170,26 @@ def test_it_is_pickled_so_it_must_be_ours(tmp_path: Path) -> None:
     assert trusted_owners(Path("/")) == {0, os.geteuid()}
 
 
-def test_it_is_for_every_processor_of_the_architecture(tmp_path: Path) -> None:
+def test_it_is_for_all_processors_of_a_kind_and_has_nothing_of_this_one_alone(tmp_path: Path) -> None:
     write_loops(tmp_path)
 
-    target = run_loops(tmp_path, TARGET)
+    kind, features = run_loops(tmp_path, TARGET)[1:]
 
-    assert target[1:] == ["generic", ""]
+    assert kind == target(processor())
+    assert features == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        ("fpu avx avx2 bmi1 bmi2 f16c fma abm movbe xsave avx512f", "x86-64-v3"),
+        ("fpu avx avx2 bmi1 bmi2 f16c abm movbe xsave", "generic"),
+        ("Features : fp asimd", "generic"),
+        ("", "generic"),
+    ],
+)
+def test_attention_gets_vectors_where_there_are_some(flags: str, kind: str) -> None:
+    assert target(flags) == kind
 
 
 WORK = """

@@ -51,6 +51,8 @@ _PLACES = {
 }
 _ELEMENT = {np.dtype(np.float32): 1, np.dtype(np.int64): 7}
 _LIBRARIES = ("libonnxruntime.so.*", "libonnxruntime.*.dylib")
+SHARED_ARENA = "session.use_env_allocators"
+"""The key of a session's configuration by which it takes memory from the arena of the process."""
 _SILENT = 4
 _ARENA = 1
 _CPU_MEMORY = 0
@@ -187,7 +189,7 @@ def _configure(options: Pointer, threads: int, settings: Mapping[str, str]) -> N
     _call("SetInterOpNumThreads", options, ctypes.c_int(1))
     # Shapes change from step to step: a pattern of one is no use for the next.
     _call("DisableMemPattern", options)
-    for key, value in {**settings, "session.use_env_allocators": "1"}.items():
+    for key, value in {**settings, SHARED_ARENA: "1"}.items():
         _call("AddSessionConfigEntry", options, ctypes.c_char_p(key.encode()), ctypes.c_char_p(value.encode()))
 
 
