@@ -151,7 +151,7 @@ def test_an_answer_does_not_depend_on_the_number_of_threads(request: pytest.Fixt
 
 
 def test_caches_on_a_device_give_the_same_answers(fr_en_fp32: Bundle) -> None:
-    """The backend for GPUs, on the CPU: attention in the graph, so other last bits, but the same alone as in a batch."""
+    """The backend for GPUs, on the CPU: attention in the graph, so other last bits, but the same alone as together."""
     rules, sources = model_rules(fr_en_fp32.manifest), sources_of(fr_en_fp32)
     asked = requests(sources, 2)[:48]
     host = Model(CpuBackend(fr_en_fp32, threads=1), rules, sources)
