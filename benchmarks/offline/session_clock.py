@@ -10,6 +10,8 @@ from typing import Any
 import onnxruntime
 
 from beamline_server.engine.backend import Backend, Bucket, Cache, Encoded, StepResult
+from beamline_server.engine.ort import cpu
+from beamline_server.engine.ort.c_api import Binding
 from beamline_server.engine.table import Table
 
 
@@ -114,17 +116,23 @@ class _TimedBucket:
 
 @contextmanager
 def session_calls() -> Iterator[list[Call]]:
-    """Within it, every run of a session is noted, whoever calls it."""
+    """Within it, every run of a session is noted, whoever calls it; on the CPU, all graphs of a step as one run."""
     calls: list[Call] = []
     session = onnxruntime.InferenceSession
-    plain = {name: getattr(session, name) for name in ("run", "run_with_iobinding")}
-    for name, method in plain.items():
-        setattr(session, name, timed(method, calls.append, method=name))
+    runs: list[tuple[Any, str]] = [
+        (session, "run"),
+        (session, "run_with_iobinding"),
+        (Binding, "run"),
+        (cpu, "run_step"),
+    ]
+    plain = [(owner, name, getattr(owner, name)) for owner, name in runs]
+    for owner, name, run in plain:
+        setattr(owner, name, timed(run, calls.append, method=name))
     try:
         yield calls
     finally:
-        for name, method in plain.items():
-            setattr(session, name, method)
+        for owner, name, run in plain:
+            setattr(owner, name, run)
 
 
 @dataclass(frozen=True, slots=True)

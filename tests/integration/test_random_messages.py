@@ -75,7 +75,17 @@ def small_server(fr_en_int8: Bundle) -> Iterator[ServerProcess]:
         assert samples["beamline_running_rows"] == samples["beamline_queued_rows"] == 0
         assert running.stop() == 0
         assert {record["event"] for record in running.log.records()} <= {
-            *("device_chosen", "listening", "serving", "request_ended", "draining", "stopping", "stopped")
+            *(
+                "device_chosen",
+                "listening",
+                "engine_compiling",
+                "engine_compiled",
+                "serving",
+                "request_ended",
+                "draining",
+                "stopping",
+                "stopped",
+            )
         }
 
 
