@@ -3,8 +3,7 @@
 from beamline_server.engine.processor import processor, sums_int8_exactly
 
 SPIN_US = 300
-"""How long a thread without work stays awake, in microseconds: about as long as the host takes between two steps
-(docs/performance.md)."""
+"""How long a thread without work stays awake while a graph runs, in microseconds (docs/performance.md)."""
 ENCODER_INPUTS = ("ids", "positions", "row_of", "back", "source_length")
 """What the graph calls the fields of `pack.EncoderInputs`, in their order."""
 STEP_INPUTS = ("ids", "positions", "slot", "row_of", "back", "ancestors", "source_length")
@@ -18,8 +17,7 @@ def settings(threads: int) -> dict[str, str]:
     `session.x64quantprecision` is on where int8 products would be summed wrongly. cuda/provider.py has those of a GPU.
     """
     return {
-        # Nodes take microseconds, and so does waking a thread: while steps follow each other it stays awake. For longer
-        # it must not, since the front end has the same cores.
+        # Nodes take microseconds, and so does waking a thread: while a graph runs it stays awake.
         "session.intra_op.allow_spinning": str(int(threads > 1)),
         "session.intra_op.spin_duration_us": str(SPIN_US),
         # The decoder is several graphs, each with threads of its own: they must not keep a core from the next one's.
