@@ -44,9 +44,10 @@ RUN if [ "${VARIANT}" = gpu ]; then extra=server-gpu; else extra=server; fi \
     && python3 -m venv --without-pip /opt/beamline \
     && python3 -m pip --python /opt/beamline/bin/python3 install --no-cache-dir --no-index --find-links /wheels \
        "beamline-serving[${extra}]"
-# Machine code for the engine's loops, beside their source: no compiler runs when a server starts. It is for every
-# processor of the architecture that is built for.
+# Machine code for the engine's loops, beside their source: no compiler runs when a server starts. For processors like
+# the one that builds, and for any of the architecture.
 RUN /opt/beamline/bin/beamline compile
+RUN NUMBA_CPU_NAME=generic /opt/beamline/bin/beamline compile
 # onnxruntime's CUDA provider looks for its libraries where the linker looks, and wheels put them elsewhere. One folder
 # of links, for LD_LIBRARY_PATH; it stays empty in the CPU variant.
 RUN mkdir /opt/beamline/cuda \
