@@ -46,8 +46,8 @@ RUN if [ "${VARIANT}" = gpu ]; then extra=server-gpu; else extra=server; fi \
        "beamline-serving[${extra}]"
 # Machine code for the engine's loops, beside their source: no compiler runs when a server starts. For processors like
 # the one that builds, and for any of the architecture.
-RUN /opt/beamline/bin/beamline compile
-RUN NUMBA_CPU_NAME=generic /opt/beamline/bin/beamline compile
+RUN /opt/beamline/bin/beamline compile \
+    && NUMBA_CPU_NAME=generic /opt/beamline/bin/beamline compile
 # onnxruntime's CUDA provider looks for its libraries where the linker looks, and wheels put them elsewhere. One folder
 # of links, for LD_LIBRARY_PATH; it stays empty in the CPU variant.
 RUN mkdir /opt/beamline/cuda \
