@@ -125,6 +125,11 @@ def _release(kind: str, pointer: int | Pointer) -> None:
     _function(f"Release{kind}", None, Pointer)(pointer)
 
 
+def _release_with(owner: object, kind: str, pointer: int) -> None:
+    """Release something when its owner goes; but not at the end of the process, when a thread may still compute."""
+    weakref.finalize(owner, _release, kind, pointer).atexit = False
+
+
 @cache
 def _environment() -> Pointer:
     """What all sessions of the process share: an arena."""
@@ -166,7 +171,7 @@ class NativeSession:
         finally:
             _release("SessionOptions", options)
         self.handle: int = pointer.value or 0
-        weakref.finalize(self, _release, "Session", self.handle)
+        _release_with(self, "Session", self.handle)
 
     @property
     def outputs(self) -> list[str]:
@@ -201,7 +206,7 @@ class Binding:
     ) -> None:
         pointer = _new("CreateIoBinding", Pointer(session.handle))
         self.handle: int = pointer.value or 0
-        weakref.finalize(self, _release, "IoBinding", self.handle)
+        _release_with(self, "IoBinding", self.handle)
         self._session = session
         self._kept = [*inputs.values(), *outputs.values()]
         for function, arrays in (("BindInput", inputs), ("BindOutput", outputs)):
