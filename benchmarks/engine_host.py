@@ -9,14 +9,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, cast
 
 import numpy as np
 
 from beamline_server.engine.admission import Capacity
 from beamline_server.engine.backend import Cache, Encoded
 from beamline_server.engine.observer import NullObserver
-from beamline_server.engine.ort.cpu import Bound, CpuCache
+from beamline_server.engine.ort.cpu import CpuCache
+from beamline_server.engine.ort.pieces import Bound, Pieces
 from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.step import EngineCore, ModelRules
@@ -26,6 +26,7 @@ SIZES = ((1, 1), (1, 4), (8, 4), (32, 4), (64, 4), (256, 1), (256, 4), (1024, 1)
 """Sentences, and rows of each."""
 VOCABULARY, SOURCE_TOKENS, NEW_TOKENS = 6000, 25, 40
 _RULES = ModelRules(SearchRules(eos=(0,)), decoder_start=0, vocabulary=VOCABULARY, max_source_tokens=512)
+_WIDTH = 8
 _UNCOUNTED = 3
 """Steps of each round at the beginning: some are there to start it."""
 _ANSWERS = 8
@@ -41,8 +42,6 @@ class FreeBackend:
     """
 
     device = "cpu"
-    layers, width, heads, vocabulary = 1, 8, 1, VOCABULARY
-    pieces = ()
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -52,15 +51,12 @@ class FreeBackend:
     def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
         """As `Backend.encode`."""
         width = max(map(len, sources))
-        tensors = [np.zeros((len(sources), width, self.width), np.float32) for _ in ("keys", "values")]
+        tensors = [np.zeros((len(sources), width, _WIDTH), np.float32) for _ in ("keys", "values")]
         return Encoded(tensors, 0)
 
     def new_cache(self) -> Cache:
         """As `Backend.new_cache`."""
-        return _FreeCache(cast(Any, self))
-
-    def tell(self, _: object) -> None:
-        """As `CpuBackend.tell`."""
+        return CpuCache(1, _WIDTH, _FreePieces(self))
 
     def answer(self, logprob: FloatArray, token: IntArray) -> None:
         """Write the candidates of a step, (N, C)."""
@@ -80,10 +76,13 @@ class FreeBackend:
         self.seconds += time.thread_time() - began
 
 
-class _FreeCache(CpuCache):
-    def compute(self, bound: Bound) -> None:
-        backend = cast(FreeBackend, self._backend)
-        backend.answer(bound.result.top_logprob, bound.result.top_token)
+class _FreePieces(Pieces):
+    def __init__(self, backend: FreeBackend) -> None:
+        super().__init__((), width=_WIDTH, heads=1, vocabulary=VOCABULARY, note=None)
+        self._backend = backend
+
+    def run(self, bound: Bound, *_: object) -> None:
+        self._backend.answer(bound.result.top_logprob, bound.result.top_token)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import onnxruntime
 
 from beamline_server.engine.backend import Backend, Bucket, Cache, Encoded, StepResult
-from beamline_server.engine.ort import cpu
+from beamline_server.engine.ort import pieces
 from beamline_server.engine.ort.c_api import Binding
 from beamline_server.engine.table import Table
 
@@ -123,7 +123,7 @@ def session_calls() -> Iterator[list[Call]]:
         (session, "run"),
         (session, "run_with_iobinding"),
         (Binding, "run"),
-        (cpu, "run_step"),
+        (pieces, "run_step"),
     ]
     plain = [(owner, name, getattr(owner, name)) for owner, name in runs]
     for owner, name, run in plain:

@@ -10,8 +10,9 @@ import pytest
 from beamline_server.bundle import Bundle
 from beamline_server.engine.backend import StepResult
 from beamline_server.engine.ort.c_api import NativeError
-from beamline_server.engine.ort.cpu import PAGE, CpuBackend, CpuCache
+from beamline_server.engine.ort.cpu import CpuBackend, CpuCache
 from beamline_server.engine.ort.cuda.backend import CudaBackend
+from beamline_server.engine.ort.pages import PAGE
 from beamline_server.engine.table import FloatArray
 from doubles.fed import FedSequences, Tokens, logprobs_alone
 
@@ -191,14 +192,6 @@ def test_a_step_fails_with_onnxruntimes_words_and_the_next_one_computes(
     fed.step(alone)
 
 
-def test_what_graphs_give_beyond_their_contract_is_told_if_anybody_wants_it(tiny: Callable[[str], Bundle]) -> None:
-    """`logprob` is in the contract; nothing else is in these graphs."""
-    told: list[str] = []
-    backend = CpuBackend(tiny("int8"), threads=1, note=lambda name, _: told.append(name))
-    logprobs_alone(backend, SOURCES[0], TARGETS[0][:2])
-    assert told == []
-
-
 def test_sources_of_no_length_in_common_are_encoded_alike_alone(backend: CpuBackend) -> None:
     together = backend.encode(SOURCES).tensors
     for number, source in enumerate(SOURCES):
@@ -210,7 +203,7 @@ def test_a_backend_that_nobody_holds_is_gone(tiny: Callable[[str], Bundle]) -> N
     """With its sessions: nothing refers to itself."""
     backend = CpuBackend(tiny("int8"), threads=1)
     logprobs_alone(backend, SOURCES[0], TARGETS[0][:2])
-    gone = weakref.ref(backend.pieces[0])
+    gone = weakref.ref(backend._decoder[0])
     del backend
     gc.collect()
     assert gone() is None

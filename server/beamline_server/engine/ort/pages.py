@@ -1,0 +1,105 @@
+"""Keys and values in pages, which sequences take as they grow and give back when they leave; nothing is moved.
+
+Axes: L layers, M slots of all pages, D width, I indices of the table, X lists, W places of a list.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from beamline_server.engine.compiled import compiled, entry_point
+from beamline_server.engine.table import FloatArray, IntArray, Table, example
+
+PAGE = 16
+"""Slots of a page."""
+_FEWEST = 64
+"""Pages of a memory that has any."""
+Places = NDArray[np.int32]
+
+
+class Pages(NamedTuple):
+    """Keys and values of sequences.
+
+    Attributes:
+        keys: (L, M, D).
+        values: (L, M, D).
+        pages: Numbers of the pages of each sequence, (I, most).
+        held: How many each has, (I,).
+    """
+
+    keys: FloatArray
+    values: FloatArray
+    pages: Places
+    held: IntArray
+
+
+class PagedMemory:
+    """Pages for sequences. They start zeroed and grow in number as they are needed.
+
+    Attributes:
+        pages: What compiled loops work on; replaced when it grows.
+    """
+
+    def __init__(self, layers: int, width: int) -> None:
+        self._free: list[int] = []
+        none = np.zeros((layers, 0, width), np.float32)
+        self.pages = Pages(none, none.copy(), np.zeros((0, 1), np.int32), np.zeros(0, np.int64))
+
+    def give(self, index: int, slots: int) -> None:
+        """Let a sequence have room for so many slots."""
+        wanted = -(-slots // PAGE)
+        pages, held = widened(self.pages.pages, index + 1, wanted), widened(self.pages.held, index + 1)
+        self.pages = self.pages._replace(pages=pages, held=held)
+        while len(self._free) < wanted - int(held[index]):
+            self._grow()
+        for i in range(int(held[index]), wanted):
+            pages[index, i] = self._free.pop()
+        held[index] = max(wanted, held[index])
+
+    def take_back(self, index: int) -> None:
+        """A sequence needs nothing any more."""
+        if index < len(self.pages.held):
+            self._free += self.pages.pages[index, : self.pages.held[index]].tolist()
+            self.pages.held[index] = 0
+
+    def slots(self, index: int, count: int) -> IntArray:
+        """Where the first slots of a sequence are among those of all pages, (count,)."""
+        own = np.arange(count)
+        where: IntArray = self.pages.pages[index, own // PAGE] * PAGE + own % PAGE
+        return where
+
+    def _grow(self) -> None:
+        """Twice as many pages. Their memory is taken from the system when it is written to."""
+        layers, slots, width = self.pages.keys.shape
+        larger = [np.zeros((layers, 2 * slots or _FEWEST * PAGE, width), np.float32) for _ in range(2)]
+        for old, new in zip(self.pages[:2], larger, strict=True):
+            new[:, :slots] = old
+        self._free[:0] = range(larger[0].shape[1] // PAGE - 1, slots // PAGE - 1, -1)
+        self.pages = self.pages._replace(keys=larger[0], values=larger[1])
+
+
+def widened(array: NDArray[Any], *shape: int) -> NDArray[Any]:
+    """An array with at least this shape: itself if it has it, else another with zeros behind what it holds."""
+    more = [(0, max(0, wanted - present)) for wanted, present in zip(shape, array.shape, strict=True)]
+    return np.pad(array, more) if any(after for _, after in more) else array
+
+
+@compiled
+def place(pages: Places, slot: int) -> int:
+    """Where a slot of a sequence is among the slots of all pages."""
+    return int(pages[slot // PAGE] * PAGE + slot % PAGE)
+
+
+@compiled
+def lacking(table: Table, members: IntArray, held: IntArray) -> IntArray:
+    """The sequences that have more slots in use than pages for them."""
+    result, count = np.empty(len(members), np.int64), 0
+    for index in members:
+        if table.sequences[index].slots_end > held[index] * PAGE:
+            result[count] = index
+            count += 1
+    return result[:count]
+
+
+entry_point(lacking, lambda: (example(), np.zeros(1, np.int64), np.zeros(1, np.int64)))

@@ -1,0 +1,291 @@
+"""A decoder step in pieces: graphs that work on rows alone, with attention over slots between them.
+
+Axes: L layers, N rows, D width, I indices of the table, X lists, W places of a list, C candidates, V vocabulary.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from beamline_server.engine.backend import StepResult
+from beamline_server.engine.compiled import compiled, entry_point
+from beamline_server.engine.ort.attention import TOGETHER, attend, room
+from beamline_server.engine.ort.c_api import Binding, NativeSession, address, check
+from beamline_server.engine.ort.pages import PagedMemory, Pages, Places, place
+from beamline_server.engine.ort.vectors import call
+from beamline_server.engine.pack import Extent
+from beamline_server.engine.table import FloatArray, IntArray, Table, example
+
+_KEPT = 256
+"""Bindings that are kept, each for a number of rows and of candidates: the last used ones."""
+Note = Callable[[str, FloatArray], None]
+"""Receives what a graph gives beyond its contract: a name, and a number for each row, (N,)."""
+
+
+class Lists(NamedTuple):
+    """Slots that are attended to.
+
+    Attributes:
+        places: Where they are among the slots of all pages; behind its end each list repeats its first, (X, W).
+        lengths: How many each list has, (X,).
+    """
+
+    places: Places
+    lengths: Places
+
+
+class Buffers(NamedTuple):
+    """What a step is computed in, for up to so many rows.
+
+    Attributes:
+        ids: (N,).
+        positions: (N,).
+        sequence: The index of each row's sequence, (N,).
+        slot: Where its own key and value go, (N,).
+        own: The slots that it attends to, a list for each row.
+        each: 0, 1, …: the list of each row, (N,).
+        query_key_value: Of self-attention, (N, 3D).
+        query: Of cross-attention, (N, D).
+        attended: What attention gives, (N, D).
+        residual: What graphs hand on, in turn, (2, N, D).
+    """
+
+    ids: IntArray
+    positions: IntArray
+    sequence: Places
+    slot: Places
+    own: Lists
+    each: Places
+    query_key_value: FloatArray
+    query: FloatArray
+    attended: FloatArray
+    residual: FloatArray
+
+
+def buffers(rows: int, slots: int, width: int) -> Buffers:
+    """Buffers for so many rows, which attend to so many slots of their sequences."""
+    return Buffers(
+        ids=np.zeros(rows, np.int64),
+        positions=np.zeros(rows, np.int64),
+        sequence=np.zeros(rows, np.int32),
+        slot=np.zeros(rows, np.int32),
+        own=Lists(np.zeros((rows, slots + TOGETHER), np.int32), np.zeros(rows, np.int32)),
+        each=np.arange(rows, dtype=np.int32),
+        query_key_value=np.zeros((rows, 3 * width), np.float32),
+        query=np.zeros((rows, width), np.float32),
+        attended=np.zeros((rows, width), np.float32),
+        residual=np.zeros((2, rows, width), np.float32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The pieces, bound for so many rows and candidates.
+
+    Attributes:
+        bindings: One per piece.
+        handles: Their addresses.
+        result: Where the results will be.
+        extra: What the pieces give beyond their contract.
+    """
+
+    bindings: list[Binding]
+    handles: IntArray
+    result: StepResult
+    extra: dict[str, FloatArray]
+
+
+class Pieces:
+    """The pieces of a decoder for one worker, with the memory of its steps and what is bound to it.
+
+    Args:
+        sessions: Of the pieces, in order; other workers use them, too.
+        width: D.
+        heads: Of attention.
+        vocabulary: V.
+        note: Is told, after every run, what pieces give beyond their contract.
+    """
+
+    def __init__(
+        self, sessions: Sequence[NativeSession], *, width: int, heads: int, vocabulary: int, note: Note | None
+    ) -> None:
+        self._sessions = sessions
+        self._handles = np.array([session.handle for session in sessions], np.int64)
+        self._width, self._heads, self._vocabulary = width, heads, vocabulary
+        self._note = note
+        self._run = address("RunWithBinding")
+        self._bound: OrderedDict[tuple[int, int, bool], Bound] = OrderedDict()
+        self._rows = self._longest = 0
+        self.buffers, self._room = buffers(0, 0, width), room(heads, 0)
+
+    def bound(self, needed: Extent, candidates: int, *, logprobs: bool) -> Bound:
+        """The pieces, bound for a step; the buffers are large enough for it afterwards."""
+        longest = max(needed.slots, needed.source_length)
+        if needed.rows > self._rows or longest > self._longest:
+            self._rows, self._longest = max(2 * needed.rows, self._rows), max(2 * longest, self._longest)
+            self._bound.clear()
+            self.buffers = buffers(self._rows, self._longest, self._width)
+            self._room = room(self._heads, self._longest)
+        key = (needed.rows, candidates, logprobs)
+        if key not in self._bound:
+            if len(self._bound) >= _KEPT:
+                self._bound.popitem(last=False)
+            self._bound[key] = self._bind(*key)
+        self._bound.move_to_end(key)
+        return self._bound[key]
+
+    def run(self, bound: Bound, rows: int, own: Pages, cross: Pages, sources: Lists) -> None:
+        """Compute a step from what is in the buffers.
+
+        Args:
+            bound: The pieces.
+            rows: N.
+            own: Keys and values of self-attention.
+            cross: Those of cross-attention.
+            sources: The source positions of each sequence, by its index.
+
+        Raises:
+            NativeError: a graph fails.
+        """
+        how = (self._run, self._heads, rows)
+        check(run_step(how, self._handles, bound.handles, self.buffers, own, cross, sources, self._room))
+        tell(self._note, bound.extra)
+
+    def _bind(self, rows: int, candidates: int, logprobs: bool) -> Bound:
+        result = StepResult(
+            np.empty((rows, candidates), np.float32),
+            np.empty((rows, candidates), np.int64),
+            np.empty((rows, self._vocabulary), np.float32) if logprobs else None,
+        )
+        bindings: list[Binding] = []
+        extra: dict[str, FloatArray] = {}
+        for i, session in enumerate(self._sessions):
+            inputs, outputs = self._inputs(i, rows), self._outputs(i, rows)
+            if i == len(self._sessions) - 1:
+                inputs["candidates"] = np.array([candidates])
+                outputs = {"top_logprob": result.top_logprob, "top_token": result.top_token}
+                if result.logprob is not None:
+                    outputs["logprob"] = result.logprob
+            more = beyond(self._note, session, (*outputs, "logprob"), rows)
+            bindings.append(Binding(session, inputs, outputs | more))
+            extra |= more
+        return Bound(bindings, np.array([binding.handle for binding in bindings], np.int64), result, extra)
+
+    def _inputs(self, piece: int, rows: int) -> dict[str, NDArray[Any]]:
+        b = self.buffers
+        if piece == 0:
+            return {"ids": b.ids[:rows], "positions": b.positions[:rows]}
+        return {"attended": b.attended[:rows], "residual_in": b.residual[1 - piece % 2, :rows]}
+
+    def _outputs(self, piece: int, rows: int) -> dict[str, NDArray[Any]]:
+        b = self.buffers
+        query = {"query": b.query[:rows]} if piece % 2 else {"query_key_value": b.query_key_value[:rows]}
+        return {"residual": b.residual[piece % 2, :rows], **query}
+
+
+def beyond(note: Note | None, session: NativeSession, known: Collection[str], rows: int) -> dict[str, FloatArray]:
+    """Room for what a graph gives beyond the outputs that are known, if anybody wants to be told."""
+    names = () if note is None else session.outputs
+    return {name: np.empty(rows, np.float32) for name in names if name not in known}
+
+
+def tell(note: Note | None, extra: Mapping[str, FloatArray]) -> None:
+    """Hand on what graphs gave beyond their contract."""
+    if note is not None:
+        for name, numbers in extra.items():
+            note(name, numbers)
+
+
+@compiled
+def pack_rows(table: Table, members: IntArray, pages: Places, into: Buffers) -> None:
+    """Write the rows of some sequences, and the slots that each attends to.
+
+    Args:
+        table: The running sequences.
+        members: Indices of those that are meant.
+        pages: Pages of the slots of each index, (I, most).
+        into: Receives the rows.
+    """
+    row = 0
+    for index in members:
+        sequence = table.sequences[index]
+        for r in range(sequence.rows):
+            count = 0
+            for slot in range(sequence.slots_end):
+                if table.ancestors[index, r, slot]:
+                    into.own.places[row, count] = place(pages[index], slot)
+                    count += 1
+            into.own.lengths[row] = count
+            for behind in range(TOGETHER):
+                into.own.places[row, count + behind] = into.own.places[row, 0]
+            into.ids[row], into.positions[row] = sequence.token[r], sequence.position[r]
+            into.sequence[row], into.slot[row] = index, place(pages[index], sequence.slot[r])
+            row += 1
+
+
+@compiled
+def run_step(  # noqa: PLR0913, PLR0917 - graphs, and what lies between them
+    how: tuple[int, int, int],
+    sessions: IntArray,
+    bindings: IntArray,
+    buffers: Buffers,
+    own: Pages,
+    cross: Pages,
+    sources: Lists,
+    room: tuple[FloatArray, FloatArray],
+) -> int:
+    """Run the pieces, with an attention after each but the last.
+
+    Args:
+        how: Address of onnxruntime's RunWithBinding; heads of attention; N.
+        sessions: Addresses of the sessions, (2L + 1,).
+        bindings: Addresses of what is bound to them, (2L + 1,).
+        buffers: What is bound, and the slots that rows attend to.
+        own: Keys and values of self-attention.
+        cross: Those of cross-attention.
+        sources: The source positions of each sequence, by its index.
+        room: For attention, as `attention.room` makes it.
+
+    Returns:
+        Address of a status that tells what went wrong, or 0.
+    """
+    (run, heads, rows), last = how, len(sessions) - 1
+    for piece in range(last):
+        status = call(run, sessions[piece], 0, bindings[piece])
+        if status != 0:
+            return int(status)
+        layer = piece // 2
+        if piece % 2 == 0:
+            write(buffers, own.keys[layer], own.values[layer], rows)
+            query, keys, values = buffers.query_key_value, own.keys[layer], own.values[layer]
+            lists, list_of = buffers.own, buffers.each[:rows]
+        else:
+            query, keys, values = buffers.query, cross.keys[layer], cross.values[layer]
+            lists, list_of = sources, buffers.sequence[:rows]
+        attend(query, keys, values, lists.places, lists.lengths, list_of, heads, room[0], room[1], buffers.attended)
+    return int(call(run, sessions[last], 0, bindings[last]))
+
+
+@compiled
+def write(buffers: Buffers, keys: FloatArray, values: FloatArray, rows: int) -> None:
+    """Write the keys and values of rows into their slots."""
+    width = keys.shape[1]
+    for row in range(rows):
+        slot, new = buffers.slot[row], buffers.query_key_value[row]
+        for d in range(width):
+            keys[slot, d] = new[width + d]
+        for d in range(width):
+            values[slot, d] = new[2 * width + d]
+
+
+def _run_example() -> tuple[Any, ...]:
+    numbers, into, pages = np.zeros(1, np.int64), buffers(1, 1, 1), PagedMemory(1, 1).pages
+    return (0, 0, 0), numbers, numbers, into, pages, pages, into.own, room(1, 1)
+
+
+entry_point(pack_rows, lambda: (example(), np.zeros(1, np.int64), np.zeros((1, 1), np.int32), buffers(1, 1, 1)))
+entry_point(run_step, _run_example)
