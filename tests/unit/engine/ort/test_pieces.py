@@ -53,9 +53,10 @@ def test_rows_find_the_slots_that_they_descend_from(seed: int) -> None:
 
     row = 0
     for index in members.tolist():
-        sequence, where = table.sequences[index], memory.slots(index, 60)
+        sequence = table.sequences[index]
+        where = memory.slots(index, int(sequence.slots_end))
         for r in range(sequence.rows):
-            slots = where[table.ancestors[index, r, :60].nonzero()[0]]
+            slots = where[table.ancestors[index, r].nonzero()[0]]
             assert ours.own.lengths[row] == len(slots)
             assert ours.own.places[row, : len(slots) + TOGETHER].tolist() == [*slots, *[slots[0]] * TOGETHER]
             assert (ours.ids[row], ours.positions[row]) == (sequence.token[r], sequence.position[r])
