@@ -19,7 +19,8 @@ from beamline_server.engine.ort.cuda.captured_graphs import CAPTURED_FROM_USE
 from beamline_server.engine.ort.cuda.fixed_run import DeviceBuffer
 from beamline_server.engine.ort.cuda.provider import what_is_missing
 from beamline_server.engine.ort.cuda.row_mover import RowMover
-from beamline_server.engine.ort.sessions import CPU, CUDA, session_options
+from beamline_server.engine.ort.sessions import session_options
+from beamline_server.engine.ort.settings import CPU, CUDA
 from gpu_parts.batches import busy_step, filled
 from gpu_parts.bundles import make
 from gpu_parts.parity import TOLERANCE

@@ -13,7 +13,8 @@ import pytest
 
 from beamline_client import Client
 from beamline_server.bundle import MANIFEST, Bundle
-from beamline_server.engine.ort.sessions import CUDA, available_providers
+from beamline_server.engine.ort.c_api import available_providers
+from beamline_server.engine.ort.settings import CUDA
 from beamline_server.process import BEAMLINE, ServerProcess
 
 EXIT_SETTINGS = 2

@@ -15,7 +15,8 @@ from beamline_server.engine.backend import Backend
 from beamline_server.engine.ort.cpu import CpuBackend
 from beamline_server.engine.ort.cuda.backend import CudaBackend, providers
 from beamline_server.engine.ort.cuda.provider import provider_options, what_is_missing
-from beamline_server.engine.ort.sessions import CUDA, Sessions
+from beamline_server.engine.ort.sessions import Sessions
+from beamline_server.engine.ort.settings import CUDA
 from beamline_server.engine.request import EarlyStopping, SearchOptions
 from beamline_server.models.load import model_rules
 from beamline_server.tokenizer import load_tokenizer

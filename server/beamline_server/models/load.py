@@ -108,13 +108,15 @@ def build_backend(bundle: Bundle, device: str, threads: int) -> Backend:
         BundleError: a file has changed, or a graph cannot be loaded.
         DeviceError: the device does not start.
     """
-    from beamline_server.engine.ort.cpu import CpuBackend
-    from beamline_server.engine.ort.cuda.backend import CudaBackend
-
+    # Each is imported where it is needed: CUDA's brings onnxruntime's Python interface, which the CPU's does without.
     try:
         # fp16 graphs are made for CUDA; on a CPU, where an export checks them, their backend goes with them.
         if device == "cuda" or bundle.manifest.precision == "fp16":
+            from beamline_server.engine.ort.cuda.backend import CudaBackend
+
             return CudaBackend(bundle, device=device, threads=threads)
+        from beamline_server.engine.ort.cpu import CpuBackend
+
         return CpuBackend(bundle, threads=threads)
     except BundleError:  # a file that has changed since it was verified; it says which
         raise

@@ -8,7 +8,7 @@ import pytest
 from gpu_parts.setting import TINY, Setting
 from gpu_parts.smoke import Check, SmokeFailed, judged_placement, run_checks, smoke
 
-from beamline_server.engine.ort.sessions import CPU, CUDA
+from beamline_server.engine.ort.settings import CPU, CUDA
 
 
 @pytest.fixture

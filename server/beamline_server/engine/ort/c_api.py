@@ -40,6 +40,8 @@ _PLACES = {
     "ReleaseSession": 95,
     "ReleaseValue": 96,
     "ReleaseSessionOptions": 100,
+    "GetAvailableProviders": 125,
+    "ReleaseAvailableProviders": 126,
     "AddSessionConfigEntry": 130,
     "RunWithBinding": 133,
     "CreateIoBinding": 134,
@@ -64,13 +66,18 @@ class NativeError(Exception):
     """onnxruntime has refused a call; the text is its own."""
 
 
-@cache
-def _table() -> int:
-    """Address of the table of functions."""
+def installed_folder() -> Path:
+    """Where onnxruntime's libraries are."""
     spec = find_spec("onnxruntime")
     assert spec is not None
     assert spec.origin is not None
-    folder = Path(spec.origin).parent / "capi"
+    return Path(spec.origin).parent / "capi"
+
+
+@cache
+def _table() -> int:
+    """Address of the table of functions."""
+    folder = installed_folder()
     library = next((path for pattern in _LIBRARIES for path in folder.glob(pattern)), None)
     if library is None:
         raise NativeError(f"{folder} has no library of onnxruntime; install onnxruntime again")
@@ -119,6 +126,15 @@ def _new(name: str, *arguments: Any) -> Pointer:
     made = Pointer()
     _call(name, *arguments, ctypes.pointer(made))
     return made
+
+
+def available_providers() -> list[str]:
+    """Execution providers that the installed onnxruntime has."""
+    names, count = ctypes.POINTER(ctypes.c_char_p)(), ctypes.c_int()
+    _call("GetAvailableProviders", ctypes.pointer(names), ctypes.pointer(count))
+    found = [(names[i] or b"").decode() for i in range(count.value)]
+    _call("ReleaseAvailableProviders", names, count)
+    return found
 
 
 def _release(kind: str, pointer: int | Pointer) -> None:

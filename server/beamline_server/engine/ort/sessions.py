@@ -7,17 +7,10 @@ import numpy as np
 import onnxruntime as ort
 
 from beamline_server.bundle import DECODER_STEP, ENCODER, WEIGHTS, Bundle
-from beamline_server.engine.ort.settings import settings
+from beamline_server.engine.ort.settings import CPU, settings
 
-CUDA = "CUDAExecutionProvider"
-CPU = "CPUExecutionProvider"
 _SILENT = 4
 """onnxruntime's own lines are plain text among the JSON of the log, and what is wrong comes as an exception as well."""
-
-
-def available_providers() -> list[str]:
-    """Execution providers that this build of onnxruntime has."""
-    return list(ort.get_available_providers())
 
 
 def session_options(threads: int) -> ort.SessionOptions:

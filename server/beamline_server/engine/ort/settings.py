@@ -2,6 +2,8 @@
 
 from beamline_server.engine.processor import processor, sums_int8_exactly
 
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
 SPIN_US = 300
 """How long a thread without work stays awake while a graph runs, in microseconds (docs/performance.md)."""
 ENCODER_INPUTS = ("ids", "positions", "row_of", "back", "source_length")

@@ -14,7 +14,8 @@ from beamline_server.engine.ort.cuda.encoder import EncoderRuns
 from beamline_server.engine.ort.cuda.memory import CudaMemory, LargestMemory
 from beamline_server.engine.ort.cuda.provider import preload, provider_options, what_is_missing
 from beamline_server.engine.ort.cuda.row_mover import RowMover
-from beamline_server.engine.ort.sessions import CPU, CUDA, Sessions
+from beamline_server.engine.ort.sessions import Sessions
+from beamline_server.engine.ort.settings import CPU, CUDA
 
 STEP_GRAPHS, ENCODER_GRAPHS = 96, 32
 """Captured graphs at most; each keeps some hundred kilobytes of host and device memory for the life of the process."""

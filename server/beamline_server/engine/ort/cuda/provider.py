@@ -16,12 +16,10 @@ import ctypes
 import io
 import logging
 from dataclasses import dataclass
-from pathlib import Path
-
-import onnxruntime as ort
 
 from beamline_server.bundle import Precision
-from beamline_server.engine.ort.sessions import CUDA, available_providers
+from beamline_server.engine.ort.c_api import available_providers, installed_folder
+from beamline_server.engine.ort.settings import CUDA
 
 INSTALL = "install the extra server-gpu in place of server"
 _FLASH_OR_MEMORY_EFFICIENT = 3
@@ -58,6 +56,8 @@ def what_is_missing() -> str | None:
     """Why no CUDA session can start on this machine, and what to do; None if a device answers."""
     if CUDA not in available_providers():
         return f"this onnxruntime has no CUDA provider; {INSTALL}"
+    import onnxruntime as ort
+
     preload()
     needed = int(ort.cuda_version.split(".")[0])
     try:
@@ -72,13 +72,15 @@ def what_is_missing() -> str | None:
 
 def _load_provider() -> None:
     """Load the provider's library, which needs several of CUDA's. OSError names one that is missing."""
-    folder = Path(ort.__file__).parent / "capi"
+    folder = installed_folder()
     ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
 
 
 def preload() -> None:
     """Load CUDA's libraries from the installed Python packages; those that are loaded already (PyTorch's) stay."""
+    import onnxruntime as ort
+
     said = io.StringIO()
     with contextlib.redirect_stdout(said):  # it prints; what is missing is found out by `what_is_missing`
         ort.preload_dlls()

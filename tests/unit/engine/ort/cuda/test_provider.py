@@ -9,7 +9,7 @@ import pytest
 from beamline_server.bundle import Precision
 from beamline_server.engine.ort.cuda.backend import providers
 from beamline_server.engine.ort.cuda.provider import Driver, ask_driver, driver_problem, provider_options
-from beamline_server.engine.ort.sessions import CPU, CUDA
+from beamline_server.engine.ort.settings import CPU, CUDA
 from beamline_server.models.load import DeviceError, choose_device
 
 KNOWN = {
