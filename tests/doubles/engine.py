@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from beamline_server.engine.admission import SHARED_WIDTH, Capacity, cost, number_of
+from beamline_server.engine.admission import Capacity, cost
 from beamline_server.engine.backend import Backend, Cache, Encoded
 from beamline_server.engine.observer import NullObserver
-from beamline_server.engine.ort.cuda.buckets import FINE_FROM, Buckets
+from beamline_server.engine.ort.cuda.buckets import Buckets
 from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId
 from beamline_server.engine.step import EngineCore, ModelRules
@@ -182,14 +182,11 @@ class TableBackend:
 
     def new_cache(self) -> Cache:
         """As `Backend.new_cache`."""
-        return Buckets(self.new_memory, self._narrowest)
+        return Buckets(self.new_memory)
 
     def new_memory(self) -> TableMemory:
         """The memory of a bucket."""
         return TableMemory(self, padded=self.device != "cpu")
-
-    def _narrowest(self, sequences: int) -> int:
-        return 0 if sequences >= FINE_FROM and self.device == "cpu" else number_of(SHARED_WIDTH)
 
     def begin_step(self) -> BaseException | None:
         """A step begins, of any memory: wait at the gate; returns what is to be raised instead of computing."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beamline_server.engine.backend import StepResult
-from beamline_server.engine.ort.cuda.buckets import FromEncoder, Origin, round_up
+from beamline_server.engine.ort.cuda.buckets import FromEncoder, Origin
 from beamline_server.engine.ort.cuda.rectangle import StepInputs, pack_step
 from beamline_server.engine.pack import LEAST_QUERIES, EncoderInputs, Extent, flat, pack_encoder
 from beamline_server.engine.step import ModelRules
@@ -300,7 +300,7 @@ class PackedRows:
 def read_sources(sources: Sequence[Sequence[int]]) -> tuple[tuple[Tokens, ...], int]:
     """Pack sources as for an encoder, check the arrays and read the sources back; and how many places are padding."""
     ids, lengths = flat(sources)
-    width = max(round_up(int(lengths.max())), LEAST_QUERIES)
+    width = max(-(-int(lengths.max()) // 8) * 8, LEAST_QUERIES)
     shape = len(lengths), width
     rows: list[NDArray[np.int64]] = [np.full(len(ids), _RUBBISH) for _ in range(3)]
     of = EncoderInputs(rows[0], rows[1], np.full(shape, _RUBBISH), rows[2], np.full(len(lengths), _RUBBISH))

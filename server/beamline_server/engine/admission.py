@@ -26,9 +26,9 @@ MOST_ROWS = MAX_BEAMS
 """Rows of a sequence in a step at most: its live hypotheses, or a part of its prefix."""
 
 SHARED_WIDTH = 64
-"""Slots and source positions of the widest bucket that all sequences may be kept in, however few they need."""
+"""Slots and source positions of the narrowest bucket, which sequences share however few they need."""
 
-WIDTHS = (16, 32, *(SHARED_WIDTH * 4**i for i in range(16)))
+WIDTHS = tuple(SHARED_WIDTH * 4**i for i in range(16))
 """Slots and source positions up to which a sequence stays in a bucket. The last one holds whatever can be asked for,
 the widest search of 2^32 tokens; buckets that nobody needs do not exist."""
 

@@ -8,19 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beamline_server.engine.admission import SHARED_WIDTH, WIDTHS, number_of
+from beamline_server.engine.admission import SHARED_WIDTH, WIDTHS
 from beamline_server.engine.backend import Encoded
-from beamline_server.engine.ort.cuda.buckets import (
-    FINE_FROM,
-    GRANULE,
-    FromBatch,
-    FromEncoder,
-    arranged,
-    grown,
-    round_up,
-    slot_granule,
-)
-from beamline_server.engine.request import Event, GenerationRequest
+from beamline_server.engine.ort.cuda.buckets import FromBatch, FromEncoder, arranged, resized
+from beamline_server.engine.ort.cuda.shapes import LEAST_SLOTS, LEAST_SOURCE_WIDTH
+from beamline_server.engine.request import Event
 from doubles.core import assert_as_alone, bench, outcomes, request, source_of
 from doubles.engine import RandomTable, TableBackend, table_rules
 from doubles.memory import BrokenContract
@@ -75,50 +67,34 @@ def test_who_comes_takes_free_places_in_order(case: Arrangement) -> None:
 
 # -- how wide a bucket is ---------------------------------------------------------------------------------------------
 
-granules = st.integers(1, 8).map(lambda granules: granules * GRANULE)
+lengths = st.integers(0, 7).map(lambda power: LEAST_SLOTS * 2**power)
 
 
-@given(st.integers(0, 3000), st.integers(0, 3000), granules)
-def test_batch_indices_hold_what_is_needed_with_less_than_a_quarter_of_it_idle(
-    needed: int, present: int, granule: int
-) -> None:
-    """But for less than a granule."""
-    present = round_up(present)
-    width = grown(needed, present, granule)
-    assert width >= round_up(needed)
-    assert width % GRANULE == 0
-    assert 3 * width < 4 * round_up(needed, granule) or width == round_up(needed, granule)
-    if width != present:
-        assert width - max(needed, 1) < granule
+@given(st.integers(1, 3000), lengths)
+def test_batch_indices_hold_what_is_needed_and_less_than_four_times_as_much(needed: int, present: int) -> None:
+    """But for the least that they ever have."""
+    length = resized(present, needed, LEAST_SLOTS)
+    assert needed <= length < max(4 * needed, 2 * LEAST_SLOTS)
+    assert (length // LEAST_SLOTS).bit_count() == 1
+    assert length % LEAST_SLOTS == 0
 
 
-@given(st.integers(1, 3000), st.floats(0.76, 1), granules)
-def test_batch_indices_do_not_change_while_they_fit(needed: int, part: float, granule: int) -> None:
-    """A bucket whose need goes up and down by less than a quarter keeps its width: every change copies it."""
-    width = grown(needed, 0, granule)
-    assert grown(math.ceil(part * width), width, granule) == width
+@given(st.integers(1, 3000), st.floats(0.51, 1))
+def test_batch_indices_do_not_change_while_they_fit(needed: int, part: float) -> None:
+    """A bucket whose need goes up and down keeps its length: every change copies it."""
+    length = resized(0, needed, LEAST_SLOTS)
+    assert resized(length, math.ceil(part * needed), LEAST_SLOTS) == length
 
 
-def test_batch_indices_grow_by_granules_and_shrink_when_a_quarter_is_idle() -> None:
-    assert grown(1, 0) == 8
-    assert grown(9, 8) == 16
-    assert grown(49, 64) == 64
-    assert grown(48, 64) == 48
-    assert grown(65, 64, 64) == 128
+def test_batch_indices_double_and_shrink_when_a_quarter_would_do() -> None:
+    found = [resized(present, needed, 32) for present, needed in ((0, 1), (32, 33), (128, 33), (128, 32), (1024, 40))]
+    assert found == [32, 64, 128, 32, 64]
 
 
-def test_few_sequences_have_slots_enough_for_most_at_once() -> None:
-    """One sequence alone is arranged once, and not again every few tokens; many have next to nothing too many."""
-    assert [slot_granule(sequences) for sequences in (1, 2, 3, 4, 8, 16, 32, 200)] == [64, 64, 32, 32, 16, 8, 8, 8]
-
-
-@given(st.integers(1, 200), st.data())
-def test_no_batch_index_is_wider_than_its_bucket(sequences: int, data: st.DataObject) -> None:
+@given(st.sampled_from(WIDTHS[:8]), st.data())
+def test_no_batch_index_is_longer_than_its_bucket(width: int, data: st.DataObject) -> None:
     """Admission counts a bucket's width per sequence."""
-    narrowest = 0 if sequences >= FINE_FROM else number_of(SHARED_WIDTH)
-    width = WIDTHS[data.draw(st.integers(narrowest, 8))]
-    needed = data.draw(st.integers(1, width))
-    assert grown(needed, 0, slot_granule(sequences)) <= width
+    assert resized(0, data.draw(st.integers(1, width)), LEAST_SLOTS) <= width
 
 
 # -- who runs together ------------------------------------------------------------------------------------------------
@@ -129,8 +105,8 @@ def test_a_long_source_does_not_widen_the_bucket_of_short_ones() -> None:
     engine.core.accept([request(1), request(2, source_tokens=200), request(3)])
     engine.step()
     short, long = engine.backend.trace
-    assert (short.sources, short.source_width) == ((source_of(1, 3), source_of(3, 3)), 8)
-    assert (long.sources, long.source_width) == ((source_of(2, 200),), 200)
+    assert (short.sources, short.source_width) == ((source_of(1, 3), source_of(3, 3)), LEAST_SOURCE_WIDTH)
+    assert (long.sources, long.source_width) == ((source_of(2, 200),), 256)
 
 
 def test_a_sequence_that_grows_moves_to_a_wider_bucket() -> None:
@@ -160,41 +136,14 @@ def test_a_bucket_shrinks_when_a_long_sequence_has_left_it() -> None:
         engine.step()
     engine.core.accept(request(number, tokens=6) for number in range(1, 41))
     engine.finish()
-    widths = [step.slots for step in engine.backend.trace if len(step.sources) > 32]
-    assert widths[0] > 32
-    assert widths[-1] == GRANULE
+    slots = [step.slots for step in engine.backend.trace if len(step.sources) > 32]
+    assert slots[0] > LEAST_SLOTS
+    assert slots[-1] == LEAST_SLOTS
 
 
-def many() -> list[GenerationRequest]:
-    """More sequences than there have to be for fine buckets, none of them wider than the shared one."""
-    return [request(number, beams=1 + number % 2, tokens=3 + number % 40) for number in range(1, 71)]
-
-
-def test_many_sequences_run_in_buckets_by_length_and_few_together() -> None:
-    """As they grow they move from bucket to bucket, and when most have ended the rest comes together again."""
+def test_many_that_fit_run_together() -> None:
     engine = bench(rows=128)
-    asked = many()
-    engine.core.accept(asked)
-    ends = engine.finish()
-    for each in asked:
-        assert_as_alone(ends[each.id], each)
-    runs = [(len(step.sources), step.slots) for step in engine.backend.trace]
-    assert {16, 32} <= {slots for _, slots in runs}
-    assert sum(count for count, _ in runs) == sum(3 + number % 40 for number in range(1, 71)), "a run per token"
-    assert len(runs) > engine.clock.now, "a bucket is a run: some of the steps, of a second each, have had several"
-    first, last = runs[0], runs[-1]
-    assert first[0] >= FINE_FROM
-    assert first[1] <= 16
-    assert last[0] < FINE_FROM
-    assert last[1] > 32
-    # The rest of them, few as they are by then, runs in one bucket.
-    positions = [step.positions for step in engine.backend.trace if max(step.positions) >= 38]
-    assert len(positions) == len({position for each in positions for position in each})
-
-
-def test_on_a_gpu_many_run_together_as_well() -> None:
-    engine = bench(rows=128, make_backend=partial(TableBackend, device="cuda"))
-    asked = many()
+    asked = [request(number, beams=1 + number % 2, tokens=3 + number % 40) for number in range(1, 71)]
     engine.core.accept(asked)
     ends = engine.finish()
     for each in asked:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from beamline_server.bundle import Bundle, Precision
-from beamline_server.engine.admission import SHARED_WIDTH, number_of
 from beamline_server.engine.backend import Cache, Encoded
 from beamline_server.engine.ort.cuda.buckets import Buckets
 from beamline_server.engine.ort.cuda.captured_graphs import CapturedGraphs
@@ -66,8 +65,8 @@ class CudaBackend:
             return self._encoder.encode(sources)
 
     def new_cache(self) -> Cache:
-        """As `Backend.new_cache`. A run costs its launches here, and padding next to nothing: buckets are few."""
-        return Buckets(self.new_memory, lambda _: number_of(SHARED_WIDTH))
+        """As `Backend.new_cache`."""
+        return Buckets(self.new_memory)
 
     def new_memory(self) -> CudaMemory:
         """The memory of a bucket."""

@@ -1,11 +1,9 @@
-"""Which sequences run together, in buckets of like length; for backends whose attention works on rectangles.
+"""Which sequences run together, in buckets of like length.
 
 A bucket is one attention rectangle: each of its batch indices has as many slots and source positions as its neediest
 sequence, so attention costs what the longest in the bucket needs. A sequence is in the narrowest bucket that holds it
-and moves over when it grows out: one sequence of 200 tokens does not make thirty of ten tokens pay for it.
-
-A bucket is also a run of the decoder step, and every run has its price, so few sequences are kept together in a bucket
-of `SHARED_WIDTH`; only from `FINE_FROM` sequences on do the narrower ones save more than their runs cost.
+and moves over when it grows out: one sequence of 200 tokens does not make thirty of ten tokens pay for it. A run costs
+its launches, and padding next to nothing, so buckets are few.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,22 +12,14 @@ from typing import Protocol
 
 import numpy as np
 
-from beamline_server.engine.admission import SHARED_WIDTH, WIDTHS
+from beamline_server.engine.admission import WIDTHS
 from beamline_server.engine.backend import Encoded, StepResult
 from beamline_server.engine.ort.cuda.rectangle import widths
+from beamline_server.engine.ort.cuda.shapes import LEAST_SLOTS, LEAST_SOURCE_WIDTH, doubled
 from beamline_server.engine.pack import Extent, extent
 from beamline_server.engine.table import IntArray, Table
 
 _WIDTHS = np.array(WIDTHS)
-GRANULE = 8
-"""Slots and source positions of a batch index are a multiple of this: few distinct shapes, seldom a change of shape."""
-
-SPARE_SLOTS = 128
-"""How many slots all batch indices of a bucket together may have too many for the sake of rare changes: the slots of a
-sequence grow with every token. Its source stays as it is, and source positions are not spared."""
-
-FINE_FROM = 48
-"""Sequences of a worker from which on buckets narrower than `SHARED_WIDTH` are used (docs/performance.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +101,10 @@ class Buckets:
 
     Args:
         new_memory: Makes the memory of a bucket.
-        narrowest: Number of the narrowest bucket in use while so many sequences run.
     """
 
-    def __init__(self, new_memory: Callable[[], Memory], narrowest: Callable[[int], int]) -> None:
+    def __init__(self, new_memory: Callable[[], Memory]) -> None:
         self._new_memory = new_memory
-        self._narrowest = narrowest
         self._buckets: list[MemoryBucket] = []
         self._number: dict[int, int] = {}
         """The bucket of every sequence."""
@@ -174,9 +162,8 @@ class Buckets:
             return {}
         indices = np.fromiter(self._number, np.int64, len(self._number))
         wanted = np.searchsorted(_WIDTHS, widths(table, indices)).tolist()
-        least = self._narrowest(len(indices))
         pairs = zip(self._number.items(), wanted, strict=True)
-        return {index: max(number, now, least) for (index, now), number in pairs}
+        return {index: max(number, now) for (index, now), number in pairs}
 
     def _fill(self, bucket: MemoryBucket, here: list[int], origins: dict[int, FromBatch], table: Table) -> None:
         """Bring a bucket to the members and the shape that it needs."""
@@ -187,8 +174,8 @@ class Buckets:
         if not members:
             return
         bucket.measure(table)
-        slots = grown(bucket.needed.slots, memory.slots, slot_granule(len(members)))
-        width = grown(bucket.needed.source_length, memory.source_width)
+        slots = resized(memory.slots, bucket.needed.slots, LEAST_SLOTS)
+        width = resized(memory.source_width, bucket.needed.source_length, LEAST_SOURCE_WIDTH)
         if members != old or (slots, width) != (memory.slots, memory.source_width):
             from_where = [self._origin(who, memory, origins) for who in members]
             memory.arrange(from_where, slots=slots, source_width=width)
@@ -228,31 +215,9 @@ def arranged(old: Sequence[int | None], here: Iterable[int]) -> list[int]:
     return [who for who in result if who is not None]
 
 
-def slot_granule(sequences: int) -> int:
-    """How many slots the batch indices of a bucket grow by: few grow far, since what they have too much costs little.
+def resized(present: int, needed: int, least: int) -> int:
+    """Slots (or source positions) of the batch indices of a bucket: a power of two times `least`.
 
-    Divides the width of every bucket that so few can be in, so that nobody has more slots than the bucket allows.
+    As many as now, unless they are too few or four times as many as are needed: every change copies the bucket.
     """
-    granule = GRANULE
-    while 2 * granule <= min(SPARE_SLOTS // sequences, SHARED_WIDTH):
-        granule *= 2
-    return granule
-
-
-def grown(needed: int, present: int, granule: int = GRANULE) -> int:
-    """Slots (or source positions) of the batch indices of a bucket.
-
-    Grows by granules, and shrinks only when a quarter is idle: every change copies the bucket.
-
-    Args:
-        needed: What the neediest sequence needs.
-        present: What each has now.
-        granule: What it is a multiple of.
-    """
-    wanted = round_up(needed, granule)
-    return present if wanted <= present and 3 * present < 4 * wanted else wanted
-
-
-def round_up(needed: int, granule: int = GRANULE) -> int:
-    """The least positive multiple of a granule that is as wide as needed."""
-    return -(-max(needed, 1) // granule) * granule
+    return present if needed <= present < 4 * needed else doubled(needed, least)

@@ -25,11 +25,8 @@ from beamline_server.engine.ort.cuda.fixed_run import KEPT_RUNS, DeviceBuffer, F
 from beamline_server.engine.ort.cuda.rectangle import MASK_VALUES, StepInputs, pack_step
 from beamline_server.engine.ort.cuda.row_mover import RowMover, flat_rows
 from beamline_server.engine.ort.cuda.shapes import (
-    LEAST_SLOTS,
-    LEAST_SOURCE_WIDTH,
     StepShape,
     batch_size,
-    doubled,
     step_shape,
 )
 from beamline_server.engine.ort.sessions import Sessions
@@ -111,8 +108,7 @@ class CudaMemory:
         self._lock = lock
         with lock:
             self.own = self.cross = self._tensors(1)
-        self.slots = 1
-        self.source_width = 1
+        self.slots = self.source_width = 0
         self.batch_index: IntArray = np.zeros(0, np.int64)
         """Where each sequence stands, in the order of the bucket, (S,)."""
         self._batch = 1
@@ -133,7 +129,7 @@ class CudaMemory:
             now = keep_places(old, batch)
             moves = [(before, after) for before, after in zip(old, now.tolist(), strict=True) if before]
             largest = self._largest
-            lengths = doubled(slots, LEAST_SLOTS), doubled(source_width, LEAST_SOURCE_WIDTH)
+            lengths = slots, source_width
             largest.own, largest.cross = max(largest.own, batch * lengths[0]), max(largest.cross, batch * lengths[1])
             self.own = self._rearranged(self.own, batch, lengths[0], largest.own, moves)
             self.cross = self._rearranged(self.cross, batch, lengths[1], largest.cross, moves)
