@@ -405,13 +405,13 @@ class NoTokens(TableMemory):
 
 
 class HalfBroken(TableBackend):
-    """Nothing can be done with the first answer of its third memory: that of the bucket that short requests share."""
+    """Nothing can be done with the first answer of its first memory: that of the bucket that short requests share."""
 
     memories = 0
 
     def new_memory(self) -> TableMemory:
         self.memories += 1
-        return NoTokens(self, padded=False) if self.memories == 3 else super().new_memory()
+        return NoTokens(self, padded=False) if self.memories == 1 else super().new_memory()
 
 
 def test_a_failed_decision_fails_its_bucket_and_the_next_request_is_served() -> None:
