@@ -41,7 +41,7 @@ class EncoderRuns:
         session: Of the encoder.
         outputs: Names of its outputs, in order.
         device: Where it runs.
-        graphs: Captured ones, of this session.
+        graphs: Captured ones, of the encoder.
     """
 
     def __init__(
