@@ -43,6 +43,7 @@ from beamline_export.progress import Progress
 from beamline_export.spec import Checkpoint, ExportError, check_weights
 from beamline_export.vocabularies import check_vocabularies
 from beamline_server.bundle import (
+    DECODER_STEP,
     FORMAT_VERSION,
     MANIFEST,
     NAME_PATTERN,
@@ -50,10 +51,12 @@ from beamline_server.bundle import (
     Activations,
     Bundle,
     BundleError,
+    decoder_graphs,
     load_bundle,
     read_manifest,
 )
 from beamline_server.engine.backend import Backend
+from beamline_server.engine.ort.cuda.backend import CudaBackend
 from beamline_server.models.forced import forced_decode
 from beamline_server.models.load import DeviceError, build_backend, choose_device, usable_cores
 from beamline_server.tokenizer import load_tokenizer
@@ -146,10 +149,11 @@ def export_checkpoint(
         expected = None if expectations is None else ExpectedOutputs(expectations, draft)
         with progress.step("load the exported model"):
             backend = _load_backend(draft)
+            backends = [backend, *_whole_step(draft)]
             check_contract(draft, writing.contracts())
         with progress.step("load the PyTorch model"):
             reference = family.reference(source, checkpoint)
-        figures = check_parity(draft, backend, reference, _probe(draft), progress.iterate)
+        figures = check_parity(draft, backends, reference, _probe(draft), progress.iterate)
         if expected is not None and in_fp32 is None:
             figures["expected"] = expected.check(backend, progress.iterate)
         elif expected is not None and in_fp32 is not None:
@@ -366,6 +370,12 @@ def _load_backend(bundle: Bundle) -> Backend:
         return build_backend(bundle, device, threads=usable_cores())
     except (BundleError, DeviceError) as error:
         raise ExportError(f"the exported model cannot be loaded: {error}") from error
+
+
+def _whole_step(bundle: Bundle) -> list[Backend]:
+    """For a bundle that has the decoder in pieces and whole: what a GPU would run, on the CPU."""
+    graphs = decoder_graphs(bundle.manifest.precision, bundle.manifest.dimensions.decoder_layers)
+    return [CudaBackend(bundle, device="cpu", threads=usable_cores())] if {DECODER_STEP} < set(graphs) else []
 
 
 def _probe(bundle: Bundle) -> Probe:

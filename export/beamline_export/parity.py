@@ -87,36 +87,45 @@ def check_contract(bundle: Bundle, contracts: dict[str, GraphSpec]) -> None:
 
 
 def check_parity(
-    bundle: Bundle, backend: Backend, reference: Reference, probe: Probe, progress: Progress
+    bundle: Bundle, backends: Sequence[Backend], reference: Reference, probe: Probe, progress: Progress
 ) -> dict[str, Any]:
     """Compare values; returns the figures for the manifest.
+
+    Args:
+        bundle: What is to be served.
+        backends: One for each set of graphs that computes the decoder. The first also searches, and checks the bundle
+            when a server starts.
+        reference: The PyTorch model.
+        probe: What to compare with.
+        progress: Shows how far it is.
 
     Raises:
         ExportError: they differ by more than the precision is allowed.
     """
     limits = TOLERANCES[bundle.manifest.precision]
-    figures = {
-        "device": backend.device,
-        "forced_decode": _forced_decodes(bundle, backend, reference, probe, progress),
-        "beam_search": _searches(bundle, backend, reference, probe, progress),
-    }
-    forced, search = figures["forced_decode"], figures["beam_search"]
-    assert isinstance(forced, dict)
-    assert isinstance(search, dict)
-    problems = []
-    if not np.isfinite(forced["max_difference"]):
-        problems.append("its log-probabilities are not finite")
-    if limits.logprob is not None and not forced["max_difference"] <= limits.logprob:
-        problems.append(f"log-probabilities differ by {forced['max_difference']:.3g} (allowed: {limits.logprob:g})")
-    if not forced["relative_rms"] <= limits.relative:
-        problems.append(f"their relative error is {forced['relative_rms']:.3g} (allowed: {limits.relative:g})")
+    decodes = [_forced_decodes(bundle, backend, reference, probe, progress) for backend in backends]
+    search = _searches(bundle, backends[0], reference, probe, progress)
+    problems = [problem for figures in decodes for problem in _beyond(limits, figures)]
     if limits.same_search and search["parted_beyond_near_ties"]:
         problems.append(f"{search['parted_beyond_near_ties']} of {search['searches']} beam searches differ")
     if problems and bundle.manifest.activations is not None and bundle.manifest.activations.scaled == "calibrated":
         problems.append("other or more sentences to calibrate with may help")
     if problems:
         raise ExportError(f"the exported model does not agree with PyTorch: {'; '.join(problems)}")
-    return figures
+    figures = {"device": backends[0].device, "forced_decode": decodes[0], "beam_search": search}
+    return figures | {"whole_step": decodes[1]} if decodes[1:] else figures
+
+
+def _beyond(limits: Tolerances, figures: dict[str, Any]) -> list[str]:
+    """What of forced decodes is beyond what a precision is allowed."""
+    problems = []
+    if not np.isfinite(figures["max_difference"]):
+        problems.append("its log-probabilities are not finite")
+    if limits.logprob is not None and not figures["max_difference"] <= limits.logprob:
+        problems.append(f"log-probabilities differ by {figures['max_difference']:.3g} (allowed: {limits.logprob:g})")
+    if not figures["relative_rms"] <= limits.relative:
+        problems.append(f"their relative error is {figures['relative_rms']:.3g} (allowed: {limits.relative:g})")
+    return problems
 
 
 def _forced_decodes(

@@ -191,6 +191,14 @@ def test_a_second_server_on_the_same_port_is_refused(server: ServerProcess, fr_e
     assert "is another server running?" in ended.problems[0]
 
 
+def test_a_server_on_the_cpu_does_without_onnxruntimes_python_interface(server: ServerProcess) -> None:
+    """It takes memory and time at every start; a step calls the C interface."""
+    mapped = Path("/proc", str(server.process.pid), "maps").read_text()
+
+    assert "libonnxruntime.so" in mapped
+    assert "onnxruntime_pybind11_state" not in mapped
+
+
 @pytest.mark.skipif(CUDA in available_providers(), reason="this onnxruntime has CUDA")
 def test_a_device_that_is_not_there_is_told_in_one_line(fr_en_fp32: Bundle) -> None:
     ended = serve_in_vain(fr_en_fp32.path, "--device", "cuda", "--grpc-port", 0, "--metrics-port", 0)

@@ -42,6 +42,14 @@ class WrongStore(Fp32Store):
         return super().linear(g, x, name, weight, bias, rectify=rectify)
 
 
+class ForgettingStore(Fp32Store):
+    """Writes no keys and values into the pools: only the whole step, which CUDA runs, has pools."""
+
+    def write(self, g: GraphWriter, pool: str, rows: str, width: int) -> str:
+        """As its base, but zeros."""
+        return super().write(g, pool, g.one("Sub", rows, rows), width)
+
+
 @dataclasses.dataclass
 class Spoiled:
     """A reference whose answers are spoiled."""
@@ -71,6 +79,20 @@ def test_a_wrong_weight_fails_the_gate_and_leaves_nothing(checkpoint: Any, tmp_p
             detect(checkpoint.folder), checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent, WrongStore()
         )
     assert left_in(tmp_path) == before
+
+
+def test_a_whole_step_that_is_wrong_fails_the_gate_though_the_pieces_are_right(
+    checkpoint: Any, tmp_path: Path, silent: Progress
+) -> None:
+    family, target = detect(checkpoint.folder), tmp_path / "bundle"
+    with pytest.raises(ExportError, match=r"does not agree with PyTorch: log-probabilities differ by [^;]*;[^;]*error"):
+        export_checkpoint(family, checkpoint.folder, target, ExportOptions(), silent, ForgettingStore())
+
+
+def test_what_only_a_gpu_runs_is_compared_as_well(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    for precision, compared in (("fp32", True), ("int8", False)):
+        bundle = export(checkpoint.folder, tmp_path / precision, ExportOptions(precision), silent)
+        assert ("whole_step" in bundle.manifest.parity) == compared
 
 
 @pytest.mark.parametrize(
