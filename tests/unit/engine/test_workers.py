@@ -20,9 +20,10 @@ from beamline_server.engine.errors import (
     StepFailed,
 )
 from beamline_server.engine.observer import NullObserver, StepObserver
-from beamline_server.engine.request import Completed, Failed, GenerationRequest, RequestId, SearchOptions
+from beamline_server.engine.request import Completed, Failed, GenerationRequest, RequestId
 from beamline_server.engine.step import Clock
 from beamline_server.engine.workers import Engine
+from doubles.core import request
 from doubles.engine import (
     Faults,
     Gate,
@@ -39,20 +40,6 @@ RULES = table_rules(8, max_source_tokens=50)
 TABLE = RandomTable(8)
 FOR_EVER = 100_000
 """Tokens that nobody waits for."""
-
-
-def request(
-    number: int,
-    *,
-    beams: int = 1,
-    tokens: int = 6,
-    source_tokens: int = 3,
-    deadline: float | None = None,
-    stream: bool = False,
-) -> GenerationRequest:
-    options = SearchOptions(beam_size=beams, min_new_tokens=tokens, max_new_tokens=tokens)
-    source = (*range(source_tokens - 1), number)
-    return GenerationRequest(RequestId(number), source, options, deadline, stream=stream)
 
 
 def backend(*, gate: Gate | None = None, faults: Faults | None = None) -> TableBackend:
