@@ -103,7 +103,7 @@ def check_parity(
         ExportError: they differ by more than the precision is allowed.
     """
     limits = TOLERANCES[bundle.manifest.precision]
-    decodes = [_forced_decodes(bundle, backend, reference, probe, progress) for backend in backends]
+    decodes = _forced_decodes(bundle, backends, reference, probe, progress)
     search = _searches(bundle, backends[0], reference, probe, progress)
     problems = [problem for figures in decodes for problem in _beyond(limits, figures)]
     if limits.same_search and search["parted_beyond_near_ties"]:
@@ -129,38 +129,54 @@ def _beyond(limits: Tolerances, figures: dict[str, Any]) -> list[str]:
 
 
 def _forced_decodes(
-    bundle: Bundle, backend: Backend, reference: Reference, probe: Probe, progress: Progress
-) -> dict[str, Any]:
+    bundle: Bundle, backends: Sequence[Backend], reference: Reference, probe: Probe, progress: Progress
+) -> list[dict[str, Any]]:
+    """Figures of each backend; PyTorch computes a source once for all of them."""
     vocabulary = bundle.manifest.dimensions.target_vocabulary
     rng = np.random.default_rng(probe.seed)
     length = min(probe.forced_length, bundle.manifest.dimensions.max_target_tokens)
     forced = rng.integers(0, vocabulary, (len(probe.sources), length))
     forced[:, 0] = bundle.manifest.special_tokens.decoder_start
-    exported = all_logprobs(backend, probe.sources, forced, vocabulary)
-    differences, squares, variance, same_top = [], 0.0, 0.0, 0
+    exported = [all_logprobs(backend, probe.sources, forced, vocabulary) for backend in backends]
+    agreements = [_Agreement() for _ in backends]
     for i in progress("forced decodes", len(probe.sources)):
         expected = reference.logprobs(probe.sources[i], [forced[i].tolist()])[0]
         if np.isnan(expected).any():
             raise ExportError("the model gives no numbers in PyTorch itself; its weights or its config are broken")
+        for agreement, logprobs in zip(agreements, exported, strict=True):
+            agreement.add(logprobs[i], expected)
+    return [{"sources": len(probe.sources), "steps": length, **agreement.figures()} for agreement in agreements]
+
+
+class _Agreement:
+    """How far exported log-probabilities are from PyTorch's, source by source."""
+
+    def __init__(self) -> None:
+        self._worst: list[NDArray[np.float32]] = []
+        self._squares = self._variance = 0.0
+        self._same_top = 0
+
+    def add(self, exported: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+        """Log-probabilities after every forced token of one source, (T, V)."""
         # Tokens that were taken out are -inf on both sides.
         kept = expected > -np.inf
         difference = np.zeros_like(expected)
-        np.subtract(exported[i], expected, where=exported[i] != expected, out=difference)
+        np.subtract(exported, expected, where=exported != expected, out=difference)
         np.abs(difference, out=difference)
-        differences.append(difference.max(axis=1))
-        squares += float(np.square(difference[kept], dtype=np.float64).mean())
-        variance += float(expected[kept].var(dtype=np.float64))
-        same_top += int((exported[i].argmax(1) == expected.argmax(1)).sum())
-    worst = np.stack(differences)
-    return {
-        "sources": len(probe.sources),
-        "steps": length,
-        "max_difference": float(worst.max()),
-        "max_difference_first_step": float(worst[:, 0].max()),
-        "max_difference_last_step": float(worst[:, -1].max()),
-        "relative_rms": float(np.sqrt(squares / variance)) if variance else 0.0,
-        "same_top_token": same_top / worst.size,
-    }
+        self._worst.append(difference.max(axis=1))
+        self._squares += float(np.square(difference[kept], dtype=np.float64).mean())
+        self._variance += float(expected[kept].var(dtype=np.float64))
+        self._same_top += int((exported.argmax(1) == expected.argmax(1)).sum())
+
+    def figures(self) -> dict[str, Any]:
+        worst = np.stack(self._worst)
+        return {
+            "max_difference": float(worst.max()),
+            "max_difference_first_step": float(worst[:, 0].max()),
+            "max_difference_last_step": float(worst[:, -1].max()),
+            "relative_rms": float(np.sqrt(self._squares / self._variance)) if self._variance else 0.0,
+            "same_top_token": self._same_top / worst.size,
+        }
 
 
 def all_logprobs(
