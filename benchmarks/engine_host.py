@@ -13,10 +13,11 @@ from statistics import median
 import numpy as np
 
 from beamline_server.engine.admission import Capacity
-from beamline_server.engine.backend import Cache, Encoded
+from beamline_server.engine.backend import Cache, Encoded, StepResult
 from beamline_server.engine.observer import NullObserver
+from beamline_server.engine.ort.candidates import empty
 from beamline_server.engine.ort.cpu import CpuCache
-from beamline_server.engine.ort.pieces import Bound, Pieces
+from beamline_server.engine.ort.pieces import Pieces
 from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.step import EngineCore, ModelRules
@@ -81,8 +82,10 @@ class _FreePieces(Pieces):
         super().__init__((), width=_WIDTH, heads=1, vocabulary=VOCABULARY, note=None)
         self._backend = backend
 
-    def run(self, bound: Bound, *_: object) -> None:
-        self._backend.answer(bound.result.top_logprob, bound.result.top_token)
+    def run(self, rows: int, count: int, *_: object, **__: object) -> StepResult:
+        best = empty(rows, count)
+        self._backend.answer(best.logprob, best.token)
+        return StepResult(best.logprob, best.token)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,15 +51,21 @@ def _encoder(layers: Layers, contract: GraphSpec) -> None:
 
 
 def _decoder_step(layers: Layers) -> None:
-    """One decoder step: all parts with their attentions between them. Always takes a past, of length 0 at the start."""
-    mask = _additive_mask(layers.g) if layers.store.cache == "float32" else "ancestors"
+    """One decoder step: all parts with their attentions between them, and the choice of candidates.
+
+    Always takes a past, of length 0 at the start.
+    """
+    g = layers.g
+    mask = _additive_mask(g) if layers.store.cache == "float32" else "ancestors"
     values = _decoder_part(layers, 0)
     for i in range(layers.spec.decoder_layers):
         attended = _self_attention(layers, i, values["query_key_value"], mask)
         values = _decoder_part(layers, 2 * i + 1, attended, values["residual"])
         attended = _cross_attention(layers, i, values["query"])
         values = _decoder_part(layers, 2 * i + 2, attended, values["residual"])
-    _give(layers.g, values)
+    logprob = g.one("LogSoftmax", values["logits"], axis=-1)
+    top_logprob, top_token = g.op("TopK", [logprob, "candidates"], outputs=2, axis=-1)
+    _give(g, {"top_logprob": top_logprob, "top_token": top_token, "logprob": logprob})
 
 
 def _give(g: GraphWriter, values: dict[str, str]) -> None:
@@ -101,7 +107,9 @@ def _decoder_part(
     if not after_cross:
         return _to_cross_attention(layers, i, x)
     x = layers.feed_forward(x, f"decoder.{i}")
-    return _candidates(layers, x) if i + 1 == layers.spec.decoder_layers else _to_self_attention(layers, i + 1, x)
+    return (
+        {"logits": _logits(layers, x)} if i + 1 == layers.spec.decoder_layers else _to_self_attention(layers, i + 1, x)
+    )
 
 
 def _to_self_attention(layers: Layers, i: int, x: str) -> dict[str, str]:
@@ -114,18 +122,9 @@ def _to_cross_attention(layers: Layers, i: int, x: str) -> dict[str, str]:
     return {"residual": x, "query": layers.query(layers.before(x, f"{name}_norm"), name)}
 
 
-def _candidates(layers: Layers, x: str) -> dict[str, str]:
-    """The log-probabilities after the last layer, and the best of each row."""
-    g, spec = layers.g, layers.spec
-    if spec.decoder_final_norm:
-        x = layers.norm(x, "decoder.final_norm")
-    logprob = g.one("LogSoftmax", layers.logits(x), axis=-1)
-    block = block_size(spec.target_vocabulary) if layers.store.cache == "float32" else None
-    if block is None:
-        top_logprob, top_token = g.op("TopK", [logprob, "candidates"], outputs=2, axis=-1)
-    else:
-        top_logprob, top_token = top_by_blocks(g, logprob, spec.target_vocabulary, block)
-    return {"top_logprob": top_logprob, "top_token": top_token, "logprob": logprob}
+def _logits(layers: Layers, x: str) -> str:
+    """Scores of all tokens after the last layer."""
+    return layers.logits(layers.norm(x, "decoder.final_norm") if layers.spec.decoder_final_norm else x)
 
 
 def _additive_mask(g: GraphWriter) -> str:
@@ -135,36 +134,3 @@ def _additive_mask(g: GraphWriter) -> str:
     has a weight of exactly zero.
     """
     return g.one("Where", "ancestors", g.constant(0.0, np.float32), g.constant(-1e30, np.float32))
-
-
-def block_size(vocabulary: int) -> int | None:
-    """Tokens per block for `top_by_blocks`: the divisor of the vocabulary nearest to the best size, None if too far.
-
-    Selecting costs a row about 2.8 ns per block, for its largest, and 0.75 ns per token of the ten or so best blocks
-    (measured with onnxruntime 1.31); their sum is least at sqrt(0.37 V).
-    """
-    best = (0.37 * vocabulary) ** 0.5
-    divisors = [n for n in range(int(best / 3), int(best * 3) + 1) if n > 1 and vocabulary % n == 0]
-    return min(divisors, key=lambda n: n / best + best / n, default=None)
-
-
-def top_by_blocks(g: GraphWriter, logprob: str, vocabulary: int, block: int) -> tuple[str, str]:
-    """The C best of each row, (N, V), exactly: they lie in the C blocks with the largest maxima.
-
-    Two small selections and a maximum per block cost half of one selection from the whole row. Of equal numbers the
-    one in the better block comes first, then the lower token; so the first of C candidates are the same for any C.
-
-    Returns:
-        Their log-probabilities and their tokens, (N, C) each.
-    """
-    count = vocabulary // block
-    size = g.constant([block], np.int64)
-    blocks = g.one("Reshape", logprob, g.constant([-1, count, block], np.int64))
-    largest = g.one("ReduceMax", blocks, g.constant([-1], np.int64), keepdims=0)
-    _, best = g.op("TopK", [largest, g.one("Clip", "candidates", "", g.constant(count, np.int64))], outputs=2, axis=-1)
-    taken = g.one("GatherND", blocks, g.one("Unsqueeze", best, g.constant([-1], np.int64)), batch_dims=1)
-    row = g.one("Reshape", taken, g.constant([0, -1], np.int64))
-    top_logprob, place = g.op("TopK", [row, "candidates"], outputs=2, axis=-1)
-    which = g.one("GatherElements", best, g.one("Div", place, size), axis=1)
-    within = g.one("Mod", place, size)
-    return top_logprob, g.one("Add", g.one("Mul", which, size), within)

@@ -109,29 +109,26 @@ def decoder_step_graph(layers: int, width: int, vocabulary: int, cache: ElementT
     for i in range(layers):
         inputs |= {f"self_k_{i}": pool, f"self_v_{i}": pool, f"cross_k_{i}": rectangle, f"cross_v_{i}": rectangle}
     pools = {f"self_{kind}_{i}_out": pool for i in range(layers) for kind in ("k", "v")}
-    return GraphSpec(inputs, {**_candidates(vocabulary), **pools})
+    outputs = {
+        "top_logprob": TensorSpec("float32", ("N", "C")),
+        "top_token": TensorSpec("int64", ("N", "C")),
+        "logprob": TensorSpec("float32", ("N", vocabulary)),
+    }
+    return GraphSpec(inputs, {**outputs, **pools})
 
 
 def decoder_piece_graph(number: int, layers: int, width: int, vocabulary: int) -> GraphSpec:
-    """What one decoder piece computes of every live row; the first takes tokens, the last gives candidates.
+    """What one decoder piece computes of every live row; the first takes tokens, the last gives scores of all tokens.
 
     `attended` is what the attention before the piece gave, `residual_in` the `residual` of the piece before.
     `query_key_value` are queries, keys and values of the next self-attention side by side, `query` the queries of the
-    next cross-attention. `candidates` and `logprob` are as those of the whole step.
+    next cross-attention.
     """
     rows = TensorSpec("float32", ("N", width))
     ids = TensorSpec("int64", ("N",))
     inputs = {"ids": ids, "positions": ids} if number == 0 else {"attended": rows, "residual_in": rows}
     if number == 2 * layers:
-        return GraphSpec({**inputs, "candidates": TensorSpec("int64", (1,))}, _candidates(vocabulary))
+        return GraphSpec(inputs, {"logits": TensorSpec("float32", ("N", vocabulary))})
     if number % 2:
         return GraphSpec(inputs, {"residual": rows, "query": rows})
     return GraphSpec(inputs, {"residual": rows, "query_key_value": TensorSpec("float32", ("N", 3 * width))})
-
-
-def _candidates(vocabulary: int) -> dict[str, TensorSpec]:
-    return {
-        "top_logprob": TensorSpec("float32", ("N", "C")),
-        "top_token": TensorSpec("int64", ("N", "C")),
-        "logprob": TensorSpec("float32", ("N", vocabulary)),
-    }

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from beamline_server.engine.request import MAX_BEAMS, MAX_LENGTH_PENALTY
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 ENCODER = "encoder.onnx"
 DECODER_STEP = "decoder_step.onnx"
@@ -175,7 +175,7 @@ class Activations(_Model):
 class Manifest(_Model):
     """Everything the server needs to know about a bundle."""
 
-    format_version: Literal[2]
+    format_version: Literal[3]
     name: str = Field(pattern=NAME_PATTERN)
     architecture: str
     precision: Precision

@@ -91,7 +91,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, object]], object])
         pytest.param(MANIFEST, lambda folder: (folder / MANIFEST).write_text('{"a": 1'), id="half a manifest"),
         pytest.param(
             MANIFEST,
-            lambda folder: change_manifest(folder, lambda manifest: manifest.update(format_version=3)),
+            lambda folder: change_manifest(folder, lambda manifest: manifest.update(format_version=4)),
             id="a newer format",
         ),
     ],

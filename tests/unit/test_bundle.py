@@ -166,7 +166,7 @@ def test_tokenizer_files_must_be_listed(edit: Callable[..., Path]) -> None:
     assert error.problem == "files: '../../tokenizer.json' is not listed"
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", None, 1.5, [1], ...])
+@pytest.mark.parametrize("version", [0, 1, 2, 4, "3", None, 1.5, [1], ...])
 def test_another_format_version_asks_for_another_export(version: object, edit: Callable[..., Path]) -> None:
     def change(data: dict[str, object]) -> None:
         data.pop("format_version")
@@ -176,7 +176,7 @@ def test_another_format_version_asks_for_another_export(version: object, edit: C
     error = refused(edit(change))
     assert error.path.name == MANIFEST
     assert error.problem.startswith("format version ")
-    assert error.problem.endswith("this server reads 2: export the model again")
+    assert error.problem.endswith("this server reads 3: export the model again")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"format_version": 2'])

@@ -28,7 +28,7 @@ The step
 
     admit(queue, room)                                  who starts: encode the sources, write requests into the table
     for bucket in cache.place(table):                   room for every row, where the backend wants it
-        result = bucket.run(table)                      one run of the graph: the best C continuations of each row
+        result = bucket.run(table)                      one run of the decoder: the best C continuations of each row
         decide(table, bucket.members, result)           per sequence: rank, finish, continue; rows of the next step
     deliver(table)                                      pieces, answers; who is done leaves
 

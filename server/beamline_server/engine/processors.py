@@ -1,6 +1,6 @@
 """What may change the candidates of a hypothesis before they are ranked, each as a small compiled function.
 
-The graph gives the C most probable continuations of a row. A processor that takes candidates away stays exact if C
+A backend gives the C most probable continuations of a row. A processor that takes candidates away stays exact if C
 grows by as many as it may take, which `SearchRules.extra_candidates` adds up:
 
     processor             what it does                                             extra candidates

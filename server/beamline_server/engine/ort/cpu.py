@@ -2,7 +2,8 @@
 
 The decoder step is a row of graphs, cut at the attentions. Between two of them a compiled loop writes new keys and
 values into their slots and attends over the slots that each row descends from, wherever these are: there are no
-rectangles, no padding, no masks and no moves. All of a step is one call of compiled code, which calls onnxruntime.
+rectangles, no padding, no masks and no moves. A last loop takes the candidates from the scores of all tokens. All of a
+step is one call of compiled code, which calls onnxruntime.
 """
 
 from collections.abc import Sequence
@@ -134,7 +135,8 @@ class CpuCache:
 
     def run(self, table: Table, candidates: int, *, logprobs: bool = False) -> StepResult:
         """As `Bucket.run`."""
-        bound = self._pieces.bound(self.needed, candidates, logprobs=logprobs)
-        pack_rows(table, self.members, self._own.pages.pages, self._pieces.buffers)
-        self._pieces.run(bound, self.needed.rows, self._own.pages, self._cross.pages, self._sources)
-        return bound.result
+        pieces = self._pieces
+        pieces.reserve(self.needed)
+        pack_rows(table, self.members, self._own.pages.pages, pieces.buffers)
+        own, cross = self._own.pages, self._cross.pages
+        return pieces.run(self.needed.rows, candidates, own, cross, self._sources, logprobs=logprobs)

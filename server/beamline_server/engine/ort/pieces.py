@@ -6,6 +6,7 @@ Axes: L layers, N rows, D width, I indices of the table, X lists, W places of a 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,15 +14,17 @@ from numpy.typing import NDArray
 
 from beamline_server.engine.backend import StepResult
 from beamline_server.engine.compiled import compiled, entry_point
-from beamline_server.engine.ort.attention import TOGETHER, attend, room
+from beamline_server.engine.ort import attention, candidates
+from beamline_server.engine.ort.attention import TOGETHER, attend
 from beamline_server.engine.ort.c_api import Binding, NativeSession, address, check
+from beamline_server.engine.ort.candidates import find_best
 from beamline_server.engine.ort.pages import PagedMemory, Pages, Places, place
 from beamline_server.engine.ort.vectors import call
 from beamline_server.engine.pack import Extent
 from beamline_server.engine.table import FloatArray, IntArray, Table, example
 
 _KEPT = 256
-"""Bindings that are kept, each for a number of rows and of candidates: the last used ones."""
+"""Bindings that are kept, each for a number of rows: the last used ones."""
 Note = Callable[[str, FloatArray], None]
 """Receives what a graph gives beyond its contract: a name, and a number for each row, (N,)."""
 
@@ -52,6 +55,9 @@ class Buffers(NamedTuple):
         query: Of cross-attention, (N, D).
         attended: What attention gives, (N, D).
         residual: What graphs hand on, in turn, (2, N, D).
+        logits: Scores of all tokens, (N, V).
+        weighing: Room for attention.
+        choosing: Room for the choice of candidates.
     """
 
     ids: IntArray
@@ -64,10 +70,13 @@ class Buffers(NamedTuple):
     query: FloatArray
     attended: FloatArray
     residual: FloatArray
+    logits: FloatArray
+    weighing: tuple[FloatArray, FloatArray]
+    choosing: candidates.Room
 
 
-def buffers(rows: int, slots: int, width: int) -> Buffers:
-    """Buffers for so many rows, which attend to so many slots of their sequences."""
+def buffers(rows: int, slots: int, *, width: int, heads: int, vocabulary: int) -> Buffers:
+    """Buffers for so many rows, which attend to so many slots of their sequences, or positions of their sources."""
     return Buffers(
         ids=np.zeros(rows, np.int64),
         positions=np.zeros(rows, np.int64),
@@ -79,23 +88,24 @@ def buffers(rows: int, slots: int, width: int) -> Buffers:
         query=np.zeros((rows, width), np.float32),
         attended=np.zeros((rows, width), np.float32),
         residual=np.zeros((2, rows, width), np.float32),
+        logits=np.zeros((rows, vocabulary), np.float32),
+        weighing=attention.room(heads, slots),
+        choosing=candidates.room(vocabulary),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The pieces, bound for so many rows and candidates.
+    """The pieces, bound for so many rows.
 
     Attributes:
         bindings: One per piece.
         handles: Their addresses.
-        result: Where the results will be.
         extra: What the pieces give beyond their contract.
     """
 
     bindings: list[Binding]
     handles: IntArray
-    result: StepResult
     extra: dict[str, FloatArray]
 
 
@@ -115,65 +125,63 @@ class Pieces:
     ) -> None:
         self._sessions = sessions
         self._handles = np.array([session.handle for session in sessions], np.int64)
-        self._width, self._heads, self._vocabulary = width, heads, vocabulary
+        self._heads = heads
         self._note = note
         self._run = address("RunWithBinding")
-        self._bound: OrderedDict[tuple[int, int, bool], Bound] = OrderedDict()
+        self._bound: OrderedDict[int, Bound] = OrderedDict()
+        self._new_buffers = partial(buffers, width=width, heads=heads, vocabulary=vocabulary)
         self._rows = self._longest = 0
-        self.buffers, self._room = buffers(0, 0, width), room(heads, 0)
+        self.buffers = self._new_buffers(0, 0)
 
-    def bound(self, needed: Extent, candidates: int, *, logprobs: bool) -> Bound:
-        """The pieces, bound for a step; the buffers are large enough for it afterwards."""
+    def reserve(self, needed: Extent) -> None:
+        """Have buffers that are large enough for a step."""
         longest = max(needed.slots, needed.source_length)
         if needed.rows > self._rows or longest > self._longest:
             self._rows, self._longest = max(2 * needed.rows, self._rows), max(2 * longest, self._longest)
             self._bound.clear()
-            self.buffers = buffers(self._rows, self._longest, self._width)
-            self._room = room(self._heads, self._longest)
-        key = (needed.rows, candidates, logprobs)
-        if key not in self._bound:
-            if len(self._bound) >= _KEPT:
-                self._bound.popitem(last=False)
-            self._bound[key] = self._bind(*key)
-        self._bound.move_to_end(key)
-        return self._bound[key]
+            self.buffers = self._new_buffers(self._rows, self._longest)
 
-    def run(self, bound: Bound, rows: int, own: Pages, cross: Pages, sources: Lists) -> None:
+    def run(self, rows: int, count: int, own: Pages, cross: Pages, sources: Lists, *, logprobs: bool) -> StepResult:
         """Compute a step from what is in the buffers.
 
         Args:
-            bound: The pieces.
             rows: N.
+            count: C.
             own: Keys and values of self-attention.
             cross: Those of cross-attention.
             sources: The source positions of each sequence, by its index.
+            logprobs: Whether the log-probabilities of all tokens are wanted, too.
 
         Raises:
             NativeError: a graph fails.
         """
+        bound, best = self._bound_for(rows), candidates.empty(rows, count)
         how = (self._run, self._heads, rows)
-        check(run_step(how, self._handles, bound.handles, self.buffers, own, cross, sources, self._room))
+        check(run_step(how, self._handles, bound.handles, self.buffers, own, cross, sources, best))
         tell(self._note, bound.extra)
+        every = None
+        if logprobs:
+            every = np.empty((rows, self.buffers.logits.shape[1]), np.float32)
+            candidates.log_probabilities(self.buffers.logits, self.buffers.choosing, every)
+        return StepResult(best.logprob, best.token, every)
 
-    def _bind(self, rows: int, candidates: int, logprobs: bool) -> Bound:
-        result = StepResult(
-            np.empty((rows, candidates), np.float32),
-            np.empty((rows, candidates), np.int64),
-            np.empty((rows, self._vocabulary), np.float32) if logprobs else None,
-        )
+    def _bound_for(self, rows: int) -> Bound:
+        if rows not in self._bound:
+            if len(self._bound) >= _KEPT:
+                self._bound.popitem(last=False)
+            self._bound[rows] = self._bind(rows)
+        self._bound.move_to_end(rows)
+        return self._bound[rows]
+
+    def _bind(self, rows: int) -> Bound:
         bindings: list[Binding] = []
         extra: dict[str, FloatArray] = {}
         for i, session in enumerate(self._sessions):
-            inputs, outputs = self._inputs(i, rows), self._outputs(i, rows)
-            if i == len(self._sessions) - 1:
-                inputs["candidates"] = np.array([candidates])
-                outputs = {"top_logprob": result.top_logprob, "top_token": result.top_token}
-                if result.logprob is not None:
-                    outputs["logprob"] = result.logprob
-            more = beyond(self._note, session, (*outputs, "logprob"), rows)
-            bindings.append(Binding(session, inputs, outputs | more))
+            outputs = self._outputs(i, rows)
+            more = beyond(self._note, session, outputs, rows)
+            bindings.append(Binding(session, self._inputs(i, rows), outputs | more))
             extra |= more
-        return Bound(bindings, np.array([binding.handle for binding in bindings], np.int64), result, extra)
+        return Bound(bindings, np.array([binding.handle for binding in bindings], np.int64), extra)
 
     def _inputs(self, piece: int, rows: int) -> dict[str, NDArray[Any]]:
         b = self.buffers
@@ -183,6 +191,8 @@ class Pieces:
 
     def _outputs(self, piece: int, rows: int) -> dict[str, NDArray[Any]]:
         b = self.buffers
+        if piece == len(self._sessions) - 1:
+            return {"logits": b.logits[:rows]}
         query = {"query": b.query[:rows]} if piece % 2 else {"query_key_value": b.query_key_value[:rows]}
         return {"residual": b.residual[piece % 2, :rows], **query}
 
@@ -236,9 +246,9 @@ def run_step(  # noqa: PLR0913, PLR0917 - graphs, and what lies between them
     own: Pages,
     cross: Pages,
     sources: Lists,
-    room: tuple[FloatArray, FloatArray],
+    best: candidates.Candidates,
 ) -> int:
-    """Run the pieces, with an attention after each but the last.
+    """Run the pieces, with an attention after each but the last, and choose the candidates.
 
     Args:
         how: Address of onnxruntime's RunWithBinding; heads of attention; N.
@@ -248,16 +258,18 @@ def run_step(  # noqa: PLR0913, PLR0917 - graphs, and what lies between them
         own: Keys and values of self-attention.
         cross: Those of cross-attention.
         sources: The source positions of each sequence, by its index.
-        room: For attention, as `attention.room` makes it.
+        best: Receives the candidates.
 
     Returns:
         Address of a status that tells what went wrong, or 0.
     """
-    (run, heads, rows), last = how, len(sessions) - 1
-    for piece in range(last):
+    run, heads, rows = how
+    for piece in range(len(sessions)):
         status = call(run, sessions[piece], 0, bindings[piece])
         if status != 0:
             return int(status)
+        if piece == len(sessions) - 1:
+            break
         layer = piece // 2
         if piece % 2 == 0:
             write(buffers, own.keys[layer], own.values[layer], rows)
@@ -266,8 +278,10 @@ def run_step(  # noqa: PLR0913, PLR0917 - graphs, and what lies between them
         else:
             query, keys, values = buffers.query, cross.keys[layer], cross.values[layer]
             lists, list_of = sources, buffers.sequence[:rows]
-        attend(query, keys, values, lists.places, lists.lengths, list_of, heads, room[0], room[1], buffers.attended)
-    return int(call(run, sessions[last], 0, bindings[last]))
+        weights, inverse = buffers.weighing
+        attend(query, keys, values, lists.places, lists.lengths, list_of, heads, weights, inverse, buffers.attended)
+    find_best(buffers.logits, buffers.choosing, best)
+    return 0
 
 
 @compiled
@@ -283,9 +297,13 @@ def write(buffers: Buffers, keys: FloatArray, values: FloatArray, rows: int) -> 
 
 
 def _run_example() -> tuple[Any, ...]:
-    numbers, into, pages = np.zeros(1, np.int64), buffers(1, 1, 1), PagedMemory(1, 1).pages
-    return (0, 0, 0), numbers, numbers, into, pages, pages, into.own, room(1, 1)
+    numbers, into, pages = np.zeros(1, np.int64), _example_buffers(), PagedMemory(1, 1).pages
+    return (0, 0, 0), numbers, numbers, into, pages, pages, into.own, candidates.empty(1, 1)
 
 
-entry_point(pack_rows, lambda: (example(), np.zeros(1, np.int64), np.zeros((1, 1), np.int32), buffers(1, 1, 1)))
+def _example_buffers() -> Buffers:
+    return buffers(1, 1, width=1, heads=1, vocabulary=1)
+
+
+entry_point(pack_rows, lambda: (example(), np.zeros(1, np.int64), np.zeros((1, 1), np.int32), _example_buffers()))
 entry_point(run_step, _run_example)

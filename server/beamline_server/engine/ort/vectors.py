@@ -69,6 +69,7 @@ def _halves(builder: Any, vector: Any, lanes: int) -> tuple[Any, Any]:
 
 
 def _larger(builder: Any, a: Any, b: Any) -> Any:
+    """The larger ones; b where one of them is no number."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
@@ -194,11 +195,14 @@ def store_totals(typing: Any, array: Any, offset: Any, a: Any, b: Any, c: Any, d
 
 @operation
 def exponential(typing: Any, a: Any) -> Any:
-    """e^x of numbers up to 0; below -87 as for -87. Cephes' polynomial for floats (expf): 1e-7 of relative error."""
+    """e^x of numbers up to 0; below -87 as for -87. What is no number stays none.
+
+    Cephes' polynomial for floats (expf): 1e-7 of relative error.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         integers = ir.VectorType(_INT, LANES)
-        x = _larger(builder, arguments[0], _constant(-87.0))
+        x = _larger(builder, _constant(-87.0), arguments[0])
         # e^x = 2^n e^r with a whole n and r within ln(2) / 2; ln(2) in two parts, so that r is exact.
         n = _each(builder, "floor", _each(builder, "fmuladd", x, _constant(1.44269504088896341), _constant(0.5)))
         r = _each(builder, "fmuladd", n, _constant(-0.693359375), x)

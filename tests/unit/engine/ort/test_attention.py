@@ -105,3 +105,14 @@ def test_nothing_but_the_listed_slots_is_looked_at(heads: int, size: int) -> Non
     keys, values = of.keys.copy(), of.values.copy()
     keys[unlisted] = values[unlisted] = np.nan
     assert np.array_equal(attended(of), attended(of._replace(keys=keys, values=values)))
+
+
+@pytest.mark.parametrize(("heads", "size"), HEADS)
+@pytest.mark.parametrize("which", ["query", "keys", "values"])
+def test_what_is_no_number_does_not_become_one(which: str, heads: int, size: int) -> None:
+    of = case(heads, size, [3, 18])
+    spoilt = getattr(of, which).copy()
+    spoilt[of.lists[1][7] if which != "query" else 1, 0] = np.nan
+    found = attended(of._replace(**{which: spoilt}))
+    assert np.isnan(found[1, 0])
+    assert not np.isnan(found[0]).any()

@@ -47,7 +47,7 @@ def test_rows_find_the_slots_that_they_descend_from(seed: int) -> None:
     members = rng.permutation(6)[: rng.integers(1, 7)]
     memory = memory_for(table, members.tolist(), rng)
     rows = int(table.sequences["rows"][members].sum())
-    ours, plain = compiled_pieces.buffers(rows, 60, 2), compiled_pieces.buffers(rows, 60, 2)
+    ours, plain = (compiled_pieces.buffers(rows, 60, width=2, heads=1, vocabulary=1) for _ in range(2))
     compiled_pieces.pack_rows(table, members, memory.pages.pages, ours)
     PLAIN_PIECES.pack_rows(table, members, memory.pages.pages, plain)
 
@@ -72,7 +72,7 @@ def test_rows_find_the_slots_that_they_descend_from(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_new_keys_and_values_are_written_into_their_slots_and_nowhere_else(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    buffers = compiled_pieces.buffers(7, 1, 4)
+    buffers = compiled_pieces.buffers(7, 1, width=4, heads=1, vocabulary=1)
     buffers.query_key_value[:] = rng.standard_normal(buffers.query_key_value.shape)
     buffers.slot[:] = rng.permutation(3 * PAGE)[:7]
     before = rng.standard_normal((2, 3 * PAGE, 4)).astype(np.float32)
