@@ -34,7 +34,7 @@ from beamline_server.engine.request import (
     Timing,
 )
 from beamline_server.engine.step import logged_failure
-from beamline_server.engine.workers import EngineLoad
+from beamline_server.engine.workers import EngineLoad, WorkerState
 
 _RETRY_AFTER_S = 0.1
 
@@ -174,8 +174,15 @@ class DynamicBatching:
                 row_capacity=self._limits.row_capacity,
                 queue_limit_rows=self._limits.rows - self._limits.row_capacity,
                 last_step_at=self._last_batch_at,
-                alive=not self._started or self._stop_at < math.inf or all(t.is_alive() for t in self._threads),
+                workers=tuple(WorkerState(alive=self._is_well(thread)) for thread in self._threads),
             )
+
+    def _is_well(self, thread: threading.Thread) -> bool:
+        return not self._started or self._stop_at < math.inf or thread.is_alive()
+
+    def give_up(self, number: int) -> None:
+        """See `EngineLike`. Its states tell no step, so nobody finds a worker stuck."""
+        raise NotImplementedError(number)
 
     def stop(self, grace_s: float) -> None:
         """See `EngineLike`. A batch that runs is waited for."""

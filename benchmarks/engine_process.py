@@ -69,7 +69,10 @@ class EngineProcess:
 
     def load(self) -> EngineLoad:
         """Nothing to tell."""
-        return EngineLoad(0, 0, 0, 0, 0, 0, None, alive=True)
+        return EngineLoad(0, 0, 0, 0, 0, 0, None)
+
+    def give_up(self, number: int) -> None:
+        """Not needed for a measurement."""
 
     def stop(self, grace_s: float) -> None:
         """End the process."""

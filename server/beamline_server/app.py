@@ -6,12 +6,14 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
@@ -23,10 +25,12 @@ from beamline_server.engine.backend import Backend
 from beamline_server.engine.compiled import is_off, keeping_folder, make_ready
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
+from beamline_server.engine.workers import WORKER_THREADS
 from beamline_server.listening import PortError, allow_most_descriptors
 from beamline_server.metrics import Metrics
 from beamline_server.metrics_server import MetricsServer
 from beamline_server.models.load import DeviceError, EngineOptions, build_engine, check_golden, choose_device, exercise
+from beamline_server.rpc.aio_server import AioServer
 from beamline_server.rpc.desk import Desk, EngineLike
 from beamline_server.rpc.health import EngineWatch, Health, watch_engine
 from beamline_server.rpc.info import ServedModel, versions
@@ -36,11 +40,14 @@ from beamline_server.settings import Command, Settings, SettingsError, read_comm
 from beamline_server.tokenizer import load_tokenizer
 
 EXIT_STOPPED = 0
-EXIT_ENGINE_FAILED = 1
+EXIT_PART_FAILED = 1
 EXIT_SETTINGS = 2
 
 _LAST_WORDS_S = 1.0
 """Time for the last answers to be sent once all of them are known."""
+
+_THREADS = "beamline"
+_Result = TypeVar("_Result")
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logs.configure(command.settings.log_level)
         allow_most_descriptors()
         disable_created_metrics()  # type: ignore[no-untyped-call]  # has no type information
-        return asyncio.run(_run_until_signalled(command))
+        return _leave(asyncio.run(_run_until_signalled(command)))
     except SettingsError as error:
         return _refuse(EXIT_SETTINGS, *error.problems)
     except (DeviceError, PortError) as error:
@@ -121,15 +128,28 @@ async def run(
     Raises:
         BundleError | DeviceError | PortError | SettingsError: the server cannot serve; nothing is left running.
     """
-    began, settings = time.monotonic(), command.settings
+    try:
+        status = await _serve(command, build, stop, listening)
+    except _StoppedWhileLoading:
+        status = EXIT_STOPPED
+    _log.info("stopped", extra={"event": "stopped", "part_failed": status != EXIT_STOPPED})
+    return status
+
+
+async def _serve(command: Command, build: BuildEngine, stop: StopRequests, listening: Callable[[Ports], None]) -> int:
+    began, settings, loop = time.monotonic(), command.settings, asyncio.get_running_loop()
     metrics = Metrics(CollectorRegistry())
-    desk, health = Desk(asyncio.get_running_loop()), Health(metrics)
+    metrics.watch_log(logs.dropped)
+    desk, health = Desk(loop), Health(metrics)
+    part_failed = asyncio.Event()
     with ExitStack() as resources:
-        metrics_port = resources.enter_context(_metrics_server(metrics, settings)).port
-        bundle = await asyncio.to_thread(_load, command.bundle)
+        told = partial(loop.call_soon_threadsafe, part_failed.set)
+        metrics_port = resources.enter_context(_metrics_server(metrics, settings, told)).port
+        bundle = await _unless_stopped(stop, _load, command.bundle)
         tokenizer = load_tokenizer(bundle)
         _tell_ignored_settings(bundle)
-        built = await asyncio.to_thread(build, bundle, settings, deliver=desk.deliver, observer=metrics)
+        build_it = partial(build, bundle, settings, deliver=desk.deliver, observer=metrics)
+        built = await _unless_stopped(stop, build_it)
         model = ServedModel(settings.model_name or bundle.manifest.name, bundle, built.device)
         metrics.watch_load(built.engine.load, clock=time.monotonic)
         metrics.tell_constants(model.labels(), versions())
@@ -137,25 +157,67 @@ async def run(
         text = resources.enter_context(TextWork())
         server = build_server(Service(desk, health, metrics, text), model, tokenizer, settings)
         ports = Ports(bind(server, settings.host, settings.grpc_port), metrics_port)
-        await health.begin()
         await server.start()
         try:
             _log.info("listening", extra={"event": "listening", "host": settings.host, **_fields(ports)})
             listening(ports)
-            await asyncio.to_thread(built.warm_up)
+            await _unless_stopped(stop, built.warm_up)
             built.engine.start()
             gc.collect()
             gc.freeze()  # what is there now stays: no collection needs to walk through it again
             metrics.model_load_seconds.set(time.monotonic() - began)
             desk.open(built.engine)
-            await health.set_ready(True)
+            health.set_ready(True)
             _log.info("serving", extra={"event": "serving", **model.labels()})
-            died = await _until_stopped(stop, EngineWatch(built.engine.load, time.monotonic), health)
+            watching = watch_engine(EngineWatch(built.engine, time.monotonic), health)
+            await _first_of(stop.first.wait(), watching, server.ended(), part_failed.wait())
+            died = not stop.first.is_set()
             await _drain(_Draining(server, desk, built.engine, health, metrics), settings, stop, hurry=died)
         finally:
             await server.stop(None)
-        _log.info("stopped", extra={"event": "stopped", "engine_failed": died})
-    return EXIT_ENGINE_FAILED if died else EXIT_STOPPED
+    return EXIT_PART_FAILED if died else EXIT_STOPPED
+
+
+class _StoppedWhileLoading(Exception):
+    """A stop was requested before there was anything to drain."""
+
+
+async def _unless_stopped(stop: StopRequests, function: Callable[..., _Result], *arguments: object) -> _Result:
+    """What a function that takes long comes to, on a thread that nobody waits for.
+
+    Raises:
+        _StoppedWhileLoading: a stop was requested meanwhile.
+    """
+    working = _in_a_thread(function, *arguments)
+    await _first_of(stop.first.wait(), _end_of(working))
+    if not working.done():
+        raise _StoppedWhileLoading
+    return working.result()
+
+
+def _in_a_thread(function: Callable[..., _Result], *arguments: object) -> asyncio.Future[_Result]:
+    """Run a function on a thread that keeps no process from ending, whatever it waits for."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_Result] = loop.create_future()
+
+    def tell(setter: Callable[[Any], None], value: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(lambda: None if future.done() else setter(value))
+
+    def work() -> None:
+        try:
+            result = function(*arguments)
+        except BaseException as error:  # whoever waits for it decides
+            tell(future.set_exception, error)
+        else:
+            tell(future.set_result, result)
+
+    threading.Thread(target=work, name=_THREADS, daemon=True).start()
+    return future
+
+
+async def _end_of(future: asyncio.Future[Any]) -> None:
+    await asyncio.wait([future])
 
 
 def _tell_ignored_settings(bundle: Bundle) -> None:
@@ -174,23 +236,17 @@ def _load(path: Path) -> Bundle:
 
 @dataclass(frozen=True, slots=True)
 class _Draining:
-    server: Any
+    server: AioServer
     desk: Desk
     engine: EngineLike
     health: Health
     metrics: Metrics
 
 
-async def _until_stopped(stop: StopRequests, watch: EngineWatch, health: Health) -> bool:
-    """Wait for a stop; returns whether the engine's death is the reason."""
-    await _first_of(stop.first.wait(), watch_engine(watch, health))
-    return not stop.first.is_set()
-
-
 async def _drain(parts: _Draining, settings: Settings, stop: StopRequests, *, hurry: bool) -> None:
     """Become not ready, go on accepting for a while, then finish what was accepted. A hurry skips the waiting."""
     parts.metrics.draining.set(1)
-    await parts.health.set_ready(False)
+    parts.health.set_ready(False)
     _log.info("draining", extra={"event": "draining", "in_flight": parts.desk.in_flight, "hurry": hurry})
     if not hurry:
         await _first_of(stop.second.wait(), timeout_s=settings.lame_duck_s)
@@ -198,9 +254,11 @@ async def _drain(parts: _Draining, settings: Settings, stop: StopRequests, *, hu
     drain_s = 0.0 if hurry else settings.drain_timeout_s
     # Refuses connections and calls from now on; its own waiting would include health watchers, who never leave.
     closing = asyncio.create_task(parts.server.stop(drain_s + 2 * _LAST_WORDS_S))
-    await _first_of(parts.desk.drained(), stop.second.wait(), timeout_s=drain_s)
+    await _first_of(parts.desk.finished(), stop.second.wait(), timeout_s=drain_s)
+    if parts.desk.has_finished:  # whoever takes no answer holds it up no longer than this
+        await _first_of(parts.desk.drained(), stop.second.wait(), timeout_s=_LAST_WORDS_S)
     _log.info("stopping", extra={"event": "stopping", "in_flight": parts.desk.in_flight})
-    await asyncio.to_thread(parts.engine.stop, 0.0)
+    await _in_a_thread(parts.engine.stop, 0.0)
     await parts.server.stop(_LAST_WORDS_S)
     await closing
 
@@ -216,6 +274,14 @@ async def _first_of(*waits: Coroutine[Any, Any, object], timeout_s: float | None
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _leave(status: int) -> int:
+    """End the process here and now if a thread still computes, which could not bear its end otherwise."""
+    if any(thread.name.startswith((_THREADS, WORKER_THREADS)) for thread in threading.enumerate()):
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 async def _run_until_signalled(command: Command) -> int:
@@ -280,10 +346,10 @@ def _number(setting: int | str) -> int | None:
     return None if isinstance(setting, str) else setting
 
 
-def _metrics_server(metrics: Metrics, settings: Settings) -> MetricsServer:
+def _metrics_server(metrics: Metrics, settings: Settings, failed: Callable[[], object]) -> MetricsServer:
     host, port = settings.host, settings.metrics_port
     try:
-        return MetricsServer(metrics.registry, host, port)
+        return MetricsServer(metrics.registry, host, port, failed=failed)
     except (OSError, ValueError) as error:
         raise PortError(host, port, error, use=" for metrics") from error
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -232,6 +232,10 @@ class Metrics:
         """
         self.registry.register(_LoadCollector(load, clock, wall_clock))
 
+    def watch_log(self, dropped: Mapping[str, int]) -> None:
+        """From now on, tell at each scrape how many lines of the log were dropped, and why."""
+        self.registry.register(_LogCollector(dropped))
+
     def tell_constants(self, model: Mapping[str, str], build: Mapping[str, str]) -> None:
         """Publish what does not change: the model's properties, and the versions of the server's parts."""
         Gauge("beamline_model_info", "The served model.", tuple(model), registry=self.registry).labels(**model).set(1)
@@ -261,6 +265,18 @@ class _LoadCollector(Collector):
             stamp = self._wall_clock() - (self._clock() - load.last_step_at)
             text = "When the engine's last step ended."
             yield GaugeMetricFamily("beamline_engine_last_step_timestamp_seconds", text, stamp)
+
+
+class _LogCollector(Collector):
+    def __init__(self, dropped: Mapping[str, int]) -> None:
+        self._dropped = dropped
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        text = "Lines of the log that were not written."
+        lines = CounterMetricFamily("beamline_log_lines_dropped", text, labels=["reason"])
+        for reason, count in self._dropped.items():
+            lines.add_metric([reason], count)
+        yield lines
 
 
 def _labels(name: MethodName) -> tuple[str, str, str]:

@@ -11,7 +11,7 @@ import io
 import logging
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -42,17 +42,26 @@ class MetricsServer:
         port: The port; a free one for 0.
         request_s: Time for a request to arrive, in seconds.
         response_s: Time for a response to be taken, in seconds.
+        failed: Is called, on another thread, if it ends without having been closed.
 
     Raises:
         OSError | ValueError: the address cannot be listened on.
     """
 
     def __init__(
-        self, registry: CollectorRegistry, host: str, port: int, *, request_s: float = 5, response_s: float = 5
+        self,
+        registry: CollectorRegistry,
+        host: str,
+        port: int,
+        *,
+        request_s: float = 5,
+        response_s: float = 5,
+        failed: Callable[[], object] = lambda: None,
     ) -> None:
         self._page = make_wsgi_app(registry)
         self._request_s = request_s
         self._response_s = response_s
+        self._failed = failed
         self._connections: dict[asyncio.Task[None], None] = {}  # the oldest first
         self._sockets = listening_sockets(host, port)
         self.port: int = self._sockets[0].getsockname()[1]
@@ -80,8 +89,8 @@ class MetricsServer:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:  # cancels all tasks at its end
                 runner.run(self._serve())
         except Exception:
-            message = "the metrics are served no more; calls go on: restart the server to have them again"
-            _log.exception(message, extra={"event": "metrics_stopped"})
+            _log.exception("the metrics are served no more", extra={"event": "metrics_stopped"})
+            self._failed()
         finally:
             for each in self._sockets:
                 each.close()

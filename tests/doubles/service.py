@@ -11,7 +11,7 @@ import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,8 +34,9 @@ from beamline_server.engine.request import (
     RequestId,
     Timing,
 )
-from beamline_server.engine.workers import EngineLoad
+from beamline_server.engine.workers import EngineLoad, WorkerState
 from beamline_server.metrics import Metrics
+from beamline_server.rpc.aio_server import AioServer
 from beamline_server.rpc.desk import Desk
 from beamline_server.rpc.health import Health
 from beamline_server.rpc.info import ServedModel
@@ -160,16 +161,18 @@ class ScriptedEngine:
         deliver: Takes the events.
         script: The events of a request, delivered when it is submitted.
         refusal: What `submit` raises, if anything.
-        alive: What `load` says.
+        workers: What `load` says.
         last_step_at: What `load` says.
+        given_up: Numbers of the workers that were given up.
         stopped_with: The grace of each `stop`.
     """
 
     deliver: Deliver
     script: Callable[[GenerationRequest], Sequence[Event]] = shouted
     refusal: Exception | None = None
-    alive: bool = True
+    workers: tuple[WorkerState, ...] = (WorkerState(),)
     last_step_at: float | None = None
+    given_up: list[int] = field(default_factory=list)
     stopped_with: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -230,7 +233,14 @@ class ScriptedEngine:
             row_capacity=128,
             queue_limit_rows=1024,
             last_step_at=self.last_step_at,
-            alive=self.alive,
+            workers=self.workers,
+        )
+
+    def give_up(self, number: int) -> None:
+        """See `EngineLike`."""
+        self.given_up.append(number)
+        self.workers = tuple(
+            replace(worker, alive=worker.alive and i != number) for i, worker in enumerate(self.workers)
         )
 
     def stop(self, grace_s: float) -> None:
@@ -277,7 +287,7 @@ class RunningService:
     desk: Desk
     health: Health
     metrics: Metrics
-    server: Any
+    server: AioServer
 
 
 @asynccontextmanager
@@ -307,11 +317,10 @@ async def serving(
         service = Service(desk, health, metrics, text, jitter=random.Random(0))
         server = build_server(service, model, tokenizer, settings)
         address = f"127.0.0.1:{bind(server, '127.0.0.1', 0)}"
-        await health.begin()
         await server.start()
         if ready:
             desk.open(engine)
-            await health.set_ready(True)
+            health.set_ready(True)
         try:
             # Retries are left to the tests: each call is one attempt.
             async with grpc.aio.insecure_channel(address, options=[("grpc.enable_retries", 0)]) as channel:

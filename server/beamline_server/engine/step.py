@@ -94,6 +94,8 @@ class EngineCore:
         self._cancelled: dict[RequestId, float] = {}
         self._earliest_deadline = math.inf
         self.last_step_at: float | None = None
+        self.failures = 0
+        """Runs of the model that have failed since the last one that has not."""
         self._ends: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
 
     # -- what others may ask ------------------------------------------------------------------------------------------
@@ -237,7 +239,8 @@ class EngineCore:
         try:
             encoded = self._backend.encode(sources)
         except Exception as error:  # every waiter must hear of it
-            return logged_failure(error, "encoding")
+            return self._failed(error, "encoding")
+        self.failures = 0
         self._observer.encoded(self._clock() - now, len(sources), sum(map(len, sources)), encoded.padded_tokens)
         self._encoded |= {request.id: (encoded, number) for number, request in enumerate(needed)}
         return None
@@ -276,7 +279,7 @@ class EngineCore:
         try:
             return self._cache.place(self._table.arrays)
         except Exception as error:  # whatever it was, every waiter must hear of it
-            failure = logged_failure(error, "placing")
+            failure = self._failed(error, "placing")
             self._cache = self._backend.new_cache()
             events += [Failed(self._forget(index).request.id, failure) for index in list(self._running)]
             return []
@@ -289,10 +292,15 @@ class EngineCore:
             result = bucket.run(self._table.arrays, search.needed_candidates(needed.beams, self._rules.vocabulary))
             over = decide(self._search, self._table.arrays, bucket.members, result.top_logprob, result.top_token)
         except Exception as error:  # as above
-            failure = logged_failure(error, "a decode step")
+            failure = self._failed(error, "a decode step")
             events += [Failed(self._leave(index).request.id, failure) for index in bucket.members.tolist()]
             return 0, 0
+        self.failures = 0
         return needed.rows, over
+
+    def _failed(self, error: Exception, phase: str) -> StepFailed:
+        self.failures += 1
+        return logged_failure(error, phase)
 
     def _note(self, began: float, rows: int) -> None:
         self.last_step_at = self._clock()

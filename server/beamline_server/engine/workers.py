@@ -16,6 +16,27 @@ from beamline_server.engine.request import Deliver, Event, Failed, GenerationReq
 from beamline_server.engine.step import Clock, EngineCore, ModelRules, logged_failure
 
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.02, 2.0
+WORKER_THREADS = "engine"
+"""What the names of the workers' threads begin with."""
+SUSPECT_FAILURES = 3
+"""So many failures of the model in a row make a worker suspect."""
+_LAST_STEP_S = 1.0
+"""Time for a worker to end the step that it is in when it has to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """How a worker is.
+
+    Attributes:
+        alive: Whether it takes requests; one that is not will not do so again.
+        suspect: Whether its model has failed several times in a row.
+        round: Number of the step that it is in; None while it has nothing to do.
+    """
+
+    alive: bool = True
+    suspect: bool = False
+    round: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +50,12 @@ class EngineLoad:
     row_capacity: int
     queue_limit_rows: int
     last_step_at: float | None
-    alive: bool
+    workers: tuple[WorkerState, ...] = (WorkerState(),)
+
+    @property
+    def alive(self) -> bool:
+        """Whether all workers are."""
+        return all(worker.alive for worker in self.workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +87,8 @@ class _Worker:
         self.core = core
         self.mailbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self.alive = True
+        self._round = 0
+        self._in_a_step = False
         self._deliver = deliver
         self._bury = bury
         self._clock = clock
@@ -70,9 +98,19 @@ class _Worker:
     def start(self) -> None:
         self._thread.start()
 
-    def join(self) -> None:
+    @property
+    def state(self) -> WorkerState:
+        return WorkerState(self.alive, self.suspect, self._round if self._in_a_step else None)
+
+    @property
+    def suspect(self) -> bool:
+        return self.core.failures >= SUSPECT_FAILURES
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread's end for so many seconds; returns whether it has ended."""
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(max(timeout_s, 0.0))
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
@@ -80,7 +118,12 @@ class _Worker:
                 self._receive()
                 if self._stop_at is not None and self._clock() >= self._stop_at:
                     break
-                self._tell(self.core.step())
+                self._round, self._in_a_step = self._round + 1, True
+                events = self.core.step()
+                if not self.alive:  # it has been given up, and nobody waits for these
+                    return
+                self._tell(events)
+                self._in_a_step = False
             self._tell(self.core.fail_all(EngineStopped))
         except BaseException as error:  # the last line of defence: nobody may be left waiting
             self._bury(self, logged_failure(error, "a worker"))
@@ -158,7 +201,7 @@ class Engine:
         self._clock = clock
         self._workers = [
             _Worker(
-                f"engine-{i}",
+                f"{WORKER_THREADS}-{i}",
                 EngineCore(backend, rules, capacity, clock=clock, observer=observer, admission=admission),
                 self._settle,
                 self._bury,
@@ -196,11 +239,18 @@ class Engine:
         until = self._clock() + grace_s
         for worker in self._workers:
             worker.mailbox.put(_Stop(until))
+        ends = time.monotonic() + grace_s + _LAST_STEP_S
         for worker in self._workers:
-            worker.join()
+            if not worker.join(ends - time.monotonic()):
+                self._bury(worker, EngineStopped())
         with self._lock:
             never_started = list(self._owner)
         self._fail(never_started, EngineStopped())
+
+    def give_up(self, number: int) -> None:
+        """Give a worker that makes no progress nothing more, and fail what it has."""
+        stuck = TimeoutError(f"worker {number} is in one step for too long")
+        self._bury(self._workers[number], logged_failure(stuck, "a worker"))
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
         """Accept all requests or none. Never blocks for long.
@@ -220,15 +270,14 @@ class Engine:
             raise RequestTooLarge("rows", wanted, room)
         shares: dict[int, list[GenerationRequest]] = {}
         with self._lock:
-            alive = [i for i, worker in enumerate(self._workers) if worker.alive]
-            if self._stopping or not alive:
+            if self._stopping or not self._to_choose_from():
                 raise EngineStopped
             held = sum(self._rows)
             if held + wanted > room:
                 queued = max(0, held - self.row_capacity)
                 raise QueueFull(queued, self._queue_rows, self._retry_after_s(wanted))
             for request in requests:
-                worker = min(alive, key=self._rows.__getitem__)  # the first of equals
+                worker = min(self._to_choose_from(), key=self._rows.__getitem__)  # the first of equals
                 rows = cost(request).rows
                 self._rows[worker] += rows
                 self._owner[request.id] = (worker, rows)
@@ -236,6 +285,11 @@ class Engine:
             # Inside the lock, so that a cancellation cannot arrive before what it cancels.
             for worker, share in shares.items():
                 self._workers[worker].mailbox.put(_Submit(tuple(share)))
+
+    def _to_choose_from(self) -> list[int]:
+        """The workers that a request may go to: a suspect one gets one at a time, which shows whether it works."""
+        alive = [i for i, worker in enumerate(self._workers) if worker.alive]
+        return [i for i in alive if not self._workers[i].suspect or self._rows[i] == 0] or alive
 
     def cancel(self, ids: Sequence[RequestId]) -> None:
         """Drop requests at their next step; each then ends with `Failed(RequestCancelled)`. Unknown ids have ended."""
@@ -255,7 +309,7 @@ class Engine:
             row_capacity=self.row_capacity,
             queue_limit_rows=self._queue_rows,
             last_step_at=max(steps, default=None),
-            alive=all(worker.alive for worker in self._workers),
+            workers=tuple(worker.state for worker in self._workers),
         )
 
     def check(self) -> None:
@@ -271,7 +325,7 @@ class Engine:
         with self._lock:
             ended = 0
             for event in events:
-                if not isinstance(event, Piece):
+                if not isinstance(event, Piece) and event.id in self._owner:
                     worker, rows = self._owner.pop(event.id)
                     self._rows[worker] -= rows
                     ended += rows

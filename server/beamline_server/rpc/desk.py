@@ -51,6 +51,10 @@ class EngineLike(Protocol):
         """What it holds now."""
         ...
 
+    def give_up(self, number: int) -> None:
+        """Give the worker of this number nothing more, and fail what it has."""
+        ...
+
     def stop(self, grace_s: float) -> None:
         """Finish what was accepted, for up to `grace_s` seconds, and fail the rest with `EngineStopped`. Blocks."""
         ...
@@ -88,7 +92,7 @@ class Desk:
         self._numbers = itertools.count(1)
         self._tickets: dict[RequestId, _Ticket] = {}
         self._calls = 0
-        self._drained = asyncio.Event()
+        self._finished, self._drained = asyncio.Event(), asyncio.Event()
 
     def open(self, engine: EngineLike) -> None:
         """Accept requests from now on, for this engine."""
@@ -104,8 +108,17 @@ class Desk:
         self._closed = True
         self._notice_drained()
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether it is closed and every request has its outcome."""
+        return self._finished.is_set()
+
+    async def finished(self) -> None:
+        """Wait until that is so."""
+        await self._finished.wait()
+
     async def drained(self) -> None:
-        """Wait until the desk is closed, every request has its outcome, and every call that waited has seen it."""
+        """Wait until it has finished and every call that waited has sent its outcome, or its caller has gone."""
         await self._drained.wait()
 
     @property
@@ -191,8 +204,10 @@ class Desk:
         self._notice_drained()
 
     def _notice_drained(self) -> None:
-        if self._closed and not self._tickets and not self._calls:
-            self._drained.set()
+        if self._closed and not self._tickets:
+            self._finished.set()
+            if not self._calls:
+                self._drained.set()
 
 
 class _Batch:

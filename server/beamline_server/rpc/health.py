@@ -6,106 +6,170 @@ restarting it would help.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
-from grpc_health.v1 import health, health_pb2
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from beamline_server.engine.workers import EngineLoad
+from beamline_server.engine.workers import WorkerState
 from beamline_server.metrics import Clock, Metrics
+from beamline_server.rpc.desk import EngineLike
 
 SERVICE = "beamline.v1.GenerationService"
 READINESS_NAMES = ("", SERVICE)
 LIVENESS_NAME = "live"
 
-STALL_S = 30.0
+STALL_S = 25.0
 LOOK_EVERY_S = 1.0
 
+_Response = health_pb2.HealthCheckResponse
+_Servicer: Any = health_pb2_grpc.HealthServicer
 _log = logging.getLogger(__name__)
 
 
-class Health:
-    """What the health service says. Not ready, but alive, until told otherwise.
+class Health(_Servicer):  # type: ignore[misc]  # grpc has no type information
+    """The health service, and what it says: not ready, but alive, until told otherwise.
 
-    Attributes:
-        servicer: To be added to the server.
+    Telling it something never waits. grpcio-health-checking's own servicer waits for the slowest of its watchers: one
+    that takes no messages would keep a server from becoming ready, and from stopping.
     """
 
     def __init__(self, metrics: Metrics) -> None:
-        self.servicer: Any = health.aio.HealthServicer()  # type: ignore[attr-defined, unused-ignore]  # stubs lack aio
+        self._statuses: dict[str, int] = {}
+        self._watchers: set[asyncio.Event] = set()
         self._metrics = metrics
+        self.set_ready(False)
+        self.set_alive(True)
 
-    async def begin(self) -> None:
-        """Say not ready and alive; to be called before the server starts."""
-        await self.set_ready(False)
-        await self.set_alive(True)
-
-    async def set_ready(self, ready: bool) -> None:
+    def set_ready(self, ready: bool) -> None:
         """Tell whether requests should come here."""
-        # One name at a time: the servicer's own way to shut down would also deny that the process is alive.
-        for name in READINESS_NAMES:
-            await self.servicer.set(name, _status(ready))
+        self._set(READINESS_NAMES, ready)
         self._metrics.ready.set(ready)
 
-    async def set_alive(self, alive: bool) -> None:
+    def set_alive(self, alive: bool) -> None:
         """Tell whether a restart would help (False) or not."""
-        await self.servicer.set(LIVENESS_NAME, _status(alive))
+        self._set((LIVENESS_NAME,), alive)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it says so."""
+        return bool(self._statuses[SERVICE] == _Response.SERVING)
+
+    def _set(self, names: tuple[str, ...], serving: bool) -> None:
+        self._statuses |= dict.fromkeys(names, _Response.SERVING if serving else _Response.NOT_SERVING)
+        for changed in self._watchers:
+            changed.set()
+
+    async def Check(  # noqa: N802 - gRPC's name
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> health_pb2.HealthCheckResponse:
+        """The status of a name; NOT_FOUND for a name that is not known."""
+        if request.service not in self._statuses:
+            await context.abort(grpc.StatusCode.NOT_FOUND)
+        return _Response(status=self._statuses[request.service])
+
+    async def Watch(  # noqa: N802 - gRPC's name
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """The status of a name now and whenever it has changed; what a slow watcher misses is only what is past."""
+        del context
+        known: int | None = None
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            while True:
+                changed.clear()
+                status = self._statuses.get(request.service, _Response.SERVICE_UNKNOWN)
+                if status != known:
+                    known = status
+                    yield _Response(status=status)
+                await changed.wait()
+        finally:
+            self._watchers.discard(changed)
 
 
 class Condition(Enum):
-    """How an engine is."""
+    """How an engine is, the worst last."""
 
     WORKING = "working"
+    SUSPECT = "suspect"
+    """The model has failed several times in a row in a worker."""
     STALLED = "stalled"
-    """It has rows in work and has not made a step for long."""
+    """A worker has been given up, since it made no progress, or is suspect for long; restarting would help."""
     DEAD = "dead"
     """A worker has died; it will not recover."""
 
 
+class Judgement(NamedTuple):
+    """How an engine is, and whether requests should come to it: if a worker has been given up, to the others."""
+
+    condition: Condition
+    ready: bool
+
+
 class EngineWatch:
-    """Judges an engine by its load, looked at every now and then.
+    """Judges an engine, looked at every now and then, and gives up workers that make no progress.
+
+    Time counts only as far as somebody looks, so that a process that was halted has not stalled.
 
     Args:
-        load: Tells the engine's load.
-        clock: The engine's clock, monotonic seconds.
-        stall_s: Time without a step after which work counts as stalled, in seconds.
+        engine: Is looked at.
+        clock: Monotonic seconds.
+        stall_s: Time in one step, or suspect, after which a worker counts as stalled, in seconds.
+        look_every_s: How often somebody looks.
     """
 
-    def __init__(self, load: Callable[[], EngineLoad], clock: Clock, *, stall_s: float = STALL_S) -> None:
-        self._load = load
+    def __init__(
+        self, engine: EngineLike, clock: Clock, *, stall_s: float = STALL_S, look_every_s: float = LOOK_EVERY_S
+    ) -> None:
+        self._engine = engine
         self._clock = clock
         self._stall_s = stall_s
-        self._busy_since: float | None = None
+        self._look_every_s = look_every_s
+        self._looked_at = clock()
+        self._before: tuple[WorkerState, ...] = ()
+        self._in_a_step_s: dict[int, float] = {}
+        self._suspect_s: dict[int, float] = {}
+        self._given_up: set[int] = set()
 
-    def look(self) -> Condition:
+    def look(self) -> Judgement:
         """How the engine is now."""
-        load, now = self._load(), self._clock()
-        if not load.alive:
+        workers, now = self._engine.load().workers, self._clock()
+        passed = min(now - self._looked_at, 2 * self._look_every_s)
+        for number, worker in enumerate(workers):
+            before = self._before[number] if self._before else WorkerState()
+            goes_on = worker.round is not None and worker.round == before.round
+            self._in_a_step_s[number] = self._in_a_step_s.get(number, 0.0) + passed if goes_on else 0.0
+            self._suspect_s[number] = self._suspect_s.get(number, 0.0) + passed if worker.suspect else 0.0
+            if worker.alive and self._in_a_step_s[number] >= self._stall_s:
+                self._given_up.add(number)
+                self._engine.give_up(number)
+        self._before, self._looked_at = workers, now
+        ready = any(w.alive for w in workers) and not any(w.suspect for w in workers)
+        return Judgement(self._condition(workers), ready)
+
+    def _condition(self, workers: Sequence[WorkerState]) -> Condition:
+        if any(not worker.alive and number not in self._given_up for number, worker in enumerate(workers)):
             return Condition.DEAD
-        if load.running_rows == 0:
-            self._busy_since = None
-            return Condition.WORKING
-        # The last step may be from before a long idle time, so the engine's time starts with the work.
-        if self._busy_since is None:
-            self._busy_since = now
-        last_sign = max(self._busy_since, load.last_step_at or self._busy_since)
-        return Condition.STALLED if now - last_sign > self._stall_s else Condition.WORKING
+        if self._given_up or max(self._suspect_s.values(), default=0.0) >= self._stall_s:
+            return Condition.STALLED
+        return Condition.SUSPECT if any(worker.suspect for worker in workers) else Condition.WORKING
 
 
 async def watch_engine(watch: EngineWatch, told: Health, *, look_every_s: float = LOOK_EVERY_S) -> None:
-    """Keep "live" up to date in the health service that is told; returns when the engine is dead."""
-    before = Condition.WORKING
+    """Keep the health service up to date, which says that the engine is ready; returns when the engine is dead."""
+    before = Judgement(Condition.WORKING, True)
     while True:
-        condition = watch.look()
-        if condition is not before:
-            before = condition
-            _log.warning("the engine's condition", extra={"event": "engine_condition", "condition": condition.value})
-            await told.set_alive(condition is Condition.WORKING)
-        if condition is Condition.DEAD:
+        now = watch.look()
+        if now.condition is not before.condition:
+            fields = {"event": "engine_condition", "condition": now.condition.value}
+            _log.warning("the engine's condition", extra=fields)
+        if now != before:
+            told.set_ready(now.ready)
+            told.set_alive(now.condition in (Condition.WORKING, Condition.SUSPECT))
+        if now.condition is Condition.DEAD:
             return
+        before = now
         await asyncio.sleep(look_every_s)
-
-
-def _status(serving: bool) -> health_pb2.HealthCheckResponse.ServingStatus:
-    return health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING

@@ -34,7 +34,7 @@ REQUEST_ID_KEY = "x-request-id"
 """Metadata key of the request id, both ways."""
 _ATTEMPTS_KEY = "grpc-previous-rpc-attempts"
 _LONGEST_NAME = 128
-_UNKNOWN_NAMES = 100
+_LOST_CALLERS = 100
 _JITTER = 0.2
 
 # What goes well is for debugging. So are refusals: a line for each would cost an overloaded server more than refusing.
@@ -77,10 +77,10 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         self._clock = clock
         self._jitter = jitter or random.Random()
         self._guarded: dict[str, Any] = {}
-        self._unknown = _UnknownMethods()
+        self._lost = _LostCallers()
         unknown = _GuardedMethod("unknown", metrics.method(UNKNOWN_METHOD, usual="UNIMPLEMENTED"), metrics)
         # A stream of requests, none of which is read, fits whatever the caller wants to send.
-        self._unknown_handler = grpc.stream_stream_rpc_method_handler(self._around(unknown, _no_such_method))
+        self._unknown_handler = grpc.stream_stream_rpc_method_handler(self._around(unknown, self._no_such_method))
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         """The guarded handler of the called method; if there is no such method, one that says so."""
@@ -88,10 +88,14 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         if guarded is None:
             handler = await continuation(details)
             if handler is None:
-                self._unknown.note(details.method)
                 return self._unknown_handler
             guarded = self._guarded[details.method] = self._guard(details.method, handler)
         return guarded
+
+    async def _no_such_method(self, request: Any, context: Any) -> None:
+        del request
+        self._lost.note(context.peer())
+        raise MethodNotFound
 
     def _guard(self, path: str, handler: Any) -> Any:
         function = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
@@ -144,6 +148,7 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
                 self._metrics.retry_seen()
         request_id = request_id or secrets.token_hex(8)
         logs.request_id.set(request_id)
+        logs.peer.set(printable(context.peer()))
         identity = ((REQUEST_ID_KEY, request_id),)
         context.set_trailing_metadata(identity)
         return identity
@@ -192,22 +197,23 @@ class _GuardedMethod:
                 _log.log(level, "request_ended", extra={**fields, "outcome": outcome.value})
 
 
-class _UnknownMethods:
-    """Tells the log of calls to methods that there are not: of each name once, and of so many names at most."""
+class _LostCallers:
+    """Tells the log of calls to methods that there are not: of each caller's address once, and of so many at most.
+
+    The name is not known: nobody may read it, see `aio_server`.
+    """
 
     def __init__(self) -> None:
         self._told: set[str] = set()
 
-    def note(self, path: str) -> None:
-        """Somebody has called a method of this name."""
-        name = printable(path)
-        if name in self._told or len(self._told) >= _UNKNOWN_NAMES:
+    def note(self, peer: str) -> None:
+        """A caller, as gRPC has it, has called such a method."""
+        address = peer.rpartition(":")[0]
+        if address in self._told or len(self._told) >= _LOST_CALLERS:
             return
-        self._told.add(name)
-        last = len(self._told) == _UNKNOWN_NAMES
-        _log.warning(
-            "unknown_method", extra={"event": "unknown_method", "method": name, "further_ones_are_told": not last}
-        )
+        self._told.add(address)
+        last = len(self._told) == _LOST_CALLERS
+        _log.warning("unknown_method", extra={"event": "unknown_method", "further_ones_are_told": not last})
 
 
 def printable(value: str | bytes) -> str:
@@ -237,11 +243,6 @@ _KINDS = {
 def _method_name(path: str, handler: Any) -> MethodName:
     _, service, method = path.split("/")
     return MethodName(service, method, _KINDS[handler.request_streaming, handler.response_streaming])
-
-
-async def _no_such_method(request: Any, context: Any) -> None:
-    del request, context
-    raise MethodNotFound
 
 
 async def _within(longest_s: float, work: Awaitable[Any]) -> Any:

@@ -32,9 +32,7 @@ def add_reflection(server: Any, described: Iterable[FileDescriptor]) -> None:
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
-    server.add_generic_rpc_handlers(
-        [grpc.method_handlers_generic_handler(SERVICE_V1, {"ServerReflectionInfo": method})]
-    )
+    server.add_registered_method_handlers(SERVICE_V1, {"ServerReflectionInfo": method})
 
 
 def _add(pool: DescriptorPool, file: FileDescriptor) -> None:

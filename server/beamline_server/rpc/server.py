@@ -5,13 +5,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from beamline.v1 import generation_pb2
 from beamline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from beamline_server.listening import PortError, address_of, listening_sockets, most_callers
 from beamline_server.metrics import Clock, Metrics
+from beamline_server.rpc.aio_server import AioServer
 from beamline_server.rpc.converters import RequestReader, default_search, limits_of
 from beamline_server.rpc.desk import Desk
 from beamline_server.rpc.health import Health
@@ -39,8 +39,8 @@ class Service:
     jitter: random.Random | None = None
 
 
-def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | None, settings: Settings) -> Any:
-    """A `grpc.aio.Server` for a model: without a port, not started.
+def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | None, settings: Settings) -> AioServer:
+    """A server for a model: without a port, not started.
 
     Raises:
         SettingsError: the settings promise more than the model has.
@@ -65,9 +65,9 @@ def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | No
         clock=service.clock,
     )
     guard = Guard(service.metrics, max_duration_s=settings.max_duration_s, clock=service.clock, jitter=service.jitter)
-    server = grpc.aio.server(interceptors=[guard], options=server_options(settings))
+    server = AioServer([guard], server_options(settings))
     add_GenerationServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]  # generated
-    health_pb2_grpc.add_HealthServicer_to_server(service.health.servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(service.health, server)
     if settings.reflection:
         add_reflection(server, [generation_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR])
     return server

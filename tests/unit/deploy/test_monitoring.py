@@ -21,7 +21,6 @@ BUSY = EngineLoad(
     row_capacity=128,
     queue_limit_rows=1024,
     last_step_at=0.0,
-    alive=True,
 )
 Labels = dict[str, set[str]]
 
@@ -123,6 +122,7 @@ def documented(repository: Path, heading: str) -> dict[str, str]:
 def test_every_metric_is_documented_and_no_other(repository: Path) -> None:
     metrics = Metrics(CollectorRegistry())
     metrics.watch_load(lambda: BUSY, clock=lambda: 0.0)
+    metrics.watch_log({"rate": 0})
     metrics.tell_constants({"model": "m"}, {"beamline": "1"})
     found = {
         family.name + ("_total" if family.type == "counter" else ""): family.type

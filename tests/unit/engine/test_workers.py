@@ -479,3 +479,66 @@ def test_many_threads_submit_and_cancel_and_everybody_gets_one_outcome(start: St
     outcomes = running.finish()
     assert set(outcomes) == accepted
     assert {type(end.error) for end in outcomes.values() if isinstance(end, Failed)} <= {RequestCancelled}
+
+
+# -- workers that do not come back, and such whose model fails ---------------------------------------------------------
+
+
+def test_a_worker_that_does_not_come_back_is_given_up_and_the_others_serve_on(start: Start) -> None:
+    gate = Gate()
+    running = start(backend(gate=gate), backend(), gate=gate)
+    running.submit(request(1))
+    gate.wait_for_arrival()
+    assert running.engine.load().workers[0].round is not None
+
+    running.engine.give_up(0)
+
+    assert isinstance(running.error(1), StepFailed)
+    assert [worker.alive for worker in running.engine.load().workers] == [False, True]
+    running.submit(request(2), request(3, beams=4))
+    assert tokens_of(running.outcome(2)) == tokens_alone(request(2))
+    assert tokens_of(running.outcome(3)) == tokens_alone(request(3, beams=4))
+    gate.open()
+    assert sorted(running.finish()) == [1, 2, 3]
+
+
+def test_without_a_worker_nothing_is_accepted(start: Start) -> None:
+    gate = Gate()
+    running = start(gate=gate)
+    running.submit(request(1))
+    gate.wait_for_arrival()
+    running.engine.give_up(0)
+    with pytest.raises(EngineStopped):
+        running.submit(request(2))
+
+
+def test_a_stop_does_not_wait_for_a_worker_that_does_not_come_back(start: Start) -> None:
+    gate = Gate()
+    running = start(backend(gate=gate), backend(), gate=gate)
+    running.submit(request(1))
+    gate.wait_for_arrival()
+    running.engine.stop(0.0)
+    assert isinstance(running.error(1), EngineStopped)
+    gate.open()
+
+
+def test_a_worker_whose_model_keeps_failing_gets_one_request_at_a_time_until_it_works(start: Start) -> None:
+    failing = backend(faults=Faults(encode={number: RuntimeError("broken") for number in range(4)}))
+    running = start(failing, backend())
+
+    def suspect() -> bool:
+        return running.engine.load().workers[0].suspect
+
+    for number in (1, 2, 3):
+        assert not suspect()
+        running.submit(request(number))
+        assert isinstance(running.error(number), StepFailed)
+    assert suspect()
+    running.submit(*(request(number) for number in range(10, 20)))
+    outcomes = [running.outcome(number) for number in range(10, 20)]
+    assert [isinstance(outcome, Failed) for outcome in outcomes] == [True] + [False] * 9
+    assert suspect()
+    running.submit(request(30))
+    assert tokens_of(running.outcome(30)) == tokens_alone(request(30))
+    assert not suspect()
+    running.finish()

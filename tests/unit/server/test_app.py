@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import socket
+import threading
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,19 @@ from beamline_server.bundle import Bundle, BundleError
 from beamline_server.engine.admission import Continuous, RequestLevel
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
+from beamline_server.engine.workers import WorkerState
 from beamline_server.listening import PortError
+from beamline_server.metrics_server import MetricsServer
 from beamline_server.models.load import DeviceError
 from beamline_server.settings import Command, Settings, SettingsError
+from doubles.http2 import HEADERS, INITIAL_WINDOW_SIZE, Connection, setting
 from doubles.service import EOS, ScriptedEngine, failure_of, make_completed, silent, write_bundle
 
 REQUEST = pb.GenerateRequest(inputs=[pb.Input(token_ids=pb.TokenIds(ids=[97, EOS]))])
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+STOPPED_WITHIN_S = 10
+"""However long it may drain."""
 
 
 @dataclass
@@ -188,10 +194,94 @@ async def test_a_dead_engine_ends_the_server_with_status_1(tmp_path: Path) -> No
     async with running(tmp_path, lame_duck_s=1000, drain_timeout_s=1000) as app:
         call = app.stub.Generate(REQUEST)
         await app.engine.submitted()
-        app.engine.alive = False
+        app.engine.workers = (WorkerState(alive=False),)
         failure = await failure_of(call)
         assert failure.code == grpc.StatusCode.UNAVAILABLE
         assert await app.task == 1
+
+
+async def test_a_stop_while_it_loads_ends_it_at_once_whatever_it_waits_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop, waiting, go_on, stop = asyncio.get_running_loop(), asyncio.Event(), threading.Event(), StopRequests()
+
+    def warm_up() -> None:
+        loop.call_soon_threadsafe(waiting.set)
+        go_on.wait()
+
+    with caplog.at_level(logging.INFO, "beamline_server"):
+        task = asyncio.create_task(run(command_of(tmp_path), build=Builder(warm_up=warm_up), stop=stop))
+        await waiting.wait()
+        stop.notify()
+        assert await task == 0
+        go_on.set()
+    assert [getattr(r, "event", "") for r in caplog.records if r.name == "beamline_server.app"] == [
+        "listening",
+        "stopped",
+    ]
+
+
+async def test_metrics_that_end_by_themselves_end_the_server_with_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, broken = asyncio.get_running_loop(), asyncio.Event()
+
+    def accept(self: MetricsServer, listening: socket.socket) -> None:
+        listening.accept()[0].close()
+        loop.call_soon_threadsafe(broken.set)
+        self._loop.stop()
+
+    monkeypatch.setattr(MetricsServer, "_accept", accept)
+    async with running(tmp_path, lame_duck_s=1000) as app:
+        socket.create_connection(("127.0.0.1", app.ports.metrics_port)).close()
+        await broken.wait()
+        assert await app.task == 1
+
+
+async def test_a_port_that_ends_by_itself_ends_the_server_with_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("beamline_server.rpc.aio_server._PARTS", ("_something_else",))
+    async with running(tmp_path, lame_duck_s=1000) as app, Connection.opened(app.ports.grpc_port) as connection:
+        connection.call(b"/\xff")
+        async with asyncio.timeout(STOPPED_WITHIN_S):
+            assert await app.task == 1
+
+
+async def test_who_takes_nothing_holds_up_neither_the_start_nor_the_stop(tmp_path: Path) -> None:
+    """A health watcher and a reader of a stream, both without room for an answer, and a long time to drain."""
+    loop, warm, watched = asyncio.get_running_loop(), threading.Event(), asyncio.Event()
+    builder, stop = Builder(), StopRequests()
+    builder.warm_up = warm.wait  # type: ignore[assignment]  # what it returns does not matter
+    ports: asyncio.Future[Ports] = loop.create_future()
+    command = command_of(tmp_path, drain_timeout_s=1000, lame_duck_s=0)
+    task = asyncio.create_task(run(command, build=builder, stop=stop, listening=ports.set_result))
+    port, no_room = (await ports).grpc_port, setting(INITIAL_WINDOW_SIZE, 0)
+    async with AsyncExitStack() as opened:
+        for name in (b"", b"live"):
+            watcher = await opened.enter_async_context(Connection.opened(port, settings=no_room))
+            request = health_pb2.HealthCheckRequest(service=name.decode()).SerializeToString()
+            watcher.call(b"/grpc.health.v1.Health/Watch", request)
+            async for frame in watcher.frames():
+                if frame.kind == HEADERS:
+                    watched.set()
+                    break
+        assert watched.is_set()
+        warm.set()
+        reader = await opened.enter_async_context(Connection.opened(port, settings=no_room))
+        channel = await opened.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
+        health: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call, unused-ignore]  # generated
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        while (await watch.read()).status != SERVING:
+            pass
+        watch.cancel()
+        stream = pb.GenerateStreamRequest(input=REQUEST.inputs[0])
+        reader.call(b"/beamline.v1.GenerationService/GenerateStream", stream.SerializeToString())
+        (request,) = await builder.engine.submitted()
+        builder.engine.tell(make_completed(request.id, [65, EOS]))
+        stop.notify()
+        async with asyncio.timeout(STOPPED_WITHIN_S):
+            assert await task == 0
 
 
 async def test_until_warm_up_is_done_it_listens_and_is_not_ready(tmp_path: Path) -> None:

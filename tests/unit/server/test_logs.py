@@ -4,7 +4,8 @@ import contextvars
 import json
 import logging
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -60,6 +61,14 @@ def test_events_carry_the_request_id_of_the_current_call() -> None:
     assert "request_id" not in json.loads(formatted(msg="x"))
 
 
+def test_events_carry_who_calls() -> None:
+    def call() -> str:
+        logs.peer.set("ipv4:10.0.0.1:1234")
+        return formatted(msg="x")
+
+    assert json.loads(contextvars.copy_context().run(call))["peer"] == "ipv4:10.0.0.1:1234"
+
+
 def test_tracebacks_stay_in_the_line() -> None:
     try:
         raise ValueError("of\nours")
@@ -80,3 +89,76 @@ def test_a_higher_level_is_for_all(root: logging.Logger) -> None:
     logs.configure("error")
     assert not logging.getLogger("grpc").isEnabledFor(logging.WARNING)
     assert not logging.getLogger("beamline_server.rpc").isEnabledFor(logging.WARNING)
+
+
+class Reader:
+    """Takes lines when a test wants it to."""
+
+    def __init__(self) -> None:
+        self.reads = threading.Event()
+        self.lines: list[dict[str, Any]] = []
+
+    def __call__(self, written: bytes) -> int:
+        self.reads.wait()
+        self.lines += map(json.loads, written.splitlines())
+        return len(written)
+
+
+def logger_to(reader: Callable[[bytes], int]) -> logging.Logger:
+    logger = logging.getLogger("beamline_test")
+    logger.handlers[:], logger.propagate = [logs.Lines(reader)], False
+    logger.setLevel(logging.INFO)
+    return logger
+
+
+def test_nobody_waits_for_who_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "MOST_WAITING", 10)
+    before, reader = logs.dropped["unread"], Reader()
+    logger = logger_to(reader)
+    for number in range(50):
+        logger.info("x", extra={"event": "many", "number": number})
+    dropped = logs.dropped["unread"] - before
+    assert 39 <= dropped <= 40
+    reader.reads.set()
+    logger.handlers[0].flush()
+    assert [line["number"] for line in reader.lines] == list(range(50 - dropped))
+    logger.info("x", extra={"event": "many", "number": 50})
+    logger.handlers[0].flush()
+    assert reader.lines[-1]["dropped_before"] == dropped
+
+
+def test_an_event_takes_so_many_lines_a_second_and_leaves_the_others_theirs() -> None:
+    before, reader = logs.dropped["rate"], Reader()
+    reader.reads.set()
+    logger = logger_to(reader)
+    handler = logger.handlers[0]
+
+    def tell(event: str, second: int) -> None:
+        handler.handle(logging.makeLogRecord({"event": event, "created": float(second), "levelno": logging.INFO}))
+
+    for _ in range(logs.MOST_PER_SECOND + 7):
+        tell("often", 1)
+    tell("once", 1)
+    tell("often", 2)
+    tell("often", 2)
+    handler.flush()
+    told = [line.get("dropped_before") for line in reader.lines if line["event"] == "often"]
+    assert told == [None] * logs.MOST_PER_SECOND + [7, None]
+    assert [line["event"] for line in reader.lines].count("once") == 1
+    assert logs.dropped["rate"] - before == 7
+
+
+def test_a_line_that_is_taken_in_parts_is_whole_and_one_that_fails_harms_no_other() -> None:
+    taken = bytearray()
+
+    def write(line: bytes) -> int:
+        if b"broken" in line:
+            raise BrokenPipeError
+        taken.extend(line[:5])
+        return len(line[:5])
+
+    logger = logger_to(write)
+    for text in ("first", "broken", "last"):
+        logger.info(text)
+    logger.handlers[0].flush()
+    assert [json.loads(line)["message"] for line in taken.splitlines()] == ["first", "last"]

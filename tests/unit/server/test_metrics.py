@@ -49,7 +49,7 @@ NAMES = {
     "grpc_server_handling_seconds": "histogram",
     "grpc_server_started": "counter",
 }
-LOAD = EngineLoad(1, 2, 3, 4, 5, 6, last_step_at=990.0, alive=True)
+LOAD = EngineLoad(1, 2, 3, 4, 5, 6, last_step_at=990.0)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_the_load_is_read_when_it_is_scraped(metrics: Metrics) -> None:
 
 
 def test_there_is_no_last_step_before_the_first(metrics: Metrics) -> None:
-    load = EngineLoad(0, 0, 0, 0, 5, 6, last_step_at=None, alive=True)
+    load = EngineLoad(0, 0, 0, 0, 5, 6, last_step_at=None)
     metrics.watch_load(lambda: load, clock=ManualClock())
     assert value(metrics, "beamline_engine_last_step_timestamp_seconds") is None
 

@@ -131,7 +131,7 @@ class Server:
 
     def __init__(self) -> None:
         self.metrics = Metrics(CollectorRegistry())
-        self.load = EngineLoad(0, 0, 0, 0, 64, 512, None, alive=True)
+        self.load = EngineLoad(0, 0, 0, 0, 64, 512, None)
         self.metrics.watch_load(lambda: self.load, clock=lambda: 0.0)
         self._method = self.metrics.method(MethodName("beamline.v1.GenerationService", "Generate", "unary"))
         self._info = self.metrics.method(MethodName("beamline.v1.GenerationService", "GetInfo", "unary"))
@@ -225,7 +225,7 @@ def test_another_programs_page_has_no_books() -> None:
 )
 def test_a_server_without_rows_is_settled(queued_rows: int, running_rows: int, is_settled: bool) -> None:
     server = Server()
-    server.load = EngineLoad(1, queued_rows, 1, running_rows, 64, 512, None, alive=True)
+    server.load = EngineLoad(1, queued_rows, 1, running_rows, 64, 512, None)
 
     assert settled(server.samples()) == is_settled
 

@@ -35,7 +35,7 @@ class Server:
 
     def __init__(self) -> None:
         self.metrics = Metrics(CollectorRegistry())
-        self.load = EngineLoad(0, 0, 0, 0, 64, 512, None, alive=True)
+        self.load = EngineLoad(0, 0, 0, 0, 64, 512, None)
         self.metrics.watch_load(lambda: self.load, clock=lambda: 0.0)
 
     def samples(self) -> Samples:
@@ -217,7 +217,7 @@ def test_a_sample_tells_what_happened_between_two_scrapes(server: Server) -> Non
     server.metrics.stepped(0.004, 16, 4)
     for outcome in (Outcome.OK, Outcome.OK, Outcome.QUEUE_FULL):
         server.metrics.request_ended(outcome, 0.1)
-    server.load = EngineLoad(3, 12, 4, 16, 64, 512, None, alive=True)
+    server.load = EngineLoad(3, 12, 4, 16, 64, 512, None)
 
     seen = sample(before, server.samples(), at_s=5.0, seconds=2.0)
 

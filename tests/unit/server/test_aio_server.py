@@ -1,0 +1,93 @@
+"""A call whose path is no text harms nobody, and a server whose loop ends says so."""
+
+import asyncio
+import logging
+
+import grpc
+import pytest
+from grpc._cython import cygrpc
+
+from beamline.v1 import generation_pb2 as pb
+from beamline_server.rpc import aio_server
+from beamline_server.rpc.aio_server import AioServer
+from doubles.http2 import DATA, HEADERS, Connection
+from doubles.service import EOS, RunningService, make_completed, serving, silent
+
+REQUEST = pb.GenerateRequest(inputs=[pb.Input(text="ab")])
+PATHS = [b"/\xff", b"/beamline.v1.GenerationService/Generate\xff", b"\xc3\x28", b"/" + b"\xf0" * 100]
+CALLS = 200
+ENDS_WITHIN_S = 5
+
+
+async def trailers_of(service: RunningService, path: bytes) -> bytes:
+    """What a call of such a path ends with."""
+    async with Connection.opened(int(service.address.rpartition(":")[2])) as connection:
+        connection.call(path)
+        async for frame in connection.frames():
+            assert frame.kind != DATA
+            if frame.kind == HEADERS:
+                return frame.payload
+    raise AssertionError("the connection has ended without an answer")
+
+
+def unimplemented(service: RunningService) -> float:
+    labels = dict(zip(("grpc_type", "grpc_service", "grpc_method"), ("unary", "unknown", "unknown"), strict=True))
+    labels["grpc_code"] = "UNIMPLEMENTED"
+    return service.metrics.registry.get_sample_value("grpc_server_handled_total", labels) or 0.0
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_it_is_answered_as_any_other_method_that_there_is_not(
+    path: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(script=silent) as service:
+        call = service.stub.Generate(REQUEST)
+        [request] = await service.engine.submitted()
+        assert b"there is no such method here" in await trailers_of(service, path)
+        assert unimplemented(service) == 1
+        service.engine.tell(make_completed(request.id, [65, EOS]))
+        assert len((await call).results) == 1
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_callers_do_not_notice_that_somebody_does_it_again_and_again() -> None:
+    async with serving() as service:
+        done, answered = asyncio.Event(), 0
+
+        async def call_until_done() -> None:
+            nonlocal answered
+            while not done.is_set():
+                await service.stub.Generate(REQUEST, timeout=20)
+                answered += 1
+
+        callers = [asyncio.create_task(call_until_done()) for _ in range(4)]
+        for number in range(CALLS):
+            await trailers_of(service, PATHS[number % len(PATHS)])
+        done.set()
+        await asyncio.gather(*callers)
+        assert unimplemented(service) == CALLS
+        assert answered > CALLS
+
+
+async def test_a_loop_that_ends_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*_: object) -> None:
+        raise OSError("no more calls")
+
+    server = AioServer()
+    server.add_insecure_port("127.0.0.1:0")
+    monkeypatch.setattr(aio_server._Tolerant, "_request_call", broken)
+    await server.start()
+    async with asyncio.timeout(ENDS_WITHIN_S):
+        await server.ended()
+    await server.stop(None)
+
+
+async def test_another_grpcio_is_taken_as_it_is_and_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(aio_server, "_PARTS", ("_something_else",))
+    async with serving() as service:
+        assert type(service.server._server) is cygrpc.AioServer
+        assert len((await service.stub.Generate(REQUEST)).results) == 1
+    [record] = [vars(record) for record in caplog.records if record.levelno == logging.WARNING]
+    assert (record["event"], record["grpcio"]) == ("grpc_as_it_is", grpc.__version__)
