@@ -1,6 +1,9 @@
 """The log of a real server: one JSON object per line, with ids that find a request, and never what it said."""
 
+import fcntl
 import json
+import signal
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +11,16 @@ import grpc
 import pytest
 
 from beamline.v1 import generation_pb2 as pb
-from beamline_server.process import ServerProcess
+from beamline_client import Client
+from beamline_server.bundle import Bundle
+from beamline_server.process import BEAMLINE, ServerProcess
 
 SECRET = "Marguerite cache le trésor sous le vieux chêne"
 # Of the text, and of what it may become.
 WORDS = ("Marguerite", "trésor", "tr\\u00e9sor", "vieux", "chêne", "ch\\u00eane", "treasure", "chest", "jndi")
+SHORTEST_LINES_OF_A_CALL = 350
+"""Bytes that the log has of a call at debug."""
+STOPPED_WITHIN_S = 20
 FORGED = '"}\n{"event": "forged", "request_id": "'
 HOSTILE = [
     SECRET,
@@ -92,3 +100,23 @@ def test_a_hostile_request_id_is_one_field(
 
     assert server.log.wait_for("request_ended", request_id=logged)
     assert server.log.records("forged") == []
+
+
+def test_a_log_that_nobody_reads_holds_up_neither_calls_nor_the_stop(fr_en_int8: Bundle) -> None:
+    flags = ("--host", "127.0.0.1", "--grpc-port", "0", "--metrics-port", "0", "--log-level", "debug")
+    command = [str(BEAMLINE), "serve", str(fr_en_int8.path), *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        pipe_bytes = fcntl.fcntl(process.stderr, fcntl.F_GETPIPE_SZ)
+        try:
+            told: dict[str, Any] = {}
+            while "serving" not in told:
+                record = json.loads(process.stderr.readline())
+                told[record["event"]] = record
+            with Client(f"127.0.0.1:{told['listening']['grpc_port']}") as client:
+                for _ in range(2 * pipe_bytes // SHORTEST_LINES_OF_A_CALL):
+                    assert client.generate_one("Oui.", timeout_s=20).hypotheses
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(STOPPED_WITHIN_S) == 0
+        finally:
+            process.kill()
