@@ -154,6 +154,9 @@ class DynamicBatching:
             self._queue.extend(_Queued(request, now) for request in requests)
             self._changed.notify_all()
 
+    def foreseen_refusal(self, caller: str, remaining_s: float) -> None:
+        """Nothing is refused before it is read."""
+
     def cancel(self, ids: Sequence[RequestId]) -> None:
         """See `EngineLike`. A batch that runs goes on to its end."""
         wanted = frozenset(ids)

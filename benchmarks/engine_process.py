@@ -64,6 +64,9 @@ class EngineProcess:
         with self._lock:
             self._pipe.send(list(requests))
 
+    def foreseen_refusal(self, caller: str, remaining_s: float) -> None:
+        """Nothing is refused before it is read."""
+
     def cancel(self, ids: Sequence[RequestId]) -> None:
         """Not needed for a measurement."""
 

@@ -79,6 +79,12 @@ class Settings(BaseModel):
         le=86400,
         description="Longest time for one request in seconds; also the deadline where none is set.",
     )
+    caller_metadata: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9_.-]+$",
+        description="Metadata key whose value names the caller: callers share the engine fairly. Without it, a caller "
+        "is a connection.",
+    )
     lame_duck_s: float = Field(
         default=0, ge=0, le=3600, description="Time to go on accepting after SIGTERM, not ready, in seconds."
     )

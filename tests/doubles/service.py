@@ -161,6 +161,9 @@ class ScriptedEngine:
         deliver: Takes the events.
         script: The events of a request, delivered when it is submitted.
         refusal: What `submit` raises, if anything.
+        foreseen: What `foreseen_refusal` returns.
+        callers: For whom it was asked for.
+        remaining_s: How much time they had.
         workers: What `load` says.
         last_step_at: What `load` says.
         given_up: Numbers of the workers that were given up.
@@ -170,6 +173,9 @@ class ScriptedEngine:
     deliver: Deliver
     script: Callable[[GenerationRequest], Sequence[Event]] = shouted
     refusal: Exception | None = None
+    foreseen: EngineError | None = None
+    callers: list[str] = field(default_factory=list)
+    remaining_s: list[float] = field(default_factory=list)
     workers: tuple[WorkerState, ...] = (WorkerState(),)
     last_step_at: float | None = None
     given_up: list[int] = field(default_factory=list)
@@ -215,6 +221,12 @@ class ScriptedEngine:
         self._submitted.put_nowait(requests)
         if events := [event for request in requests for event in self.script(request)]:
             self.tell(*events)
+
+    def foreseen_refusal(self, caller: str, remaining_s: float) -> EngineError | None:
+        """See `EngineLike`."""
+        self.callers.append(caller)
+        self.remaining_s.append(remaining_s)
+        return self.foreseen
 
     def cancel(self, ids: Sequence[RequestId]) -> None:
         """See `EngineLike`; call it on the event loop."""

@@ -4,6 +4,7 @@ EngineError
 ├── SourceTooLong         more source tokens than the model has positions
 ├── RequestTooLarge       could never fit, however empty the engine is
 ├── QueueFull             no room now; come back later
+├── WouldBeLate           its deadline cannot be met now; come back later
 ├── DeadlineExceeded      its time ran out, in the queue or while decoding
 ├── RequestCancelled      its caller gave up
 ├── EngineStopped         the engine is shutting down
@@ -60,6 +61,19 @@ class QueueFull(EngineError):
 
     def __str__(self) -> str:
         return f"the queue is full ({self.queued_rows} of {self.limit_rows} rows waiting)"
+
+
+@dataclass
+class WouldBeLate(EngineError):
+    """The answer is expected after the deadline, so nothing was begun; `retry_after_s` is as of `QueueFull`."""
+
+    expected_s: float
+    remaining_s: float
+    retry_after_s: float
+
+    def __str__(self) -> str:
+        late = f"after the deadline, which is in {self.remaining_s:.2f} s"
+        return f"the answer is expected in {self.expected_s:.2f} s, {late}"
 
 
 @dataclass

@@ -1,22 +1,38 @@
-"""The requests that wait for an engine: first come, first served, but for those that nobody waits for any more.
+"""The requests that wait for an engine: a fair share for every caller, and first come, first served within it.
 
-Without overtaking: a wide request at the head waits for enough room and holds back what came after it. Letting narrow
-ones pass would use a few more rows and let a stream of them starve it.
+Start-time fair queueing (Goyal, Vin, Cheng 1996): a request is due at the virtual time at which its caller's work
+before it would have ended if every caller who waits had an equal share of the engine; who is due first is next. So a
+caller with little work is not held up by one with much, however much that one has queued before.
+
+Nobody overtakes who is next: a wide request waits for enough room and holds back those behind it. Letting narrow ones
+pass would use a few more rows and let a stream of them starve it.
 """
 
 import math
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 
 from beamline_server.engine.admission import cost
 from beamline_server.engine.request import GenerationRequest, RequestId
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Waiting:
+    due: float
+    number: int
+    came_at: float = field(compare=False)
+    request: GenerationRequest = field(compare=False)
 
 
 class Queue:
     """Waiting requests with the time at which each came, in seconds of the engine's clock."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[GenerationRequest, float]] = deque()
+        self._waiting: list[_Waiting] = []  # who is next comes first
+        self._virtual_now = 0.0
+        self._ends: dict[str, float] = {}  # the virtual time at which all that a caller has asked for would have ended
+        self._came = 0
         self.rows = 0
         """Rows that all of them ask for."""
         self.earliest_deadline = math.inf
@@ -25,25 +41,30 @@ class Queue:
         return len(self._waiting)
 
     def __iter__(self) -> Iterator[GenerationRequest]:
-        return (request for request, _ in self._waiting)
+        return (waiting.request for waiting in self._waiting)
 
     @property
     def oldest_at(self) -> float:
-        """When the head of the queue came."""
-        return self._waiting[0][1]
+        """When the one came that waits for longest."""
+        return min(waiting.came_at for waiting in self._waiting)
 
-    def append(self, request: GenerationRequest, now: float) -> None:
-        """A request comes."""
-        self._waiting.append((request, now))
+    def append(self, request: GenerationRequest, now: float, work: float = 1.0) -> None:
+        """A request comes, with so much work, in any unit that is the same for all."""
+        due = max(self._virtual_now, self._ends.get(request.caller, 0.0))
+        self._ends[request.caller] = due + work
+        self._came += 1
+        insort(self._waiting, _Waiting(due, self._came, now, request))
         self.rows += cost(request).rows
         if request.deadline is not None:
             self.earliest_deadline = min(self.earliest_deadline, request.deadline)
 
     def take(self, count: int) -> list[tuple[GenerationRequest, float]]:
-        """Take requests from the head, with the times at which they came."""
-        taken = [self._waiting.popleft() for _ in range(count)]
-        self.rows -= sum(cost(request).rows for request, _ in taken)
-        return taken
+        """Take those who are next, with the times at which they came."""
+        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._virtual_now = max([self._virtual_now, *(waiting.due for waiting in taken)])
+        self._ends = {caller: end for caller, end in self._ends.items() if end > self._virtual_now}
+        self.rows -= sum(cost(waiting.request).rows for waiting in taken)
+        return [(waiting.request, waiting.came_at) for waiting in taken]
 
     def cancel(self, ids: Collection[RequestId]) -> list[GenerationRequest]:
         """Take out requests by their ids; those that are not here are left out."""
@@ -57,6 +78,13 @@ class Queue:
         self.earliest_deadline = min((r.deadline for r in self if r.deadline is not None), default=math.inf)
         return late
 
+    def give_up(self, hopeless: Callable[[GenerationRequest, float], bool], now: float) -> list[GenerationRequest]:
+        """Take out those who are next and hopeless now."""
+        count = 0
+        while count < len(self._waiting) and hopeless(self._waiting[count].request, now):
+            count += 1
+        return [request for request, _ in self.take(count)] if count else []
+
     def clear(self) -> list[GenerationRequest]:
         """Take out all."""
         return self._take_out(lambda _: True)
@@ -64,6 +92,6 @@ class Queue:
     def _take_out(self, goes: Callable[[GenerationRequest], bool]) -> list[GenerationRequest]:
         leaving = [request for request in self if goes(request)]
         if leaving:
-            self._waiting = deque(entry for entry in self._waiting if not goes(entry[0]))
+            self._waiting = [waiting for waiting in self._waiting if not goes(waiting.request)]
             self.rows -= sum(cost(request).rows for request in leaving)
         return leaving

@@ -56,6 +56,7 @@ class GenerationRequest:
         deadline: Time of the engine's clock (monotonic seconds) after which no answer is wanted.
         stream: Whether to deliver `Piece` events on the way.
         target_prefix: Target tokens that are given, after the decoder start; what is generated continues them.
+        caller: Who asks; callers share the engine fairly.
     """
 
     id: RequestId
@@ -64,6 +65,7 @@ class GenerationRequest:
     deadline: float | None = None
     stream: bool = False
     target_prefix: tuple[int, ...] = ()
+    caller: str = ""
 
 
 class Finish(Enum):

@@ -14,6 +14,7 @@ from beamline_server.engine.admission import MOST_ROWS, Admission, Capacity, Con
 from beamline_server.engine.backend import Backend, Bucket, Encoded
 from beamline_server.engine.errors import DeadlineExceeded, EngineError, RequestCancelled, StepFailed
 from beamline_server.engine.observer import StepObserver
+from beamline_server.engine.pace import Pace
 from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.queue import Queue
 from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId, Timing
@@ -21,6 +22,8 @@ from beamline_server.engine.search import decide, start
 from beamline_server.engine.table import SequenceTable
 
 ENCODE_TOKENS = 1024
+_SURE = 0.7
+"""Part of the time that an answer is expected to take, for which there must be time when its request starts."""
 _STEPS_REMEMBERED = 16
 """Ends of steps that a core remembers, to tell how many of them a request that nobody waits for sat through."""
 _log = logging.getLogger(__name__)
@@ -94,6 +97,9 @@ class EngineCore:
         self._cancelled: dict[RequestId, float] = {}
         self._earliest_deadline = math.inf
         self.last_step_at: float | None = None
+        self._goes_on = False
+        """Whether the last step left something to do for the next one."""
+        self.pace = Pace()
         self.failures = 0
         """Runs of the model that have failed since the last one that has not."""
         self._ends: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
@@ -154,7 +160,7 @@ class EngineCore:
         for request in requests:
             # What was cancelled before it came is another request, which has ended, of the same id.
             self._cancelled.pop(request.id, None)
-            self._queue.append(request, now)
+            self._queue.append(request, now, self.pace.work(request))
 
     def cancel(self, ids: Iterable[RequestId], wished_at: float | None = None) -> None:
         """Drop requests at the next step, whose callers gave up at `wished_at` (default: now); unknown ids are over."""
@@ -172,7 +178,7 @@ class EngineCore:
     def step(self) -> list[Event]:
         """Advance everything that runs by one token; returns what became known."""
         now = self._clock()
-        events = [*self._drop_cancelled(), *self._drop_late(now), *self._admit(now)]
+        events = [*self._drop_cancelled(), *self._drop_late(now), *self._drop_hopeless(now), *self._admit(now)]
         if not self._running:
             return events
         began, rows, over = self._clock(), 0, 0
@@ -180,7 +186,9 @@ class EngineCore:
             ran, done = self._advance(bucket, events)
             rows, over = rows + ran, over + done
         self._note(began, rows)
-        return events + self._deliver(over)
+        events += self._deliver(over)
+        self._goes_on = bool(self._running)
+        return events
 
     def _drop_cancelled(self) -> list[Event]:
         if not self._cancelled:
@@ -198,6 +206,16 @@ class EngineCore:
         events: list[Event] = [self._release(index, DeadlineExceeded("decoding"), wished) for index, wished in late]
         self._earliest_deadline = min((d for d in deadlines.values() if d > now), default=math.inf)
         return events + self._unqueued(self._queue.expire(now), lambda: DeadlineExceeded("queueing"))
+
+    def _drop_hopeless(self, now: float) -> list[Event]:
+        """Who is next in the queue and will most likely be late leaves it, so that its place is not wasted."""
+        if not self._queue or self._room.rows < 1:
+            return []
+        return self._unqueued(self._queue.give_up(self._is_hopeless, now), lambda: DeadlineExceeded("queueing"))
+
+    def _is_hopeless(self, request: GenerationRequest, now: float) -> bool:
+        deadline = request.deadline
+        return deadline is not None and now + _SURE * self.pace.service_s(request) > deadline
 
     def _release(self, index: int, error: EngineError, wished_at: float) -> Failed:
         """End a request that nobody has waited for since `wished_at`; tell how many steps have ended since."""
@@ -303,8 +321,11 @@ class EngineCore:
         return logged_failure(error, phase)
 
     def _note(self, began: float, rows: int) -> None:
-        self.last_step_at = self._clock()
+        before, self.last_step_at = self.last_step_at, self._clock()
         self._ends.append(self.last_step_at)
+        # What stands between two steps counts, above all encoding.
+        if rows:
+            self.pace.stepped(rows, self.last_step_at - (before if self._goes_on and before else began))
         if rows:
             self._observer.stepped(self.last_step_at - began, rows, len(self._running))
 
@@ -326,6 +347,7 @@ class EngineCore:
         running = self._leave(index)
         if not hypotheses:
             return Failed(running.request.id, logged_failure(ArithmeticError("no finite scores"), "a decode step"))
+        self.pace.answered(steps, len(running.request.source))
         started, ended = running.started_at, self._ends[-1]
         decode_s = ended - started - running.encode_s
         timing = Timing(started - running.queued_at, running.encode_s, decode_s, steps)

@@ -7,19 +7,29 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from beamline_server.engine.admission import Admission, Capacity, Continuous, check_fits, cost
 from beamline_server.engine.backend import Backend
-from beamline_server.engine.errors import EngineError, EngineStopped, QueueFull, RequestTooLarge, SourceTooLong
+from beamline_server.engine.errors import (
+    EngineError,
+    EngineStopped,
+    QueueFull,
+    RequestTooLarge,
+    SourceTooLong,
+    WouldBeLate,
+)
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver, Event, Failed, GenerationRequest, Piece, RequestId
 from beamline_server.engine.step import Clock, EngineCore, ModelRules, logged_failure
 
-_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.02, 2.0
+_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.02, 5.0
 WORKER_THREADS = "engine"
 """What the names of the workers' threads begin with."""
 SUSPECT_FAILURES = 3
 """So many failures of the model in a row make a worker suspect."""
+_FAIRLY = 1.5
+"""How much more than there is room for may be held, by callers who have less than their share."""
 _LAST_STEP_S = 1.0
 """Time for a worker to end the step that it is in when it has to stop."""
 
@@ -56,6 +66,26 @@ class EngineLoad:
     def alive(self) -> bool:
         """Whether all workers are."""
         return all(worker.alive for worker in self.workers)
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a worker, or a request, holds: rows, and the row-steps that are expected of them."""
+
+    rows: int = 0
+    work: float = 0.0
+
+    def add(self, share: "_Held", times: int) -> None:
+        self.rows += times * share.rows
+        self.work += times * share.work
+
+
+class _Ownership(NamedTuple):
+    """Whose a request is, and what it holds."""
+
+    worker: int
+    caller: str
+    share: _Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,12 +239,15 @@ class Engine:
             )
             for i, backend in enumerate(backends)
         ]
-        # The only state that RPC threads and workers share: which worker has which request, and how many rows each.
+        # The only state that RPC threads and workers share: which worker has which request, and how much
+        # each worker and each caller holds.
         self._lock = threading.Lock()
-        self._owner: dict[RequestId, tuple[int, int]] = {}
-        self._rows = [0] * len(backends)
-        self._ended_rows_per_s = 0.0
+        self._owner: dict[RequestId, _Ownership] = {}
+        self._held = [_Held() for _ in backends]
+        self._callers: dict[str, _Held] = {}
+        self._ended_per_s = 0.0
         self._last_ended_at = clock()
+        self._promised_until = clock()
         self._stopping = False
 
     @property
@@ -259,6 +292,7 @@ class Engine:
             SourceTooLong: a source has more tokens than the model has positions.
             RequestTooLarge: a request could never run here, or all of them could never wait here.
             QueueFull: there is no room for all of them now.
+            WouldBeLate: one of them has a deadline that cannot be met now.
             EngineStopped: the engine is stopping or its workers have died.
         """
         for request in requests:
@@ -272,29 +306,101 @@ class Engine:
         with self._lock:
             if self._stopping or not self._to_choose_from():
                 raise EngineStopped
-            held = sum(self._rows)
-            if held + wanted > room:
-                queued = max(0, held - self.row_capacity)
-                raise QueueFull(queued, self._queue_rows, self._retry_after_s(wanted))
+            if full := self._full(requests[0].caller, wanted, len(requests)):
+                raise full
             for request in requests:
-                worker = min(self._to_choose_from(), key=self._rows.__getitem__)  # the first of equals
-                rows = cost(request).rows
-                self._rows[worker] += rows
-                self._owner[request.id] = (worker, rows)
+                worker = self._next_worker()
+                self._hold(request, worker)
                 shares.setdefault(worker, []).append(request)
+            if late := self._expected_late(requests):
+                for request in requests:
+                    self._let_go(request.id)
+                raise late
             # Inside the lock, so that a cancellation cannot arrive before what it cancels.
             for worker, share in shares.items():
                 self._workers[worker].mailbox.put(_Submit(tuple(share)))
 
+    def foreseen_refusal(self, caller: str, remaining_s: float) -> QueueFull | WouldBeLate | None:
+        """Why a request of any kind of a caller, with so much time, would be refused now; None if it may be accepted.
+
+        For a first look, before a request has been read; `submit` has the last word.
+        """
+        with self._lock:
+            if self._stopping or not self._to_choose_from():
+                return None
+            if full := self._full(caller, 1, 1):
+                return full
+            wait_s = self._wait_s(self._next_worker(), caller)
+            if wait_s > remaining_s:
+                return WouldBeLate(wait_s, remaining_s, self._retry_after_s(1))
+        return None
+
     def _to_choose_from(self) -> list[int]:
         """The workers that a request may go to: a suspect one gets one at a time, which shows whether it works."""
         alive = [i for i, worker in enumerate(self._workers) if worker.alive]
-        return [i for i in alive if not self._workers[i].suspect or self._rows[i] == 0] or alive
+        return [i for i in alive if not self._workers[i].suspect or self._held[i].rows == 0] or alive
+
+    def _next_worker(self) -> int:
+        """The one with the fewest rows, the first of equals."""
+        return min(self._to_choose_from(), key=lambda i: self._held[i].rows)
+
+    def _full(self, caller: str, wanted: int, requests: int) -> QueueFull | None:
+        """What to say to a caller who wants so many rows, if there is no room for them.
+
+        A caller who has less than a fair share of what can be held finds room for it although others have taken more.
+        """
+        held, room = sum(held.rows for held in self._held), self.row_capacity + self._queue_rows
+        if held + wanted <= room:
+            return None
+        own = self._callers.get(caller, _Held()).rows
+        if own + wanted <= room // (1 + len(self._callers.keys() - {caller})) and held + wanted <= _FAIRLY * room:
+            return None
+        return QueueFull(max(0, held - self.row_capacity), self._queue_rows, self._retry_after_s(requests))
+
+    def _hold(self, request: GenerationRequest, worker: int) -> None:
+        share = _Held(cost(request).rows, self._workers[worker].core.pace.work(request))
+        self._held[worker].add(share, 1)
+        self._callers.setdefault(request.caller, _Held()).add(share, 1)
+        self._owner[request.id] = _Ownership(worker, request.caller, share)
+
+    def _let_go(self, number: RequestId) -> None:
+        worker, caller, share = self._owner.pop(number)
+        self._held[worker].add(share, -1)
+        of_caller = self._callers[caller]
+        of_caller.add(share, -1)
+        if of_caller.rows == 0:
+            del self._callers[caller]
+
+    def _wait_s(self, worker: int, caller: str) -> float:
+        """How long a newcomer of a worker waits: until what is queued before it has ended.
+
+        Of others that is no more than each of them has, and no more than the caller itself has for each of them: shares
+        are fair.
+        """
+        held = self._held[worker]
+        queued = max(0, held.rows - self._capacity.rows)
+        if not queued:
+            return 0.0
+        own = self._callers.get(caller, _Held())
+        fair = own.work / len(self._workers) * len(self._callers)
+        ahead = min(held.work * queued / held.rows, fair)
+        return self._workers[worker].core.pace.wait_s(ahead)
+
+    def _expected_late(self, requests: Sequence[GenerationRequest]) -> WouldBeLate | None:
+        """What to say if one of these, which their workers hold already, is expected to be late."""
+        now = self._clock()
+        for request in requests:
+            if request.deadline is not None:
+                worker = self._owner[request.id].worker
+                expected_s = self._wait_s(worker, request.caller) + self._workers[worker].core.pace.service_s(request)
+                if now + expected_s > request.deadline:
+                    return WouldBeLate(expected_s, request.deadline - now, self._retry_after_s(len(requests)))
+        return None
 
     def cancel(self, ids: Sequence[RequestId]) -> None:
         """Drop requests at their next step; each then ends with `Failed(RequestCancelled)`. Unknown ids have ended."""
         with self._lock:
-            for worker in {self._owner[i][0] for i in ids if i in self._owner}:
+            for worker in {self._owner[i].worker for i in ids if i in self._owner}:
                 self._workers[worker].mailbox.put(_Cancel(frozenset(ids), self._clock()))
 
     def load(self) -> EngineLoad:
@@ -318,7 +424,7 @@ class Engine:
             if worker.alive:
                 worker.core.check()
         assert self._owner == {}, "requests without an outcome"
-        assert not any(self._rows), "rows held by nobody"
+        assert not any(held.rows for held in self._held), "rows held by nobody"
 
     def _settle(self, events: Sequence[Event]) -> None:
         """Give back the rows of what has ended, then tell."""
@@ -326,9 +432,8 @@ class Engine:
             ended = 0
             for event in events:
                 if not isinstance(event, Piece) and event.id in self._owner:
-                    worker, rows = self._owner.pop(event.id)
-                    self._rows[worker] -= rows
-                    ended += rows
+                    self._let_go(event.id)
+                    ended += 1
             if ended:
                 self._note_rate(ended)
         self._deliver(events)
@@ -340,21 +445,29 @@ class Engine:
         """
         with self._lock:
             dead.alive = False
-            left = [number for number, (worker, _) in self._owner.items() if self._workers[worker] is dead]
+            left = [number for number, of in self._owner.items() if self._workers[of.worker] is dead]
         self._fail(left, failure)
 
     def _fail(self, ids: Sequence[RequestId], error: EngineError) -> None:
         if ids:
             self._settle([Failed(number, error) for number in ids])
 
-    def _note_rate(self, rows: int) -> None:
+    def _note_rate(self, requests: int) -> None:
         now = self._clock()
         elapsed, self._last_ended_at = max(now - self._last_ended_at, 1e-6), now
         weight = min(1.0, elapsed)
-        self._ended_rows_per_s += weight * (rows / elapsed - self._ended_rows_per_s)
+        self._ended_per_s += weight * (requests / elapsed - self._ended_per_s)
 
-    def _retry_after_s(self, rows: int) -> float:
-        """When as many rows will have ended, at the rate of the last second or so."""
-        if self._ended_rows_per_s <= 0:
+    def _retry_after_s(self, requests: int) -> float:
+        """When as many requests could be taken, at the rate of the last second or so, behind all who were told before.
+
+        Who is refused gets a time of its own: otherwise all would come back at once, and most of them in vain.
+        """
+        now = self._clock()
+        if self._ended_per_s <= 0:
             return _LONGEST_RETRY_S
-        return min(max(rows / self._ended_rows_per_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
+        self._promised_until = max(self._promised_until, now) + requests / self._ended_per_s
+        longest = now + _LONGEST_RETRY_S
+        if self._promised_until > longest:  # begin again with the earliest, or everybody would be told the longest
+            self._promised_until = now
+        return min(max(self._promised_until - now, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)

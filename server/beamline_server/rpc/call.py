@@ -17,10 +17,12 @@ class Call:
     Attributes:
         arrived_s: When it arrived, in seconds of the server's monotonic clock.
         deadline_s: When it must have ended, on the same clock.
+        caller: Who makes it.
     """
 
     arrived_s: float
     deadline_s: float
+    caller: str = ""
 
 
 current_call: ContextVar[Call] = ContextVar("current_call")

@@ -39,8 +39,12 @@ class EngineLike(Protocol):
         """Accept all requests or none; each accepted one ends with one `Completed` or `Failed`.
 
         Raises:
-            QueueFull | RequestTooLarge | SourceTooLong | EngineStopped: none was accepted.
+            QueueFull | WouldBeLate | RequestTooLarge | SourceTooLong | EngineStopped: none was accepted.
         """
+        ...
+
+    def foreseen_refusal(self, caller: str, remaining_s: float) -> EngineError | None:
+        """Why any request of a caller, with so much time, would be refused now; None if it may be accepted."""
         ...
 
     def cancel(self, ids: Sequence[RequestId]) -> None:
@@ -97,6 +101,11 @@ class Desk:
     def open(self, engine: EngineLike) -> None:
         """Accept requests from now on, for this engine."""
         self._engine = engine
+
+    def foreseen_refusal(self, caller: str, remaining_s: float) -> EngineError | None:
+        """As the engine's, while there is one."""
+        engine = self._engine
+        return None if engine is None or self._closed else engine.foreseen_refusal(caller, remaining_s)
 
     def require_open(self) -> None:
         """Raise NotAccepting while the model is loading."""
@@ -170,6 +179,7 @@ class Desk:
                 deadline=call.deadline_s,
                 stream=stream,
                 target_prefix=source.target_prefix,
+                caller=call.caller,
             )
             for source in sources
         )

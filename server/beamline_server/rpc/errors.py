@@ -12,8 +12,9 @@ RequestError
 └── UnexpectedFailure     a fault of ours; the log has the cause under its id
 """
 
+import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -32,6 +33,7 @@ from beamline_server.engine.errors import (
     SourceTooLong,
     StepFailed,
     Violation,
+    WouldBeLate,
 )
 from beamline_server.metrics import Outcome
 
@@ -42,11 +44,12 @@ ERROR_ID_KEY = "x-error-id"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """Trailing metadata key that tells gRPC's own retries how long to wait."""
 
-SHORTEST_PUSHBACK_S, LONGEST_PUSHBACK_S = 0.02, 2.0
+SHORTEST_PUSHBACK_S, LONGEST_PUSHBACK_S = 0.02, 5.0
 # Clients refuse trailing metadata of more than 8 KiB, and would then not even see the status. Violations of more than
 # this many bytes together are summed up.
 _VIOLATIONS_BYTES = 4096
 _VIOLATIONS_IN_TEXT = 3
+_JITTER = 0.2
 
 
 class RequestError(Exception):
@@ -118,6 +121,9 @@ class RpcStatus:
     outcome: Outcome
 
 
+_Code = grpc.StatusCode
+
+
 @dataclass(frozen=True, slots=True)
 class _Rule:
     code: grpc.StatusCode
@@ -127,19 +133,24 @@ class _Rule:
     text: Callable[[Any], str] = str
 
 
+def stretched(jitter: random.Random) -> float:
+    """A factor around 1: refused callers should not all come back at once."""
+    return jitter.uniform(1 - _JITTER, 1 + _JITTER)
+
+
 def rpc_status_of(error: Exception, *, stretch: float) -> RpcStatus:
     """The status for an error.
 
     Args:
         error: One of the engine's or of this module's errors.
-        stretch: Factor for the advised delay, random around 1: refused callers should not all come back at once.
+        stretch: Factor for the advised delay.
 
     Raises:
         KeyError: the error is none that callers are told of.
     """
-    if isinstance(error, QueueFull):
+    if isinstance(error, QueueFull | WouldBeLate):
         delay_s = min(max(error.retry_after_s * stretch, SHORTEST_PUSHBACK_S), LONGEST_PUSHBACK_S)
-        error = QueueFull(error.queued_rows, error.limit_rows, delay_s)
+        error = replace(error, retry_after_s=delay_s)
     rule = STATUSES[type(error)]
     text = rule.text(error)
     status = status_pb2.Status(code=rule.code.value[0], message=text)
@@ -177,21 +188,25 @@ def _because(reason: str) -> Callable[[Any], Sequence[Message]]:
     return lambda _: (error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN),)
 
 
-def _queue_full(error: QueueFull) -> Sequence[Message]:
-    delay = Duration()
-    delay.FromMilliseconds(_milliseconds(error))
-    return (*_because("QUEUE_FULL")(error), error_details_pb2.RetryInfo(retry_delay=delay))
+def _later(reason: str) -> _Rule:
+    def details(error: QueueFull | WouldBeLate) -> Sequence[Message]:
+        delay = Duration()
+        delay.FromMilliseconds(_milliseconds(error))
+        return (*_because(reason)(error), error_details_pb2.RetryInfo(retry_delay=delay))
+
+    def trailers(error: QueueFull | WouldBeLate) -> tuple[tuple[str, str], ...]:
+        return ((PUSHBACK_KEY, str(_milliseconds(error))),)
+
+    return _Rule(_Code.RESOURCE_EXHAUSTED, Outcome.QUEUE_FULL, details, trailers)
 
 
-def _milliseconds(error: QueueFull) -> int:
+def _milliseconds(error: QueueFull | WouldBeLate) -> int:
     return round(error.retry_after_s * 1000)
 
 
 def _error_id(error: StepFailed | UnexpectedFailure) -> tuple[tuple[str, str], ...]:
     return ((ERROR_ID_KEY, error.error_id),)
 
-
-_Code = grpc.StatusCode
 
 STATUSES: Mapping[type[Exception], _Rule] = {
     # Fix the request.
@@ -203,12 +218,8 @@ STATUSES: Mapping[type[Exception], _Rule] = {
     MethodNotFound: _Rule(_Code.UNIMPLEMENTED, Outcome.NOT_FOUND, _because("METHOD_NOT_FOUND")),
     ModelNotFound: _Rule(_Code.NOT_FOUND, Outcome.NOT_FOUND, _because("MODEL_NOT_FOUND")),
     # Come back later.
-    QueueFull: _Rule(
-        _Code.RESOURCE_EXHAUSTED,
-        Outcome.QUEUE_FULL,
-        _queue_full,
-        trailers=lambda e: ((PUSHBACK_KEY, str(_milliseconds(e))),),
-    ),
+    QueueFull: _later("QUEUE_FULL"),
+    WouldBeLate: _later("DEADLINE_UNREACHABLE"),
     # Try another replica: the request was not executed, or not to its end.
     NotAccepting: _Rule(_Code.UNAVAILABLE, Outcome.UNAVAILABLE, lambda e: _because(e.reason)(e)),
     EngineStopped: _Rule(_Code.UNAVAILABLE, Outcome.UNAVAILABLE, _because("DRAINING")),

@@ -28,6 +28,7 @@ from beamline_server.rpc.errors import (
     RpcStatus,
     UnexpectedFailure,
     rpc_status_of,
+    stretched,
 )
 
 REQUEST_ID_KEY = "x-request-id"
@@ -35,7 +36,6 @@ REQUEST_ID_KEY = "x-request-id"
 _ATTEMPTS_KEY = "grpc-previous-rpc-attempts"
 _LONGEST_NAME = 128
 _LOST_CALLERS = 100
-_JITTER = 0.2
 
 # What goes well is for debugging. So are refusals: a line for each would cost an overloaded server more than refusing.
 _LEVELS = dict.fromkeys(Outcome, logging.INFO) | dict.fromkeys(
@@ -60,6 +60,7 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
     Args:
         metrics: Counts the calls.
         max_duration_s: Longest time for a request for generation, in seconds.
+        caller_key: Metadata key whose value names the caller.
         clock: Monotonic seconds.
         jitter: Spreads the delays that refused callers are advised.
     """
@@ -69,10 +70,12 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         metrics: Metrics,
         *,
         max_duration_s: float,
+        caller_key: str | None = None,
         clock: Clock = time.monotonic,
         jitter: random.Random | None = None,
     ) -> None:
         self._metrics = metrics
+        self._caller_key = caller_key
         self._max_duration_s = max_duration_s
         self._clock = clock
         self._jitter = jitter or random.Random()
@@ -114,9 +117,12 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         async def call(request: Any, context: Any) -> Any:
             began = clock()
             method.metrics.started()
-            identity: tuple[tuple[str, str], ...] = ()
+            own: tuple[tuple[str, str], ...] = ()
             try:
-                identity = self._identify(context)
+                own = identity(context, self._metrics)
+                logs.request_id.set(own[0][1])
+                logs.peer.set(printable(context.peer()))
+                context.set_trailing_metadata(own)
                 if request is _Malformed:
                     raise MalformedMessage
                 response = await self._handled(method, behaviour, request, context, began)
@@ -131,27 +137,12 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
                 # Counted first: whoever has the answer finds it counted, and a stopping server cannot drop it.
                 method.count(status.code, status.outcome, clock() - began)
                 with suppress(_CallIsDead):
-                    await context.abort(status.code, status.text, (*identity, *status.trailers))
+                    await context.abort(status.code, status.text, (*own, *status.trailers))
             else:
                 method.count(grpc.StatusCode.OK, Outcome.OK, clock() - began)
                 return response
 
         return call
-
-    def _identify(self, context: Any) -> tuple[tuple[str, str], ...]:
-        """Give the call its id, and echo it at the end: headers sent early would rule out a retry."""
-        request_id = ""
-        for key, value in context.invocation_metadata() or ():
-            if key == REQUEST_ID_KEY and not request_id:
-                request_id = printable(value)
-            elif key == _ATTEMPTS_KEY:
-                self._metrics.retry_seen()
-        request_id = request_id or secrets.token_hex(8)
-        logs.request_id.set(request_id)
-        logs.peer.set(printable(context.peer()))
-        identity = ((REQUEST_ID_KEY, request_id),)
-        context.set_trailing_metadata(identity)
-        return identity
 
     async def _handled(
         self, method: "_GuardedMethod", behaviour: Behaviour, request: Any, context: Any, began: float
@@ -159,7 +150,8 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         """Handle a call; one for generation within the caller's deadline, which gRPC enforces, and the server's own."""
         remaining_s, longest_s = context.time_remaining(), self._max_duration_s
         in_time = remaining_s is not None and remaining_s <= longest_s
-        current_call.set(Call(began, began + (remaining_s if in_time else longest_s)))
+        deadline_s = began + (remaining_s if in_time else longest_s)
+        current_call.set(Call(began, deadline_s, caller_of(context, self._caller_key)))
         if not method.generates:
             return await behaviour(request, context)
         if remaining_s is None:
@@ -170,7 +162,7 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
 
     def _status_of(self, error: Exception, method: "_GuardedMethod") -> RpcStatus:
         if type(error) in STATUSES:
-            return rpc_status_of(error, stretch=self._jitter.uniform(1 - _JITTER, 1 + _JITTER))
+            return rpc_status_of(error, stretch=stretched(self._jitter))
         error_id = secrets.token_hex(8)
         fields = {"event": "handler_failed", "method": method.path, "error_id": error_id}
         _log.error("handler_failed", exc_info=error, extra=fields)
@@ -214,6 +206,27 @@ class _LostCallers:
         self._told.add(address)
         last = len(self._told) == _LOST_CALLERS
         _log.warning("unknown_method", extra={"event": "unknown_method", "further_ones_are_told": not last})
+
+
+def identity(context: Any, metrics: Metrics) -> tuple[tuple[str, str], ...]:
+    """The id of a call, as metadata that echoes it at the end: headers sent early would rule out a retry."""
+    request_id = ""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and not request_id:
+            request_id = printable(value)
+        elif key == _ATTEMPTS_KEY:
+            metrics.retry_seen()
+    return ((REQUEST_ID_KEY, request_id or secrets.token_hex(8)),)
+
+
+def caller_of(context: Any, key: str | None) -> str:
+    """Who makes a call: what it says under a key, else the connection that it comes on."""
+    if key is not None:
+        for name, value in context.invocation_metadata() or ():
+            if name == key:
+                return printable(value)
+    peer: str = context.peer()
+    return peer
 
 
 def printable(value: str | bytes) -> str:

@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from beamline.v1 import generation_pb2
 from beamline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from beamline_server.listening import PortError, address_of, listening_sockets, most_callers
-from beamline_server.metrics import Clock, Metrics
+from beamline_server.metrics import Clock, MethodName, Metrics
 from beamline_server.rpc.aio_server import AioServer
+from beamline_server.rpc.call import does_generate
 from beamline_server.rpc.converters import RequestReader, default_search, limits_of
 from beamline_server.rpc.desk import Desk
+from beamline_server.rpc.gate import Gate
 from beamline_server.rpc.health import Health
 from beamline_server.rpc.info import ServedModel, info_message
 from beamline_server.rpc.interceptors import Guard
@@ -64,13 +67,39 @@ def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | No
         metrics=service.metrics,
         clock=service.clock,
     )
-    guard = Guard(service.metrics, max_duration_s=settings.max_duration_s, clock=service.clock, jitter=service.jitter)
-    server = AioServer([guard], server_options(settings))
+    guard = Guard(
+        service.metrics,
+        max_duration_s=settings.max_duration_s,
+        caller_key=settings.caller_metadata,
+        clock=service.clock,
+        jitter=service.jitter,
+    )
+    gate = Gate(
+        service.desk,
+        {_path(name): service.metrics.method(name) for name in _generating(servicer)},
+        service.metrics,
+        max_duration_s=settings.max_duration_s,
+        caller_key=settings.caller_metadata,
+        jitter=service.jitter or random.Random(),
+    )
+    server = AioServer([guard], server_options(settings), gate)
     add_GenerationServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]  # generated
     health_pb2_grpc.add_HealthServicer_to_server(service.health, server)
     if settings.reflection:
         add_reflection(server, [generation_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR])
     return server
+
+
+def _generating(servicer: GenerationServicer) -> Iterator[MethodName]:
+    """The methods that generate."""
+    for method in generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].methods:
+        if does_generate(getattr(servicer, method.name)):
+            kind = "server_stream" if method.server_streaming else "unary"
+            yield MethodName(method.containing_service.full_name, method.name, kind)
+
+
+def _path(name: MethodName) -> bytes:
+    return f"/{name.service}/{name.method}".encode()
 
 
 def bind(server: Any, host: str, port: int) -> int:

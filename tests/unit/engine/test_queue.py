@@ -1,7 +1,9 @@
 """The queue against a plain list: order, cancellation, deadlines, and what all of them ask for."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,3 +75,65 @@ def test_the_next_deadline_counts_when_the_first_has_passed() -> None:
     assert queue.earliest_deadline == 5.0
     assert [asked.id for asked in queue.expire(100.0)] == [0, 3]
     assert queue.earliest_deadline == math.inf
+
+
+def of(caller: str, number: int) -> GenerationRequest:
+    return replace(request(number), caller=caller)
+
+
+def order(queue: Queue) -> list[RequestId]:
+    return [asked.id for asked in queue]
+
+
+def test_a_caller_with_little_work_is_not_held_up_by_one_with_much() -> None:
+    queue = Queue()
+    for number in range(100):
+        queue.append(of("greedy", number), 0.0, work=50.0)
+    taken = [asked.id for asked, _ in queue.take(3)]
+    queue.append(of("polite", 1000), 0.0, work=1.0)
+    assert taken == [0, 1, 2]
+    assert order(queue)[:3] == [1000, 3, 4] or order(queue)[:3] == [3, 1000, 4]
+    queue.append(of("polite", 1001), 0.0, work=1.0)
+    assert order(queue).index(RequestId(1001)) <= 2
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9)), min_size=1, max_size=60))
+def test_those_who_wait_all_the_time_get_equal_shares(asked: list[tuple[str, int]]) -> None:
+    """While two callers both wait, the work that they were given differs by no more than two of their requests."""
+    queue = Queue()
+    for number, (caller, work) in enumerate(asked):
+        queue.append(of(caller, number), 0.0, work=float(work))
+    left, given_to = Counter(caller for caller, _ in asked), Counter[str]()
+    most = 2 * max(work for _, work in asked)
+    while len(queue):
+        [(next_one, _)] = queue.take(1)
+        assert next_one.id == min(other.id for other in [next_one, *queue] if other.caller == next_one.caller)
+        left[next_one.caller] -= 1
+        given_to[next_one.caller] += asked[next_one.id][1]
+        waiting = [given_to[caller] for caller in left if left[caller]]
+        assert not waiting or max(waiting) - min(waiting) <= most
+
+
+def test_who_was_away_has_saved_up_nothing() -> None:
+    queue = Queue()
+    queue.append(of("a", 1), 0.0, work=1.0)
+    queue.take(1)
+    for number in range(10, 20):
+        queue.append(of("b", number), 0.0, work=10.0)
+        queue.take(1)
+    for number in range(20, 30):
+        queue.append(of("b", number), 0.0, work=10.0)
+        queue.append(of("a", 10 * number), 0.0, work=10.0)
+    first = [asked.caller for asked, _ in queue.take(10)]
+    assert 4 <= first.count("a") <= 6
+
+
+def test_those_who_are_next_and_hopeless_leave_it() -> None:
+    queue = Queue()
+    for number in range(5):
+        queue.append(request(number, beams=2), 0.0)
+    gone = queue.give_up(lambda asked, now: asked.id + now < 4, 2.0)
+    assert [asked.id for asked in gone] == [0, 1]
+    assert order(queue) == [2, 3, 4]
+    assert queue.rows == 6
+    assert queue.give_up(lambda asked, _: asked.id == 3, 2.0) == []

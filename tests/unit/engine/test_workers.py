@@ -3,8 +3,9 @@
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 
 from beamline_server.engine.admission import Capacity
@@ -18,6 +19,7 @@ from beamline_server.engine.errors import (
     RequestTooLarge,
     SourceTooLong,
     StepFailed,
+    WouldBeLate,
 )
 from beamline_server.engine.observer import NullObserver, StepObserver
 from beamline_server.engine.request import Completed, Failed, GenerationRequest, RequestId
@@ -179,7 +181,7 @@ def test_a_full_queue_refuses_at_once_and_as_a_whole(start: Start) -> None:
     with pytest.raises(QueueFull) as caught:
         running.submit(request(3), request(4))
     assert (caught.value.queued_rows, caught.value.limit_rows) == (3, 4)
-    assert 0.02 <= caught.value.retry_after_s <= 2.0
+    assert 0.02 <= caught.value.retry_after_s <= 5.0
     running.submit(request(5))
     gate.open()
     assert sorted(running.finish()) == [1, 2, 5]
@@ -197,7 +199,7 @@ def test_the_advice_when_to_come_back_is_within_bounds_at_any_pace(start: Start,
     running.submit(request(10, beams=4, tokens=FOR_EVER))
     with pytest.raises(QueueFull) as caught:
         running.submit(request(11, beams=2))
-    assert 0.02 <= caught.value.retry_after_s <= 2.0
+    assert 0.02 <= caught.value.retry_after_s <= 5.0
 
 
 def test_room_is_free_again_when_a_request_has_been_answered(start: Start) -> None:
@@ -542,3 +544,109 @@ def test_a_worker_whose_model_keeps_failing_gets_one_request_at_a_time_until_it_
     assert tokens_of(running.outcome(30)) == tokens_alone(request(30))
     assert not suspect()
     running.finish()
+
+
+# -- who would be late -----------------------------------------------------------------------------------------------
+
+
+class Paced:
+    """A worker that takes no step, and is known to be this fast: a row-step takes a second, and so does a step."""
+
+    def __init__(self, start: Start) -> None:
+        self.gate, self.clock = Gate(), ManualClock(100.0)
+        self.running = start(gate=self.gate, rows=4, queue_rows=400, clock=self.clock)
+        self.engine = self.running.engine
+        pace = self.engine._workers[0].core.pace
+        for _ in range(50):
+            pace.stepped(1, 1.0)
+
+    def submit(self, number: int, *, within_s: float | None = None) -> None:
+        """A request of four rows and two steps."""
+        deadline = None if within_s is None else self.clock() + within_s
+        self.running.submit(request(number, beams=4, tokens=2, deadline=deadline))
+
+
+def test_who_cannot_be_answered_in_time_is_refused_and_holds_nothing(start: Start) -> None:
+    paced = Paced(start)
+    paced.submit(1)
+    paced.gate.wait_for_arrival()
+    # All rows are taken. Who comes next has eight row-steps ahead of it, its own among them, and takes two steps.
+    with pytest.raises(WouldBeLate) as caught:
+        paced.submit(2, within_s=9.9)
+    assert caught.value.expected_s == pytest.approx(10)
+    assert caught.value.remaining_s == pytest.approx(9.9)
+    paced.submit(3, within_s=10.1)
+    with pytest.raises(WouldBeLate):
+        paced.submit(4, within_s=10.1)
+    paced.submit(5)
+    paced.gate.open()
+    assert sorted(paced.running.finish()) == [1, 3, 5]
+
+
+def test_what_would_be_refused_is_foreseen_before_it_is_read(start: Start) -> None:
+    paced = Paced(start)
+    assert paced.engine.foreseen_refusal("", 0.001) is None
+    paced.submit(1)
+    assert paced.engine.foreseen_refusal("", 0.001) is None
+    paced.submit(2)
+    refusal = paced.engine.foreseen_refusal("", 7.9)
+    assert isinstance(refusal, WouldBeLate)
+    assert refusal.expected_s == pytest.approx(8)
+    assert refusal.remaining_s == 7.9
+    assert paced.engine.foreseen_refusal("", 8.1) is None
+    for number in range(3, 102):
+        paced.submit(number)
+    assert isinstance(paced.engine.foreseen_refusal("", 1e9), QueueFull)
+    paced.engine.stop(0.0)
+    assert paced.engine.foreseen_refusal("", 1e9) is None
+    paced.gate.open()
+
+
+def test_a_caller_with_less_than_its_share_finds_room_where_others_have_taken_all(start: Start) -> None:
+    gate = Gate()
+    running = start(gate=gate, rows=4, queue_rows=16)
+    for number in range(5):
+        running.submit(replace(request(number, beams=4), caller="greedy"))
+    with pytest.raises(QueueFull):
+        running.submit(replace(request(10, beams=4), caller="greedy"))
+    assert isinstance(running.engine.foreseen_refusal("greedy", 1e9), QueueFull)
+    assert running.engine.foreseen_refusal("polite", 0.001) is None
+    running.submit(replace(request(11, beams=4), caller="polite"))
+    running.submit(replace(request(12, beams=4), caller="polite"))
+    with pytest.raises(QueueFull):
+        running.submit(replace(request(13, beams=4), caller="polite"))
+    gate.open()
+    assert sorted(running.finish()) == [0, 1, 2, 3, 4, 11, 12]
+    assert running.engine._callers == {}
+
+
+def test_those_who_are_refused_are_told_different_times(start: Start) -> None:
+    """As far apart as requests end, so that each finds room."""
+    gate, clock = Gate(), ManualClock()
+    gate.open()
+    running = start(gate=gate, rows=4, queue_rows=0, clock=clock)
+    for number in range(20):
+        running.submit(request(number, beams=4))
+        running.outcome(number)
+        clock.advance(0.1)
+    running.submit(request(100, beams=4, tokens=FOR_EVER))
+    told = []
+    for number in range(101, 111):
+        with pytest.raises(QueueFull) as caught:
+            running.submit(request(number, beams=4))
+        told.append(caught.value.retry_after_s)
+    assert told == sorted(told)
+    assert np.diff(told) == pytest.approx(0.1, rel=0.2)
+
+
+def test_whoever_is_next_and_will_be_late_leaves_the_queue(start: Start) -> None:
+    paced = Paced(start)
+    paced.submit(1)
+    paced.gate.wait_for_arrival()
+    paced.submit(2, within_s=11)
+    paced.submit(3)
+    paced.clock.advance(10.5)
+    paced.gate.open()
+    error = paced.running.error(2)
+    assert error == DeadlineExceeded("queueing")
+    assert sorted(paced.running.finish()) == [1, 2, 3]

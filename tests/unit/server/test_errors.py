@@ -16,6 +16,7 @@ from beamline_server.engine.errors import (
     SourceTooLong,
     StepFailed,
     Violation,
+    WouldBeLate,
 )
 from beamline_server.metrics import Outcome
 from beamline_server.rpc.errors import (
@@ -83,6 +84,12 @@ def test_every_class_of_the_trees_has_a_status(root: type[Exception]) -> None:
             Outcome.QUEUE_FULL,
             "the queue is full (10 of 8 rows waiting)",
         ),
+        (
+            WouldBeLate(2.0, 1.5, 1.0),
+            CODE.RESOURCE_EXHAUSTED,
+            Outcome.QUEUE_FULL,
+            "the answer is expected in 2.00 s, after the deadline, which is in 1.50 s",
+        ),
         (NotAccepting("LOADING"), CODE.UNAVAILABLE, Outcome.UNAVAILABLE, "the server is loading"),
         (EngineStopped(), CODE.UNAVAILABLE, Outcome.UNAVAILABLE, "the engine is stopping"),
         (
@@ -106,6 +113,7 @@ def test_the_code_says_what_to_do(error: Exception, code: grpc.StatusCode, outco
     ("error", "reason"),
     [
         (QueueFull(10, 8, 1.0), "QUEUE_FULL"),
+        (WouldBeLate(2.0, 1.5, 1.0), "DEADLINE_UNREACHABLE"),
         (NotAccepting("LOADING"), "LOADING"),
         (NotAccepting("DRAINING"), "DRAINING"),
         (EngineStopped(), "DRAINING"),
@@ -119,7 +127,7 @@ def test_reasons_are_machine_readable(error: Exception, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("retry_after_s", "stretch", "expected_ms"), [(0.5, 1.2, 600), (0.5, 0.8, 400), (0.0, 1, 20), (99.0, 0.8, 2000)]
+    ("retry_after_s", "stretch", "expected_ms"), [(0.5, 1.2, 600), (0.5, 0.8, 400), (0.0, 1, 20), (99.0, 0.8, 5000)]
 )
 def test_a_full_queue_tells_when_to_come_back(retry_after_s: float, stretch: float, expected_ms: int) -> None:
     status = status_of(QueueFull(10, 8, retry_after_s), stretch)

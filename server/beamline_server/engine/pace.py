@@ -1,0 +1,72 @@
+"""How fast a worker is and how long answers become, learnt from its steps and answers; so, how long a newcomer takes.
+
+Work is counted in row-steps: rows of a request times the steps that it is expected to take. A worker whose rows are all
+taken ends so many row-steps a second, and a newcomer waits until those that are ahead of it have ended.
+
+    wait      = row-steps that are queued ahead / row-steps per second
+    service   = steps of its own × seconds per step
+
+Both are expected values: who decides by them is right more often than not.
+"""
+
+import math
+from dataclasses import dataclass
+
+from beamline_server.engine.request import GenerationRequest
+
+_MEMORY_S = 2.0
+"""What is so old counts for a third, in seconds of work."""
+_ANSWERS = 50
+"""As many answers as a new one replaces in what is known of their lengths."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """Of one worker; written by its thread, read by others.
+
+    Attributes:
+        row_steps_per_s: Rows that steps compute a second; 0 before the first one.
+        step_s: Seconds of a step, with what stands between two of them.
+        steps_per_token: Steps of an answer for each token of its source; 0 before the first one.
+    """
+
+    row_steps_per_s: float = 0.0
+    step_s: float = 0.0
+    steps_per_token: float = 0.0
+    _rows: float = 0.0
+    _steps: float = 0.0
+    _seconds: float = 0.0
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        """A step of so many rows took so long."""
+        kept = math.exp(-seconds / _MEMORY_S)
+        self._rows = kept * self._rows + rows
+        self._steps = kept * self._steps + 1.0
+        self._seconds = kept * self._seconds + seconds
+        if self._seconds > 0:
+            self.row_steps_per_s = self._rows / self._seconds
+            self.step_s = self._seconds / self._steps
+
+    def answered(self, steps: int, source_tokens: int) -> None:
+        """An answer to a source of so many tokens took so many steps."""
+        ratio = steps / max(source_tokens, 1)
+        weight = 1.0 / _ANSWERS if self.steps_per_token else 1.0
+        self.steps_per_token += weight * (ratio - self.steps_per_token)
+
+    def steps(self, request: GenerationRequest) -> float:
+        """How many steps a request is expected to take."""
+        options = request.options
+        expected = self.steps_per_token * len(request.source)
+        return min(max(expected, options.min_new_tokens, 1.0), options.max_new_tokens)
+
+    def work(self, request: GenerationRequest) -> float:
+        """The row-steps of a request."""
+        return request.options.beam_size * self.steps(request)
+
+    def service_s(self, request: GenerationRequest) -> float:
+        """How long a request takes once it has started, in seconds."""
+        return self.steps(request) * self.step_s
+
+    def wait_s(self, row_steps: float) -> float:
+        """How long so much work takes, in seconds."""
+        return row_steps / self.row_steps_per_s if self.row_steps_per_s > 0 else 0.0

@@ -1,0 +1,81 @@
+"""Calls that the engine could not take are refused before they are read, and told and counted as any other."""
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+
+from beamline.v1 import generation_pb2 as pb
+from beamline_server.engine.errors import EngineError, QueueFull, WouldBeLate
+from beamline_server.metrics import Outcome
+from beamline_server.settings import Settings
+from doubles.service import RunningService, failure_of, serving, silent
+
+CODE = grpc.StatusCode
+REQUEST = pb.GenerateRequest(inputs=[pb.Input(text="ab")])
+UNREAD = b"\xff" * 100
+"""No message at all."""
+FORESEEN = [(QueueFull(9, 8, 0.5), "QUEUE_FULL"), (WouldBeLate(2.0, 1.0, 0.5), "DEADLINE_UNREACHABLE")]
+
+
+def counted(service: RunningService, name: str, **labels: str) -> float:
+    return service.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@pytest.mark.parametrize(("foreseen", "reason"), FORESEEN)
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+async def test_a_call_that_would_be_refused_is_not_read(foreseen: EngineError, reason: str, method: str) -> None:
+    async with serving() as service:
+        service.engine.foreseen = foreseen
+        kind = service.channel.unary_stream if method == "GenerateStream" else service.channel.unary_unary
+        call = kind(f"/beamline.v1.GenerationService/{method}")(UNREAD, metadata=[("x-request-id", "abc")])
+        error = await failure_of(call.read() if method == "GenerateStream" else call)
+        assert error.code == CODE.RESOURCE_EXHAUSTED
+        assert error.detail(error_details_pb2.ErrorInfo).reason == reason
+        assert 400 <= error.detail(error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() <= 600
+        assert 400 <= int(error.trailers["grpc-retry-pushback-ms"]) <= 600
+        assert error.trailers["x-request-id"] == "abc"
+        assert counted(service, "beamline_requests_total", outcome=Outcome.QUEUE_FULL) == 1
+        labels = {"grpc_service": "beamline.v1.GenerationService", "grpc_method": method}
+        labels["grpc_type"] = "server_stream" if method == "GenerateStream" else "unary"
+        assert counted(service, "grpc_server_started_total", **labels) == 1
+        assert counted(service, "grpc_server_handled_total", **labels, grpc_code="RESOURCE_EXHAUSTED") == 1
+
+
+async def test_other_methods_are_let_in() -> None:
+    async with serving() as service:
+        service.engine.foreseen = QueueFull(9, 8, 0.5)
+        assert (await service.stub.GetInfo(pb.GetInfoRequest())).model.name == "test-model"
+
+
+async def test_calls_are_let_in_again_when_there_is_room() -> None:
+    async with serving() as service:
+        for foreseen in (None, QueueFull(9, 8, 0.5), None):
+            service.engine.foreseen = foreseen
+            if foreseen is None:
+                assert len((await service.stub.Generate(REQUEST)).results) == 1
+            else:
+                await failure_of(service.stub.Generate(REQUEST))
+
+
+@pytest.mark.parametrize(("timeout_s", "expected_s"), [(None, 30), (1e4, 30), (10, 10)])
+async def test_the_engine_is_told_how_much_time_there_is(timeout_s: float | None, expected_s: float) -> None:
+    async with serving(settings=Settings(max_duration_s=30)) as service:
+        await service.stub.Generate(REQUEST, timeout=timeout_s)
+        assert service.engine.remaining_s == [pytest.approx(expected_s, abs=2)]
+
+
+@pytest.mark.parametrize(
+    ("key", "caller"), [(None, "ipv4:127.0.0.1:"), ("x-team", "blue"), ("x-other", "ipv4:127.0.0.1:")]
+)
+async def test_the_engine_is_told_who_asks(key: str | None, caller: str) -> None:
+    async with serving(settings=Settings(caller_metadata=key), script=silent) as service:
+        call = service.stub.Generate(REQUEST, metadata=[("x-team", "blue")])
+        [request] = await service.engine.submitted()
+        assert request.caller.startswith(caller)
+        assert service.engine.callers == [request.caller]
+        call.cancel()
+
+
+async def test_a_server_that_is_not_ready_says_so_itself() -> None:
+    async with serving(ready=False) as service:
+        assert (await failure_of(service.stub.Generate(REQUEST))).code == CODE.UNAVAILABLE
