@@ -154,7 +154,7 @@ class DynamicBatching:
             self._queue.extend(_Queued(request, now) for request in requests)
             self._changed.notify_all()
 
-    def foreseen_refusal(self, caller: str, remaining_s: float) -> None:
+    def foreseen_refusal(self, caller: str, remaining_s: float, ahead: int) -> None:
         """Nothing is refused before it is read."""
 
     def cancel(self, ids: Sequence[RequestId]) -> None:

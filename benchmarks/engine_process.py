@@ -64,7 +64,7 @@ class EngineProcess:
         with self._lock:
             self._pipe.send(list(requests))
 
-    def foreseen_refusal(self, caller: str, remaining_s: float) -> None:
+    def foreseen_refusal(self, caller: str, remaining_s: float, ahead: int) -> None:
         """Nothing is refused before it is read."""
 
     def cancel(self, ids: Sequence[RequestId]) -> None:

@@ -46,6 +46,9 @@ EXIT_SETTINGS = 2
 _LAST_WORDS_S = 1.0
 """Time for the last answers to be sent once all of them are known."""
 
+_SWITCH_S = 0.0005
+"""How long a thread may keep the interpreter from another one that waits for it, in seconds. A worker needs it some
+times in a step; with Python's own 5 ms, a busy event loop would leave it next to nothing (docs/performance.md)."""
 _THREADS = "beamline"
 _Result = TypeVar("_Result")
 
@@ -100,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = read_command(sys.argv[1:] if argv is None else argv, os.environ)
         logs.configure(command.settings.log_level)
         allow_most_descriptors()
+        sys.setswitchinterval(_SWITCH_S)
         disable_created_metrics()  # type: ignore[no-untyped-call]  # has no type information
         return _leave(asyncio.run(_run_until_signalled(command)))
     except SettingsError as error:

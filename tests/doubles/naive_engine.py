@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from beamline_server.engine.admission import MOST_ROWS, Capacity, cost
+from beamline_server.engine.pace import Pace
 from beamline_server.engine.request import (
     EarlyStopping,
     Finish,
@@ -21,7 +22,7 @@ from beamline_server.engine.request import (
     RequestId,
     SearchOptions,
 )
-from beamline_server.engine.step import ModelRules
+from beamline_server.engine.step import SURE, ModelRules
 from beamline_server.engine.table import FloatArray
 
 Tokens = tuple[int, ...]
@@ -55,6 +56,7 @@ class Search:
     live: list[Path] = field(default_factory=lambda: [Path()])
     finished: list[Path] = field(default_factory=list)
     told: int = 0
+    steps: int = 0
 
     @property
     def rows(self) -> int:
@@ -97,6 +99,7 @@ class NaiveEngine:
         self._queue: list[GenerationRequest] = []
         self._running: list[Search] = []
         self._cancelled: set[RequestId] = set()
+        self._pace, self._goes_on = Pace(), False
 
     def accept(self, requests: Iterable[GenerationRequest]) -> None:
         """Requests come."""
@@ -107,9 +110,10 @@ class NaiveEngine:
         self._cancelled |= set(ids)
 
     def step(self, now: float) -> NaiveStep:
-        """Drop who has given up, start who fits, advance all by a token."""
+        """Drop who has given up or has no hope, start who fits, advance all by a token. A step takes a second."""
         result = NaiveStep()
         self._drop(now, result)
+        self._give_up(now, result)
         self._start()
         for search in self._running:
             result.rows[search.request.id] = search.rows
@@ -117,7 +121,10 @@ class NaiveEngine:
                 self._end(search, result)
             elif search.request.stream:
                 self._tell(search, result)
+        if self._running:
+            self._pace.stepped(sum(result.rows.values()), 1.0 if self._goes_on else 0.0)
         self._running = [s for s in self._running if s.request.id not in {*result.completed, *result.failed}]
+        self._goes_on = bool(self._running)
         return result
 
     def _drop(self, now: float, result: NaiveStep) -> None:
@@ -129,6 +136,15 @@ class NaiveEngine:
         self._queue = [asked for asked in self._queue if asked.id not in result.failed]
         self._running = [search for search in self._running if search.request.id not in result.failed]
         self._cancelled.clear()
+
+    def _give_up(self, now: float, result: NaiveStep) -> None:
+        """Who is next and will most likely be late leaves, if anybody could start."""
+        taken = sum(cost(search.request).rows for search in self._running)
+        while self._queue and taken < self._capacity.rows:
+            asked = self._queue[0]
+            if asked.deadline is None or now + SURE * self._pace.service_s(asked) <= asked.deadline:
+                break
+            result.failed[self._queue.pop(0).id] = "late"
 
     def _start(self) -> None:
         longest, started = 0, 0
@@ -145,6 +161,7 @@ class NaiveEngine:
 
     def _advance(self, search: Search) -> bool:
         """A step of one sequence; returns whether it is over."""
+        search.steps += 1
         search.unfed -= min(search.unfed, MOST_ROWS)
         if search.unfed:
             return False
@@ -190,6 +207,7 @@ class NaiveEngine:
         options = search.request.options
         best = tuple(self._hypothesis(path, options) for path in search.finished[: options.n_best])
         if best:
+            self._pace.answered(search.steps, len(search.request.source), options.beam_size)
             result.completed[search.request.id] = best
         else:
             result.failed[search.request.id] = "nothing found"

@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from beamline.v1.generation_pb2_grpc import GenerationServiceStub
 from beamline_server.bundle import FORMAT_VERSION, MANIFEST, Bundle, FileEntry, Manifest, decoder_graphs
-from beamline_server.engine.errors import EngineError, EngineStopped, RequestCancelled
+from beamline_server.engine.errors import EngineError, EngineStopped, QueueFull, RequestCancelled, WouldBeLate
 from beamline_server.engine.request import (
     Completed,
     Deliver,
@@ -164,6 +164,7 @@ class ScriptedEngine:
         foreseen: What `foreseen_refusal` returns.
         callers: For whom it was asked for.
         remaining_s: How much time they had.
+        ahead: How many were ahead of them.
         workers: What `load` says.
         last_step_at: What `load` says.
         given_up: Numbers of the workers that were given up.
@@ -173,9 +174,10 @@ class ScriptedEngine:
     deliver: Deliver
     script: Callable[[GenerationRequest], Sequence[Event]] = shouted
     refusal: Exception | None = None
-    foreseen: EngineError | None = None
+    foreseen: QueueFull | WouldBeLate | None = None
     callers: list[str] = field(default_factory=list)
     remaining_s: list[float] = field(default_factory=list)
+    ahead: list[int] = field(default_factory=list)
     workers: tuple[WorkerState, ...] = (WorkerState(),)
     last_step_at: float | None = None
     given_up: list[int] = field(default_factory=list)
@@ -222,10 +224,11 @@ class ScriptedEngine:
         if events := [event for request in requests for event in self.script(request)]:
             self.tell(*events)
 
-    def foreseen_refusal(self, caller: str, remaining_s: float) -> EngineError | None:
+    def foreseen_refusal(self, caller: str, remaining_s: float, ahead: int) -> QueueFull | WouldBeLate | None:
         """See `EngineLike`."""
         self.callers.append(caller)
         self.remaining_s.append(remaining_s)
+        self.ahead.append(ahead)
         return self.foreseen
 
     def cancel(self, ids: Sequence[RequestId]) -> None:

@@ -60,7 +60,7 @@ _entry_points: list[tuple[Any, Callable[[], tuple[Any, ...]]]] = []
 
 
 def compiled(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Compile a function of a module when it is made ready or first called; while it runs, other threads do, too.
+    """Compile a function of a module when it is made ready or first called.
 
     It computes what Python would: sums are added up in the order they are written in, and a division by zero raises.
     Indices alone are not checked. With NUMBA_DISABLE_JIT=1 the function stays what it is.
@@ -68,9 +68,21 @@ def compiled(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, 
     Raises:
         TypeError: it encloses variables of another function.
     """
+    return _compiled(function, unlocked=False)
+
+
+def compiled_unlocked(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """As `compiled`; while it runs, other threads run Python.
+
+    It is for what takes long: to have the interpreter's lock back, it may wait for whoever has it then.
+    """
+    return _compiled(function, unlocked=True)
+
+
+def _compiled(function: Callable[_Parameters, _Result], *, unlocked: bool) -> Callable[_Parameters, _Result]:
     if function.__closure__:
         raise TypeError(f"{function.__qualname__} encloses variables; make them arguments, or constants of the module")
-    dispatcher = numba.njit(nogil=True, error_model="python")(function)
+    dispatcher = numba.njit(nogil=unlocked, error_model="python")(function)
     if isinstance(dispatcher, Dispatcher):
         dispatcher._cache = CodeCache(function)  # type: ignore[attr-defined]  # where numba keeps its own
     return cast(Callable[_Parameters, _Result], dispatcher)

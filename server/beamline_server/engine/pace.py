@@ -28,11 +28,15 @@ class Pace:
         row_steps_per_s: Rows that steps compute a second; 0 before the first one.
         step_s: Seconds of a step, with what stands between two of them.
         steps_per_token: Steps of an answer for each token of its source; 0 before the first one.
+        steps_per_answer: Steps of an answer.
+        work_per_answer: Row-steps of an answer.
     """
 
     row_steps_per_s: float = 0.0
     step_s: float = 0.0
     steps_per_token: float = 0.0
+    steps_per_answer: float = 0.0
+    work_per_answer: float = 0.0
     _rows: float = 0.0
     _steps: float = 0.0
     _seconds: float = 0.0
@@ -47,11 +51,13 @@ class Pace:
             self.row_steps_per_s = self._rows / self._seconds
             self.step_s = self._seconds / self._steps
 
-    def answered(self, steps: int, source_tokens: int) -> None:
-        """An answer to a source of so many tokens took so many steps."""
+    def answered(self, steps: int, source_tokens: int, beams: int) -> None:
+        """An answer to a source of so many tokens took so many steps of so many rows."""
         ratio = steps / max(source_tokens, 1)
         weight = 1.0 / _ANSWERS if self.steps_per_token else 1.0
         self.steps_per_token += weight * (ratio - self.steps_per_token)
+        self.steps_per_answer += weight * (steps - self.steps_per_answer)
+        self.work_per_answer += weight * (steps * beams - self.work_per_answer)
 
     def steps(self, request: GenerationRequest) -> float:
         """How many steps a request is expected to take."""
@@ -66,6 +72,16 @@ class Pace:
     def service_s(self, request: GenerationRequest) -> float:
         """How long a request takes once it has started, in seconds."""
         return self.steps(request) * self.step_s
+
+    @property
+    def usual_service_s(self) -> float:
+        """How long a request of which nothing is known takes once it has started, in seconds."""
+        return self.steps_per_answer * self.step_s
+
+    @property
+    def rows_per_answer(self) -> float:
+        """How many rows a request of which nothing is known holds."""
+        return self.work_per_answer / self.steps_per_answer if self.steps_per_answer else 1.0
 
     def wait_s(self, row_steps: float) -> float:
         """How long so much work takes, in seconds."""

@@ -22,7 +22,7 @@ from beamline_server.engine.search import decide, start
 from beamline_server.engine.table import SequenceTable
 
 ENCODE_TOKENS = 1024
-_SURE = 0.7
+SURE = 0.7
 """Part of the time that an answer is expected to take, for which there must be time when its request starts."""
 _STEPS_REMEMBERED = 16
 """Ends of steps that a core remembers, to tell how many of them a request that nobody waits for sat through."""
@@ -180,6 +180,7 @@ class EngineCore:
         now = self._clock()
         events = [*self._drop_cancelled(), *self._drop_late(now), *self._drop_hopeless(now), *self._admit(now)]
         if not self._running:
+            self._goes_on = False
             return events
         began, rows, over = self._clock(), 0, 0
         for bucket in self._place(events):
@@ -215,7 +216,7 @@ class EngineCore:
 
     def _is_hopeless(self, request: GenerationRequest, now: float) -> bool:
         deadline = request.deadline
-        return deadline is not None and now + _SURE * self.pace.service_s(request) > deadline
+        return deadline is not None and now + SURE * self.pace.service_s(request) > deadline
 
     def _release(self, index: int, error: EngineError, wished_at: float) -> Failed:
         """End a request that nobody has waited for since `wished_at`; tell how many steps have ended since."""
@@ -325,7 +326,7 @@ class EngineCore:
         self._ends.append(self.last_step_at)
         # What stands between two steps counts, above all encoding.
         if rows:
-            self.pace.stepped(rows, self.last_step_at - (before if self._goes_on and before else began))
+            self.pace.stepped(rows, self.last_step_at - (began if before is None or not self._goes_on else before))
         if rows:
             self._observer.stepped(self.last_step_at - began, rows, len(self._running))
 
@@ -347,7 +348,7 @@ class EngineCore:
         running = self._leave(index)
         if not hypotheses:
             return Failed(running.request.id, logged_failure(ArithmeticError("no finite scores"), "a decode step"))
-        self.pace.answered(steps, len(running.request.source))
+        self.pace.answered(steps, len(running.request.source), running.request.options.beam_size)
         started, ended = running.started_at, self._ends[-1]
         decode_s = ended - started - running.encode_s
         timing = Timing(started - running.queued_at, running.encode_s, decode_s, steps)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from beamline_server.engine.admission import Admission, Capacity, Continuous, check_fits, cost
@@ -28,6 +28,9 @@ WORKER_THREADS = "engine"
 """What the names of the workers' threads begin with."""
 SUSPECT_FAILURES = 3
 """So many failures of the model in a row make a worker suspect."""
+_WAIT_MARGIN, _SERVICE_MARGIN = 3.0, 1.3
+"""How much longer than expected may be waited, and computed, if an answer is to be in time. A short queue is enough to
+keep a worker busy, and a long one makes everybody late at the least disturbance (docs/performance.md)."""
 _FAIRLY = 1.5
 """How much more than there is room for may be held, by callers who have less than their share."""
 _LAST_STEP_S = 1.0
@@ -320,19 +323,25 @@ class Engine:
             for worker, share in shares.items():
                 self._workers[worker].mailbox.put(_Submit(tuple(share)))
 
-    def foreseen_refusal(self, caller: str, remaining_s: float) -> QueueFull | WouldBeLate | None:
-        """Why a request of any kind of a caller, with so much time, would be refused now; None if it may be accepted.
+    def foreseen_refusal(self, caller: str, remaining_s: float, ahead: int = 0) -> QueueFull | WouldBeLate | None:
+        """Why a request would be refused now, of which nothing is known yet; None if it may be accepted.
 
-        For a first look, before a request has been read; `submit` has the last word.
+        Args:
+            caller: Who asks.
+            remaining_s: The time that there is for it.
+            ahead: Requests that will have been submitted before it.
         """
         with self._lock:
             if self._stopping or not self._to_choose_from():
                 return None
-            if full := self._full(caller, 1, 1):
+            worker = self._next_worker()
+            pace = self._workers[worker].core.pace
+            if full := self._full(caller, 1 + round(ahead * pace.rows_per_answer), 1):
                 return full
-            wait_s = self._wait_s(self._next_worker(), caller)
-            if wait_s > remaining_s:
-                return WouldBeLate(wait_s, remaining_s, self._retry_after_s(1))
+            work = ahead / len(self._workers) * pace.work_per_answer
+            wait_s = self._wait_s(worker, caller) + pace.wait_s(work)
+            if late := _late(wait_s, self._busy(worker) * pace.usual_service_s, remaining_s):
+                return replace(late, retry_after_s=self._retry_after_s(1))
         return None
 
     def _to_choose_from(self) -> list[int]:
@@ -371,6 +380,10 @@ class Engine:
         if of_caller.rows == 0:
             del self._callers[caller]
 
+    def _busy(self, worker: int) -> float:
+        """How much of its rows a worker has to do with: steps of few rows are shorter than those that it remembers."""
+        return min(1.0, self._held[worker].rows / self._capacity.rows)
+
     def _wait_s(self, worker: int, caller: str) -> float:
         """How long a newcomer of a worker waits: until what is queued before it has ended.
 
@@ -392,9 +405,10 @@ class Engine:
         for request in requests:
             if request.deadline is not None:
                 worker = self._owner[request.id].worker
-                expected_s = self._wait_s(worker, request.caller) + self._workers[worker].core.pace.service_s(request)
-                if now + expected_s > request.deadline:
-                    return WouldBeLate(expected_s, request.deadline - now, self._retry_after_s(len(requests)))
+                service_s = self._busy(worker) * self._workers[worker].core.pace.service_s(request)
+                remaining_s = request.deadline - now
+                if late := _late(self._wait_s(worker, request.caller), service_s, remaining_s):
+                    return replace(late, retry_after_s=self._retry_after_s(len(requests)))
         return None
 
     def cancel(self, ids: Sequence[RequestId]) -> None:
@@ -471,3 +485,10 @@ class Engine:
         if self._promised_until > longest:  # begin again with the earliest, or everybody would be told the longest
             self._promised_until = now
         return min(max(self._promised_until - now, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
+
+
+def _late(wait_s: float, service_s: float, remaining_s: float) -> WouldBeLate | None:
+    """What to say to a request that is expected to wait and to compute so long, if it has not enough time for that."""
+    if _WAIT_MARGIN * wait_s + _SERVICE_MARGIN * service_s <= remaining_s:
+        return None
+    return WouldBeLate(wait_s + service_s, remaining_s, 0.0)

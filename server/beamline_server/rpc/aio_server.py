@@ -29,7 +29,7 @@ _LOOK_EVERY_S = 0.2
 _Core: Any = cygrpc
 _Server: Any = _server.Server
 _PARTS = ("_request_call", "_request_registered_call", "_make_request_call_future", "_serving_task_crash_handler")
-_TAKEN_AT_A_TIME = 16
+_TAKEN_AT_A_TIME = 128
 Gate = Callable[[bytes, Any], RpcStatus | None]
 _log = logging.getLogger(__name__)
 
@@ -106,15 +106,12 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
 
     async def _take(self, method: bytes) -> None:
         """Take calls of a method; hand those that are let in to grpcio's loop, with what ends this one."""
-        loop = asyncio.get_running_loop()
         try:
             while True:
                 state = await self._request_registered_call(method)
-                context = _Core._ServicerContext(state, None, None, loop)
-                status = self.gate(method, context)
-                if status is not None:
-                    self._keep(loop.create_task(_refuse(context, status)))
-                elif (waiting := self._waiting[method]) is not None and not waiting.done():
+                if self._is_refused(method, state):
+                    continue
+                if (waiting := self._waiting[method]) is not None and not waiting.done():
                     self._waiting[method] = None
                     waiting.set_result(state)
                 else:
@@ -122,6 +119,15 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
         except Exception as error:
             if (waiting := self._waiting[method]) is not None and not waiting.done():
                 waiting.set_exception(error)
+
+    def _is_refused(self, method: bytes, state: Any) -> bool:
+        """Whether the gate refuses a call; if so, it is answered."""
+        loop = asyncio.get_running_loop()
+        context = _Core._ServicerContext(state, None, None, loop)
+        status = self.gate(method, context)
+        if status is not None:
+            self._keep(loop.create_task(_refuse(context, status)))
+        return status is not None
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from beamline_server.engine.errors import EngineError
+from beamline_server.engine.errors import EngineError, QueueFull, WouldBeLate
 from beamline_server.engine.request import (
     Completed,
     Event,
@@ -43,8 +43,8 @@ class EngineLike(Protocol):
         """
         ...
 
-    def foreseen_refusal(self, caller: str, remaining_s: float) -> EngineError | None:
-        """Why any request of a caller, with so much time, would be refused now; None if it may be accepted."""
+    def foreseen_refusal(self, caller: str, remaining_s: float, ahead: int) -> QueueFull | WouldBeLate | None:
+        """Why a request that is not read yet, so many ahead of it, would be refused now; None if it may be accepted."""
         ...
 
     def cancel(self, ids: Sequence[RequestId]) -> None:
@@ -102,10 +102,10 @@ class Desk:
         """Accept requests from now on, for this engine."""
         self._engine = engine
 
-    def foreseen_refusal(self, caller: str, remaining_s: float) -> EngineError | None:
+    def foreseen_refusal(self, caller: str, remaining_s: float, ahead: int) -> QueueFull | WouldBeLate | None:
         """As the engine's, while there is one."""
         engine = self._engine
-        return None if engine is None or self._closed else engine.foreseen_refusal(caller, remaining_s)
+        return None if engine is None or self._closed else engine.foreseen_refusal(caller, remaining_s, ahead)
 
     def require_open(self) -> None:
         """Raise NotAccepting while the model is loading."""

@@ -4,14 +4,19 @@ A refusal has to cost next to nothing: at ten times the load that a server can b
 """
 
 import random
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from beamline_server.metrics import MethodMetrics, Metrics
+from beamline_server.engine.errors import QueueFull, WouldBeLate
+from beamline_server.metrics import Clock, MethodMetrics, Metrics
 from beamline_server.rpc.desk import Desk
 from beamline_server.rpc.errors import RpcStatus, rpc_status_of, stretched
 from beamline_server.rpc.interceptors import caller_of, identity
+
+_STATUSES_KEPT = 4096
+_LONGEST_LAG_S = 2.0
 
 
 class Gate:
@@ -24,9 +29,10 @@ class Gate:
         max_duration_s: Longest time for a request, in seconds.
         caller_key: Metadata key whose value names the caller.
         jitter: Spreads the delays that refused callers are advised.
+        clock: Monotonic seconds.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it asks, whom it lets in, and by what
         self,
         desk: Desk,
         methods: Mapping[bytes, MethodMetrics],
@@ -35,6 +41,7 @@ class Gate:
         max_duration_s: float,
         caller_key: str | None,
         jitter: random.Random,
+        clock: Clock,
     ) -> None:
         self._desk = desk
         self._methods = methods
@@ -42,6 +49,9 @@ class Gate:
         self._max_duration_s = max_duration_s
         self._caller_key = caller_key
         self._jitter = jitter
+        self._clock = clock
+        self._statuses: dict[tuple[str, int], RpcStatus] = {}
+        self._doorway: deque[float] = deque()  # when those came whom nobody handles yet
 
     def __call__(self, path: bytes, context: Any) -> RpcStatus | None:
         """How to end a call that has just come; None to let it in."""
@@ -51,11 +61,34 @@ class Gate:
         remaining_s = context.time_remaining()
         in_time = remaining_s is not None and remaining_s <= self._max_duration_s
         caller = caller_of(context, self._caller_key)
-        error = self._desk.foreseen_refusal(caller, remaining_s if in_time else self._max_duration_s)
+        now = self._clock()
+        while self._doorway and self._doorway[0] < now - _LONGEST_LAG_S:  # their callers have gone before they entered
+            self._doorway.popleft()
+        # As long as it takes to come in, it takes to go out.
+        lag_s = now - self._doorway[0] if self._doorway else 0.0
+        left_s = (remaining_s if in_time else self._max_duration_s) - 2 * lag_s
+        error = self._desk.foreseen_refusal(caller, left_s, len(self._doorway))
         if error is None:
+            self._doorway.append(now)
             return None
-        status = rpc_status_of(error, stretch=stretched(self._jitter))
+        status = self._status(error)
         method.started()
         method.handled(status.code.name, 0.0)
         self._metrics.request_ended(status.outcome, 0.0)
-        return replace(status, trailers=(*identity(context, self._metrics), *status.trailers))
+        own = identity(context, self._metrics)
+        return RpcStatus(status.code, status.text, (*own, *status.trailers), status.outcome)
+
+    def entered(self) -> None:
+        """A call that was let in is now being handled."""
+        if self._doorway:
+            self._doorway.popleft()
+
+    def _status(self, error: QueueFull | WouldBeLate) -> RpcStatus:
+        """The status of an error, with an advised delay of whole fiftieths of a second, so that few are to be made."""
+        fiftieths = round(50 * error.retry_after_s * stretched(self._jitter))
+        key = (str(error), fiftieths)
+        if key not in self._statuses:
+            if len(self._statuses) >= _STATUSES_KEPT:
+                self._statuses.clear()
+            self._statuses[key] = rpc_status_of(replace(error, retry_after_s=fiftieths / 50), stretch=1)
+        return self._statuses[key]

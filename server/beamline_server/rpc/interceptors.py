@@ -47,6 +47,7 @@ Behaviour = Callable[[Any, Any], Awaitable[Any]]
 _ServerInterceptor: Any = grpc.aio.ServerInterceptor
 _CallIsDead: Any = grpc.aio.InternalError
 """What sending raises when the caller is gone and gRPC has not cancelled the handler yet."""
+_ids = random.Random()
 _log = logging.getLogger(__name__)
 
 
@@ -61,6 +62,7 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         metrics: Counts the calls.
         max_duration_s: Longest time for a request for generation, in seconds.
         caller_key: Metadata key whose value names the caller.
+        entered: Is called when a request for generation begins to be handled.
         clock: Monotonic seconds.
         jitter: Spreads the delays that refused callers are advised.
     """
@@ -71,10 +73,12 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         *,
         max_duration_s: float,
         caller_key: str | None = None,
+        entered: Callable[[], None] = lambda: None,
         clock: Clock = time.monotonic,
         jitter: random.Random | None = None,
     ) -> None:
         self._metrics = metrics
+        self._entered = entered
         self._caller_key = caller_key
         self._max_duration_s = max_duration_s
         self._clock = clock
@@ -154,6 +158,7 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         current_call.set(Call(began, deadline_s, caller_of(context, self._caller_key)))
         if not method.generates:
             return await behaviour(request, context)
+        self._entered()
         if remaining_s is None:
             self._metrics.deadline_missing()
         elif remaining_s <= 0:
@@ -216,7 +221,7 @@ def identity(context: Any, metrics: Metrics) -> tuple[tuple[str, str], ...]:
             request_id = printable(value)
         elif key == _ATTEMPTS_KEY:
             metrics.retry_seen()
-    return ((REQUEST_ID_KEY, request_id or secrets.token_hex(8)),)
+    return ((REQUEST_ID_KEY, request_id or f"{_ids.getrandbits(64):016x}"),)
 
 
 def caller_of(context: Any, key: str | None) -> str:

@@ -67,13 +67,6 @@ def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | No
         metrics=service.metrics,
         clock=service.clock,
     )
-    guard = Guard(
-        service.metrics,
-        max_duration_s=settings.max_duration_s,
-        caller_key=settings.caller_metadata,
-        clock=service.clock,
-        jitter=service.jitter,
-    )
     gate = Gate(
         service.desk,
         {_path(name): service.metrics.method(name) for name in _generating(servicer)},
@@ -81,6 +74,15 @@ def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | No
         max_duration_s=settings.max_duration_s,
         caller_key=settings.caller_metadata,
         jitter=service.jitter or random.Random(),
+        clock=service.clock,
+    )
+    guard = Guard(
+        service.metrics,
+        max_duration_s=settings.max_duration_s,
+        caller_key=settings.caller_metadata,
+        entered=gate.entered,
+        clock=service.clock,
+        jitter=service.jitter,
     )
     server = AioServer([guard], server_options(settings), gate)
     add_GenerationServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]  # generated

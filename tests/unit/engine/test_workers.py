@@ -570,14 +570,15 @@ def test_who_cannot_be_answered_in_time_is_refused_and_holds_nothing(start: Star
     paced = Paced(start)
     paced.submit(1)
     paced.gate.wait_for_arrival()
-    # All rows are taken. Who comes next has eight row-steps ahead of it, its own among them, and takes two steps.
+    # All rows are taken. Who comes next has eight row-steps ahead of it, its own among them, and takes two steps: with
+    # the margins that are 3 x 8 and 1.3 x 2 seconds.
     with pytest.raises(WouldBeLate) as caught:
-        paced.submit(2, within_s=9.9)
+        paced.submit(2, within_s=26.5)
     assert caught.value.expected_s == pytest.approx(10)
-    assert caught.value.remaining_s == pytest.approx(9.9)
-    paced.submit(3, within_s=10.1)
+    assert caught.value.remaining_s == pytest.approx(26.5)
+    paced.submit(3, within_s=26.7)
     with pytest.raises(WouldBeLate):
-        paced.submit(4, within_s=10.1)
+        paced.submit(4, within_s=26.7)
     paced.submit(5)
     paced.gate.open()
     assert sorted(paced.running.finish()) == [1, 3, 5]
@@ -589,11 +590,16 @@ def test_what_would_be_refused_is_foreseen_before_it_is_read(start: Start) -> No
     paced.submit(1)
     assert paced.engine.foreseen_refusal("", 0.001) is None
     paced.submit(2)
-    refusal = paced.engine.foreseen_refusal("", 7.9)
+    refusal = paced.engine.foreseen_refusal("", 23.9)
     assert isinstance(refusal, WouldBeLate)
     assert refusal.expected_s == pytest.approx(8)
-    assert refusal.remaining_s == 7.9
-    assert paced.engine.foreseen_refusal("", 8.1) is None
+    assert refusal.remaining_s == 23.9
+    assert paced.engine.foreseen_refusal("", 24.1) is None
+    pace = paced.engine._workers[0].core.pace
+    pace.answered(steps=2, source_tokens=2, beams=4)
+    assert isinstance(paced.engine.foreseen_refusal("", 24.1 + 1.3 * 2), WouldBeLate) is False
+    assert isinstance(paced.engine.foreseen_refusal("", 24.1 + 1.3 * 2, ahead=1), WouldBeLate)
+    assert paced.engine.foreseen_refusal("", 24.1 + 1.3 * 2 + 3 * 8, ahead=1) is None
     for number in range(3, 102):
         paced.submit(number)
     assert isinstance(paced.engine.foreseen_refusal("", 1e9), QueueFull)
@@ -643,9 +649,9 @@ def test_whoever_is_next_and_will_be_late_leaves_the_queue(start: Start) -> None
     paced = Paced(start)
     paced.submit(1)
     paced.gate.wait_for_arrival()
-    paced.submit(2, within_s=11)
+    paced.submit(2, within_s=27)
     paced.submit(3)
-    paced.clock.advance(10.5)
+    paced.clock.advance(26.5)
     paced.gate.open()
     error = paced.running.error(2)
     assert error == DeadlineExceeded("queueing")

@@ -88,7 +88,7 @@ def test_every_class_of_the_trees_has_a_status(root: type[Exception]) -> None:
             WouldBeLate(2.0, 1.5, 1.0),
             CODE.RESOURCE_EXHAUSTED,
             Outcome.QUEUE_FULL,
-            "the answer is expected in 2.00 s, after the deadline, which is in 1.50 s",
+            "the answer is expected after the deadline; nothing was begun",
         ),
         (NotAccepting("LOADING"), CODE.UNAVAILABLE, Outcome.UNAVAILABLE, "the server is loading"),
         (EngineStopped(), CODE.UNAVAILABLE, Outcome.UNAVAILABLE, "the engine is stopping"),

@@ -1,14 +1,17 @@
 """Calls that the engine could not take are refused before they are read, and told and counted as any other."""
 
+import random
+
 import grpc
 import pytest
 from google.rpc import error_details_pb2
 
 from beamline.v1 import generation_pb2 as pb
-from beamline_server.engine.errors import EngineError, QueueFull, WouldBeLate
-from beamline_server.metrics import Outcome
+from beamline_server.engine.errors import QueueFull, WouldBeLate
+from beamline_server.metrics import MethodName, Outcome
+from beamline_server.rpc.gate import Gate
 from beamline_server.settings import Settings
-from doubles.service import RunningService, failure_of, serving, silent
+from doubles.service import ManualClock, RunningService, failure_of, serving, silent
 
 CODE = grpc.StatusCode
 REQUEST = pb.GenerateRequest(inputs=[pb.Input(text="ab")])
@@ -23,7 +26,9 @@ def counted(service: RunningService, name: str, **labels: str) -> float:
 
 @pytest.mark.parametrize(("foreseen", "reason"), FORESEEN)
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
-async def test_a_call_that_would_be_refused_is_not_read(foreseen: EngineError, reason: str, method: str) -> None:
+async def test_a_call_that_would_be_refused_is_not_read(
+    foreseen: QueueFull | WouldBeLate, reason: str, method: str
+) -> None:
     async with serving() as service:
         service.engine.foreseen = foreseen
         kind = service.channel.unary_stream if method == "GenerateStream" else service.channel.unary_unary
@@ -74,6 +79,46 @@ async def test_the_engine_is_told_who_asks(key: str | None, caller: str) -> None
         assert request.caller.startswith(caller)
         assert service.engine.callers == [request.caller]
         call.cancel()
+
+
+class At:
+    """A context of a call with so much time."""
+
+    def __init__(self, remaining_s: float) -> None:
+        self._remaining_s = remaining_s
+
+    def time_remaining(self) -> float:
+        return self._remaining_s
+
+    def invocation_metadata(self) -> None:
+        return None
+
+    def peer(self) -> str:
+        return "ipv4:10.0.0.1:1"
+
+
+async def test_who_is_in_the_doorway_counts_as_ahead_and_the_lag_as_time_that_is_gone() -> None:
+    clock = ManualClock()
+    async with serving() as service:
+        gate = Gate(
+            service.desk,
+            {b"/x": service.metrics.method(MethodName("a", "b", "unary"))},
+            service.metrics,
+            max_duration_s=30,
+            caller_key=None,
+            jitter=random.Random(0),
+            clock=clock,
+        )
+        for _ in range(3):
+            assert gate(b"/x", At(10)) is None
+            clock.now += 0.25
+        gate.entered()
+        assert gate(b"/x", At(10)) is None
+        clock.now += 100
+        assert gate(b"/x", At(10)) is None
+        assert service.engine.ahead == [0, 1, 2, 2, 0]
+        assert service.engine.remaining_s == pytest.approx([10, 9.5, 9, 9, 10])
+        assert gate(b"/y", At(0)) is None
 
 
 async def test_a_server_that_is_not_ready_says_so_itself() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beamline_server.engine.backend import StepResult
-from beamline_server.engine.compiled import compiled, entry_point
+from beamline_server.engine.compiled import compiled, compiled_unlocked, entry_point
 from beamline_server.engine.ort import attention, candidates
 from beamline_server.engine.ort.attention import TOGETHER, attend
 from beamline_server.engine.ort.c_api import Binding, NativeSession, address, check
@@ -237,7 +237,7 @@ def pack_rows(table: Table, members: IntArray, pages: Places, into: Buffers) -> 
             row += 1
 
 
-@compiled
+@compiled_unlocked
 def run_step(  # noqa: PLR0913, PLR0917 - graphs, and what lies between them
     how: tuple[int, int, int],
     sessions: IntArray,
