@@ -48,7 +48,7 @@ _LAST_WORDS_S = 1.0
 
 _SWITCH_S = 0.0005
 """How long a thread may keep the interpreter from another one that waits for it, in seconds. A worker needs it some
-times in a step; with Python's own 5 ms, a busy event loop would leave it next to nothing (docs/performance.md)."""
+times in a step; with Python's own 5 ms, a busy event loop would leave it next to nothing (ADR 0014)."""
 _THREADS = "beamline"
 _Result = TypeVar("_Result")
 

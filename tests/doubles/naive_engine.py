@@ -121,7 +121,7 @@ class NaiveEngine:
                 self._end(search, result)
             elif search.request.stream:
                 self._tell(search, result)
-        if self._running:
+        if 2 * sum(result.rows.values()) >= self._capacity.rows:
             self._pace.stepped(sum(result.rows.values()), 1.0 if self._goes_on else 0.0)
         self._running = [s for s in self._running if s.request.id not in {*result.completed, *result.failed}]
         self._goes_on = bool(self._running)
@@ -142,7 +142,8 @@ class NaiveEngine:
         taken = sum(cost(search.request).rows for search in self._running)
         while self._queue and taken < self._capacity.rows:
             asked = self._queue[0]
-            if asked.deadline is None or now + SURE * self._pace.service_s(asked) <= asked.deadline:
+            expected_s = SURE * (taken / self._capacity.rows) * self._pace.service_s(asked)
+            if asked.deadline is None or now + expected_s <= asked.deadline:
                 break
             result.failed[self._queue.pop(0).id] = "late"
 

@@ -88,9 +88,9 @@ async def test_a_deadline_that_passes_frees_the_rows(
     codes = await asyncio.gather(*(calls.Generate(LONG, timeout=timeout_s).code() for _ in range(4)))
     counts = await asyncio.to_thread(ended_since)
 
-    assert set(codes) == {grpc.StatusCode.DEADLINE_EXCEEDED}
-    # The caller's clock may be the first to notice, and its call may never have left.
-    assert counts.keys() <= {"deadline", "cancelled"}
+    assert set(codes) <= {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    # The caller's clock may be the first to notice, and its call may never have left; or it was foreseen to be late.
+    assert counts.keys() <= {"deadline", "cancelled", "queue_full"}
     assert sum(counts.values()) <= 4
 
 

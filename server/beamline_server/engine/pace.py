@@ -22,10 +22,10 @@ _ANSWERS = 50
 
 @dataclass(slots=True)
 class Pace:
-    """Of one worker; written by its thread, read by others.
+    """Of one worker that is busy; written by its thread, read by others.
 
     Attributes:
-        row_steps_per_s: Rows that steps compute a second; 0 before the first one.
+        row_steps_per_s: Rows that full steps compute a second; 0 before the first one.
         step_s: Seconds of a step, with what stands between two of them.
         steps_per_token: Steps of an answer for each token of its source; 0 before the first one.
         steps_per_answer: Steps of an answer.
@@ -42,7 +42,7 @@ class Pace:
     _seconds: float = 0.0
 
     def stepped(self, rows: int, seconds: float) -> None:
-        """A step of so many rows took so long."""
+        """A step took so long, of so many rows that it tells how long a full one takes."""
         kept = math.exp(-seconds / _MEMORY_S)
         self._rows = kept * self._rows + rows
         self._steps = kept * self._steps + 1.0
@@ -77,11 +77,6 @@ class Pace:
     def usual_service_s(self) -> float:
         """How long a request of which nothing is known takes once it has started, in seconds."""
         return self.steps_per_answer * self.step_s
-
-    @property
-    def rows_per_answer(self) -> float:
-        """How many rows a request of which nothing is known holds."""
-        return self.work_per_answer / self.steps_per_answer if self.steps_per_answer else 1.0
 
     def wait_s(self, row_steps: float) -> float:
         """How long so much work takes, in seconds."""

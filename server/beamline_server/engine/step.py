@@ -215,8 +215,9 @@ class EngineCore:
         return self._unqueued(self._queue.give_up(self._is_hopeless, now), lambda: DeadlineExceeded("queueing"))
 
     def _is_hopeless(self, request: GenerationRequest, now: float) -> bool:
+        busy = 1 - self._room.rows / self._capacity.rows
         deadline = request.deadline
-        return deadline is not None and now + SURE * self.pace.service_s(request) > deadline
+        return deadline is not None and now + SURE * busy * self.pace.service_s(request) > deadline
 
     def _release(self, index: int, error: EngineError, wished_at: float) -> Failed:
         """End a request that nobody has waited for since `wished_at`; tell how many steps have ended since."""
@@ -324,8 +325,8 @@ class EngineCore:
     def _note(self, began: float, rows: int) -> None:
         before, self.last_step_at = self.last_step_at, self._clock()
         self._ends.append(self.last_step_at)
-        # What stands between two steps counts, above all encoding.
-        if rows:
+        # Of steps of few rows nothing follows for many. What stands between two steps counts, above all encoding.
+        if 2 * rows >= self._capacity.rows:
             self.pace.stepped(rows, self.last_step_at - (began if before is None or not self._goes_on else before))
         if rows:
             self._observer.stepped(self.last_step_at - began, rows, len(self._running))

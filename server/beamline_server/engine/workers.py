@@ -28,9 +28,10 @@ WORKER_THREADS = "engine"
 """What the names of the workers' threads begin with."""
 SUSPECT_FAILURES = 3
 """So many failures of the model in a row make a worker suspect."""
-_WAIT_MARGIN, _SERVICE_MARGIN = 3.0, 1.3
-"""How much longer than expected may be waited, and computed, if an answer is to be in time. A short queue is enough to
-keep a worker busy, and a long one makes everybody late at the least disturbance (docs/performance.md)."""
+_WAIT_MARGIN, _SERVICE_MARGIN, _MOST_MARGIN_S = 2.0, 0.3, 0.6
+"""How much longer than expected may be waited, and computed, if an answer is to be in time: parts of what is expected,
+and no more than so many seconds. A short queue is enough to keep a worker busy, and a long one makes everybody late at
+the least disturbance (ADR 0014)."""
 _FAIRLY = 1.5
 """How much more than there is room for may be held, by callers who have less than their share."""
 _LAST_STEP_S = 1.0
@@ -336,7 +337,7 @@ class Engine:
                 return None
             worker = self._next_worker()
             pace = self._workers[worker].core.pace
-            if full := self._full(caller, 1 + round(ahead * pace.rows_per_answer), 1):
+            if full := self._full(caller, 1 + ahead, 1):
                 return full
             work = ahead / len(self._workers) * pace.work_per_answer
             wait_s = self._wait_s(worker, caller) + pace.wait_s(work)
@@ -489,6 +490,7 @@ class Engine:
 
 def _late(wait_s: float, service_s: float, remaining_s: float) -> WouldBeLate | None:
     """What to say to a request that is expected to wait and to compute so long, if it has not enough time for that."""
-    if _WAIT_MARGIN * wait_s + _SERVICE_MARGIN * service_s <= remaining_s:
+    margin_s = min(_WAIT_MARGIN * wait_s + _SERVICE_MARGIN * service_s, _MOST_MARGIN_S)
+    if wait_s + service_s + margin_s <= remaining_s:
         return None
     return WouldBeLate(wait_s + service_s, remaining_s, 0.0)

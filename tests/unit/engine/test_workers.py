@@ -552,33 +552,33 @@ def test_a_worker_whose_model_keeps_failing_gets_one_request_at_a_time_until_it_
 class Paced:
     """A worker that takes no step, and is known to be this fast: a row-step takes a second, and so does a step."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, *, rows: int = 4) -> None:
         self.gate, self.clock = Gate(), ManualClock(100.0)
-        self.running = start(gate=self.gate, rows=4, queue_rows=400, clock=self.clock)
+        self.running = start(gate=self.gate, rows=rows, queue_rows=400, clock=self.clock)
         self.engine = self.running.engine
         pace = self.engine._workers[0].core.pace
         for _ in range(50):
             pace.stepped(1, 1.0)
 
-    def submit(self, number: int, *, within_s: float | None = None) -> None:
-        """A request of four rows and two steps."""
+    def submit(self, number: int, *, within_s: float | None = None, steps: int = 2) -> None:
+        """A request of four rows."""
         deadline = None if within_s is None else self.clock() + within_s
-        self.running.submit(request(number, beams=4, tokens=2, deadline=deadline))
+        self.running.submit(request(number, beams=4, tokens=steps, deadline=deadline))
 
 
 def test_who_cannot_be_answered_in_time_is_refused_and_holds_nothing(start: Start) -> None:
     paced = Paced(start)
     paced.submit(1)
     paced.gate.wait_for_arrival()
-    # All rows are taken. Who comes next has eight row-steps ahead of it, its own among them, and takes two steps: with
-    # the margins that are 3 x 8 and 1.3 x 2 seconds.
+    # All rows are taken. Who comes next has eight row-steps ahead of it, its own among them, and takes two steps; the
+    # margin is 0.6 s.
     with pytest.raises(WouldBeLate) as caught:
-        paced.submit(2, within_s=26.5)
+        paced.submit(2, within_s=10.5)
     assert caught.value.expected_s == pytest.approx(10)
-    assert caught.value.remaining_s == pytest.approx(26.5)
-    paced.submit(3, within_s=26.7)
+    assert caught.value.remaining_s == pytest.approx(10.5)
+    paced.submit(3, within_s=10.7)
     with pytest.raises(WouldBeLate):
-        paced.submit(4, within_s=26.7)
+        paced.submit(4, within_s=10.7)
     paced.submit(5)
     paced.gate.open()
     assert sorted(paced.running.finish()) == [1, 3, 5]
@@ -590,16 +590,17 @@ def test_what_would_be_refused_is_foreseen_before_it_is_read(start: Start) -> No
     paced.submit(1)
     assert paced.engine.foreseen_refusal("", 0.001) is None
     paced.submit(2)
-    refusal = paced.engine.foreseen_refusal("", 23.9)
+    refusal = paced.engine.foreseen_refusal("", 8.5)
     assert isinstance(refusal, WouldBeLate)
     assert refusal.expected_s == pytest.approx(8)
-    assert refusal.remaining_s == 23.9
-    assert paced.engine.foreseen_refusal("", 24.1) is None
+    assert refusal.remaining_s == 8.5
+    assert paced.engine.foreseen_refusal("", 8.7) is None
     pace = paced.engine._workers[0].core.pace
     pace.answered(steps=2, source_tokens=2, beams=4)
-    assert isinstance(paced.engine.foreseen_refusal("", 24.1 + 1.3 * 2), WouldBeLate) is False
-    assert isinstance(paced.engine.foreseen_refusal("", 24.1 + 1.3 * 2, ahead=1), WouldBeLate)
-    assert paced.engine.foreseen_refusal("", 24.1 + 1.3 * 2 + 3 * 8, ahead=1) is None
+    assert isinstance(paced.engine.foreseen_refusal("", 8.7), WouldBeLate)
+    assert paced.engine.foreseen_refusal("", 8.7 + 2) is None
+    assert isinstance(paced.engine.foreseen_refusal("", 8.7 + 2, ahead=1), WouldBeLate)
+    assert paced.engine.foreseen_refusal("", 8.7 + 2 + 8, ahead=1) is None
     for number in range(3, 102):
         paced.submit(number)
     assert isinstance(paced.engine.foreseen_refusal("", 1e9), QueueFull)
@@ -646,13 +647,14 @@ def test_those_who_are_refused_are_told_different_times(start: Start) -> None:
 
 
 def test_whoever_is_next_and_will_be_late_leaves_the_queue(start: Start) -> None:
-    paced = Paced(start)
-    paced.submit(1)
+    """Beside one that goes on, when another one has ended: half of a busy worker's pace."""
+    paced = Paced(start, rows=8)
+    paced.submit(1, steps=50)
+    paced.submit(2)
     paced.gate.wait_for_arrival()
-    paced.submit(2, within_s=27)
-    paced.submit(3)
-    paced.clock.advance(26.5)
+    paced.submit(3, within_s=300)
+    paced.submit(4)
+    paced.clock.advance(299.5)
     paced.gate.open()
-    error = paced.running.error(2)
-    assert error == DeadlineExceeded("queueing")
-    assert sorted(paced.running.finish()) == [1, 2, 3]
+    assert paced.running.error(3) == DeadlineExceeded("queueing")
+    assert sorted(paced.running.finish()) == [1, 2, 3, 4]
