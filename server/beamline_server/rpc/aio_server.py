@@ -85,6 +85,7 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
         super().__init__(*arguments)
         self._let_in: dict[bytes, deque[Any]] = {}
         self._waiting: dict[bytes, asyncio.Future[Any] | None] = {}
+        self._broken: dict[bytes, Exception] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[Any]:
@@ -100,6 +101,8 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
                 self._keep(loop.create_task(self._take(method)))
         if self._let_in[method]:
             future.set_result(self._let_in[method].popleft())
+        elif method in self._broken:
+            future.set_exception(self._broken[method])
         else:
             self._waiting[method] = future
         return future
@@ -116,7 +119,8 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
                     waiting.set_result(state)
                 else:
                     self._let_in[method].append(state)
-        except Exception as error:
+        except Exception as error:  # grpcio's loop knows which ones belong to its end
+            self._broken[method] = error
             if (waiting := self._waiting[method]) is not None and not waiting.done():
                 waiting.set_exception(error)
 
@@ -124,7 +128,11 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
         """Whether the gate refuses a call; if so, it is answered."""
         loop = asyncio.get_running_loop()
         context = _Core._ServicerContext(state, None, None, loop)
-        status = self.gate(method, context)
+        try:
+            status = self.gate(method, context)
+        except Exception:  # a fault of the gate refuses nobody
+            _log.exception("the gate has failed", extra={"event": "gate_failed"})
+            return False
         if status is not None:
             self._keep(loop.create_task(_refuse(context, status)))
         return status is not None
@@ -141,6 +149,6 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
                 state = await self._request_call()
                 answer = _Core._handle_rpc(UNKNOWN_METHOD_PATH, nobody, self.guards, state, loop, False)
                 self._keep(loop.create_task(_Core._schedule_rpc_coro(answer, state, loop, UNKNOWN_METHOD_PATH)))
-        except Exception as error:  # grpcio's loop knows which ones belong to its end
+        except Exception as error:  # as above
             if not ended.done():
                 ended.set_exception(error)

@@ -82,6 +82,40 @@ async def test_a_loop_that_ends_ends_the_server(monkeypatch: pytest.MonkeyPatch)
     await server.stop(None)
 
 
+@pytest.mark.parametrize("part", ["_request_call", "_request_registered_call"])
+async def test_a_loop_that_ends_later_ends_the_server_too(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as service:
+        assert len((await service.stub.Generate(REQUEST)).results) == 1
+
+        async def broken(*_: object) -> None:
+            raise OSError("no more calls")
+
+        monkeypatch.setattr(aio_server._Tolerant, part, broken)
+        # Those who are waited for already still come.
+        last = [service.stub.Generate(REQUEST, timeout=ENDS_WITHIN_S) for _ in range(2 * aio_server._TAKEN_AT_A_TIME)]
+        lost = asyncio.ensure_future(trailers_of(service, PATHS[0]))
+        async with asyncio.timeout(ENDS_WITHIN_S):
+            await service.server.ended()
+        lost.cancel()
+        for call in last:
+            call.cancel()
+
+
+async def test_a_gate_that_fails_refuses_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async with serving() as service:
+        monkeypatch.setattr(service.engine, "foreseen_refusal", broken)
+        for _ in range(2 * aio_server._TAKEN_AT_A_TIME):
+            assert len((await service.stub.Generate(REQUEST)).results) == 1
+    assert {getattr(record, "event", "") for record in caplog.records if record.levelno >= logging.ERROR} == {
+        "gate_failed"
+    }
+
+
 async def test_another_grpcio_is_taken_as_it_is_and_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
