@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from beamline_server.engine.compiled import compiled, entry_point
+from beamline_server.engine.compiled import compiled, compiled_unlocked, entry_point
 from doubles.loops import run_loops, write_loops
 
 
-@compiled
+@compiled_unlocked
 def count_until(flag: NDArray[np.int64], counted: NDArray[np.int64], most: int) -> bool:
     for _ in range(most):
         counted[0] += 1  # it might be the flag's memory, so the flag is read each time
@@ -33,7 +33,7 @@ def sum_of(values: NDArray[np.float32]) -> np.float32:
     return total
 
 
-def test_other_threads_run_meanwhile() -> None:
+def test_other_threads_run_while_an_unlocked_one_does() -> None:
     flag, counted, found = np.zeros(1, np.int64), np.zeros(1, np.int64), list[bool]()
     count_until(flag, counted, 1)
     thread = threading.Thread(target=lambda: found.append(count_until(flag, counted, 10**10)))
