@@ -21,7 +21,6 @@ from beamline_server.engine.request import GenerationRequest, RequestId
 class _Waiting:
     due: float
     number: int
-    came_at: float = field(compare=False)
     request: GenerationRequest = field(compare=False)
 
 
@@ -33,6 +32,7 @@ class Queue:
         self._virtual_now = 0.0
         self._ends: dict[str, float] = {}  # the virtual time at which all that a caller has asked for would have ended
         self._came = 0
+        self._came_at: dict[int, float] = {}  # of those who wait, by number, so the oldest first
         self.rows = 0
         """Rows that all of them ask for."""
         self.earliest_deadline = math.inf
@@ -46,14 +46,15 @@ class Queue:
     @property
     def oldest_at(self) -> float:
         """When the one came that waits for longest."""
-        return min(waiting.came_at for waiting in self._waiting)
+        return next(iter(self._came_at.values()))
 
     def append(self, request: GenerationRequest, now: float, work: float = 1.0) -> None:
         """A request comes, with so much work, in any unit that is the same for all."""
         due = max(self._virtual_now, self._ends.get(request.caller, 0.0))
         self._ends[request.caller] = due + work
         self._came += 1
-        insort(self._waiting, _Waiting(due, self._came, now, request))
+        self._came_at[self._came] = now
+        insort(self._waiting, _Waiting(due, self._came, request))
         self.rows += cost(request).rows
         if request.deadline is not None:
             self.earliest_deadline = min(self.earliest_deadline, request.deadline)
@@ -63,8 +64,7 @@ class Queue:
         taken, self._waiting = self._waiting[:count], self._waiting[count:]
         self._virtual_now = max([self._virtual_now, *(waiting.due for waiting in taken)])
         self._ends = {caller: end for caller, end in self._ends.items() if end > self._virtual_now}
-        self.rows -= sum(cost(waiting.request).rows for waiting in taken)
-        return [(waiting.request, waiting.came_at) for waiting in taken]
+        return [(waiting.request, self._leave(waiting)) for waiting in taken]
 
     def cancel(self, ids: Collection[RequestId]) -> list[GenerationRequest]:
         """Take out requests by their ids; those that are not here are left out."""
@@ -90,8 +90,14 @@ class Queue:
         return self._take_out(lambda _: True)
 
     def _take_out(self, goes: Callable[[GenerationRequest], bool]) -> list[GenerationRequest]:
-        leaving = [request for request in self if goes(request)]
+        leaving = [waiting for waiting in self._waiting if goes(waiting.request)]
         if leaving:
             self._waiting = [waiting for waiting in self._waiting if not goes(waiting.request)]
-            self.rows -= sum(cost(request).rows for request in leaving)
-        return leaving
+        for waiting in leaving:
+            self._leave(waiting)
+        return [waiting.request for waiting in leaving]
+
+    def _leave(self, waiting: _Waiting) -> float:
+        """One waits no more; returns when it came."""
+        self.rows -= cost(waiting.request).rows
+        return self._came_at.pop(waiting.number)

@@ -6,8 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from beamline_server.engine.admission import Admission, Capacity, Continuous, check_fits, cost
 from beamline_server.engine.backend import Backend
@@ -19,21 +18,15 @@ from beamline_server.engine.errors import (
     SourceTooLong,
     WouldBeLate,
 )
+from beamline_server.engine.ledger import Ledger
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver, Event, Failed, GenerationRequest, Piece, RequestId
 from beamline_server.engine.step import Clock, EngineCore, ModelRules, logged_failure
 
-_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.02, 5.0
 WORKER_THREADS = "engine"
 """What the names of the workers' threads begin with."""
 SUSPECT_FAILURES = 3
 """So many failures of the model in a row make a worker suspect."""
-_WAIT_MARGIN, _SERVICE_MARGIN, _MOST_MARGIN_S = 2.0, 0.3, 0.6
-"""How much longer than expected may be waited, and computed, if an answer is to be in time: parts of what is expected,
-and no more than so many seconds. A short queue is enough to keep a worker busy, and a long one makes everybody late at
-the least disturbance (ADR 0014)."""
-_FAIRLY = 1.5
-"""How much more than there is room for may be held, by callers who have less than their share."""
 _LAST_STEP_S = 1.0
 """Time for a worker to end the step that it is in when it has to stop."""
 
@@ -70,26 +63,6 @@ class EngineLoad:
     def alive(self) -> bool:
         """Whether all workers are."""
         return all(worker.alive for worker in self.workers)
-
-
-@dataclass(slots=True)
-class _Held:
-    """What a worker, or a request, holds: rows, and the row-steps that are expected of them."""
-
-    rows: int = 0
-    work: float = 0.0
-
-    def add(self, share: "_Held", times: int) -> None:
-        self.rows += times * share.rows
-        self.work += times * share.work
-
-
-class _Ownership(NamedTuple):
-    """Whose a request is, and what it holds."""
-
-    worker: int
-    caller: str
-    share: _Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,15 +216,9 @@ class Engine:
             )
             for i, backend in enumerate(backends)
         ]
-        # The only state that RPC threads and workers share: which worker has which request, and how much
-        # each worker and each caller holds.
+        # The only state that RPC threads and workers share.
         self._lock = threading.Lock()
-        self._owner: dict[RequestId, _Ownership] = {}
-        self._held = [_Held() for _ in backends]
-        self._callers: dict[str, _Held] = {}
-        self._ended_per_s = 0.0
-        self._last_ended_at = clock()
-        self._promised_until = clock()
+        self._ledger = Ledger([worker.core.pace for worker in self._workers], capacity.rows, queue_rows, clock())
         self._stopping = False
 
     @property
@@ -281,7 +248,7 @@ class Engine:
             if not worker.join(ends - time.monotonic()):
                 self._bury(worker, EngineStopped())
         with self._lock:
-            never_started = list(self._owner)
+            never_started = list(self._ledger.requests)
         self._fail(never_started, EngineStopped())
 
     def give_up(self, number: int) -> None:
@@ -303,22 +270,22 @@ class Engine:
             if len(request.source) > self._rules.max_source_tokens:
                 raise SourceTooLong(len(request.source), self._rules.max_source_tokens)
             check_fits(request, self._capacity)
-        wanted, room = sum(cost(request).rows for request in requests), self.row_capacity + self._queue_rows
-        if wanted > room:
-            raise RequestTooLarge("rows", wanted, room)
+        wanted, ledger = sum(cost(request).rows for request in requests), self._ledger
+        if wanted > ledger.room:
+            raise RequestTooLarge("rows", wanted, ledger.room)
         shares: dict[int, list[GenerationRequest]] = {}
         with self._lock:
             if self._stopping or not self._to_choose_from():
                 raise EngineStopped
-            if full := self._full(requests[0].caller, wanted, len(requests)):
+            if full := ledger.full(requests[0].caller, wanted, len(requests), self._clock()):
                 raise full
             for request in requests:
                 worker = self._next_worker()
-                self._hold(request, worker)
+                ledger.hold(request, worker)
                 shares.setdefault(worker, []).append(request)
-            if late := self._expected_late(requests):
+            if late := ledger.late(requests, self._clock()):
                 for request in requests:
-                    self._let_go(request.id)
+                    ledger.let_go(request.id)
                 raise late
             # Inside the lock, so that a cancellation cannot arrive before what it cancels.
             for worker, share in shares.items():
@@ -335,88 +302,23 @@ class Engine:
         with self._lock:
             if self._stopping or not self._to_choose_from():
                 return None
-            worker = self._next_worker()
-            pace = self._workers[worker].core.pace
-            if full := self._full(caller, 1 + ahead, 1):
-                return full
-            work = ahead / len(self._workers) * pace.work_per_answer
-            wait_s = self._wait_s(worker, caller) + pace.wait_s(work)
-            if late := _late(wait_s, self._busy(worker) * pace.usual_service_s, remaining_s):
-                return replace(late, retry_after_s=self._retry_after_s(1))
-        return None
+            return self._ledger.foreseen(self._next_worker(), caller, remaining_s, ahead, self._clock())
 
     def _to_choose_from(self) -> list[int]:
         """The workers that a request may go to: a suspect one gets one at a time, which shows whether it works."""
         alive = [i for i, worker in enumerate(self._workers) if worker.alive]
-        return [i for i in alive if not self._workers[i].suspect or self._held[i].rows == 0] or alive
+        return [i for i in alive if not self._workers[i].suspect or self._ledger.rows_of(i) == 0] or alive
 
     def _next_worker(self) -> int:
         """The one with the fewest rows, the first of equals."""
-        return min(self._to_choose_from(), key=lambda i: self._held[i].rows)
-
-    def _full(self, caller: str, wanted: int, requests: int) -> QueueFull | None:
-        """What to say to a caller who wants so many rows, if there is no room for them.
-
-        A caller who has less than a fair share of what can be held finds room for it although others have taken more.
-        """
-        held, room = sum(held.rows for held in self._held), self.row_capacity + self._queue_rows
-        if held + wanted <= room:
-            return None
-        own = self._callers.get(caller, _Held()).rows
-        if own + wanted <= room // (1 + len(self._callers.keys() - {caller})) and held + wanted <= _FAIRLY * room:
-            return None
-        return QueueFull(max(0, held - self.row_capacity), self._queue_rows, self._retry_after_s(requests))
-
-    def _hold(self, request: GenerationRequest, worker: int) -> None:
-        share = _Held(cost(request).rows, self._workers[worker].core.pace.work(request))
-        self._held[worker].add(share, 1)
-        self._callers.setdefault(request.caller, _Held()).add(share, 1)
-        self._owner[request.id] = _Ownership(worker, request.caller, share)
-
-    def _let_go(self, number: RequestId) -> None:
-        worker, caller, share = self._owner.pop(number)
-        self._held[worker].add(share, -1)
-        of_caller = self._callers[caller]
-        of_caller.add(share, -1)
-        if of_caller.rows == 0:
-            del self._callers[caller]
-
-    def _busy(self, worker: int) -> float:
-        """How much of its rows a worker has to do with: steps of few rows are shorter than those that it remembers."""
-        return min(1.0, self._held[worker].rows / self._capacity.rows)
-
-    def _wait_s(self, worker: int, caller: str) -> float:
-        """How long a newcomer of a worker waits: until what is queued before it has ended.
-
-        Of others that is no more than each of them has, and no more than the caller itself has for each of them: shares
-        are fair.
-        """
-        held = self._held[worker]
-        queued = max(0, held.rows - self._capacity.rows)
-        if not queued:
-            return 0.0
-        own = self._callers.get(caller, _Held())
-        fair = own.work / len(self._workers) * len(self._callers)
-        ahead = min(held.work * queued / held.rows, fair)
-        return self._workers[worker].core.pace.wait_s(ahead)
-
-    def _expected_late(self, requests: Sequence[GenerationRequest]) -> WouldBeLate | None:
-        """What to say if one of these, which their workers hold already, is expected to be late."""
-        now = self._clock()
-        for request in requests:
-            if request.deadline is not None:
-                worker = self._owner[request.id].worker
-                service_s = self._busy(worker) * self._workers[worker].core.pace.service_s(request)
-                remaining_s = request.deadline - now
-                if late := _late(self._wait_s(worker, request.caller), service_s, remaining_s):
-                    return replace(late, retry_after_s=self._retry_after_s(len(requests)))
-        return None
+        return min(self._to_choose_from(), key=self._ledger.rows_of)
 
     def cancel(self, ids: Sequence[RequestId]) -> None:
         """Drop requests at their next step; each then ends with `Failed(RequestCancelled)`. Unknown ids have ended."""
         with self._lock:
-            for worker in {self._owner[i].worker for i in ids if i in self._owner}:
-                self._workers[worker].mailbox.put(_Cancel(frozenset(ids), self._clock()))
+            for worker in {self._ledger.worker_of(number) for number in ids}:
+                if worker is not None:
+                    self._workers[worker].mailbox.put(_Cancel(frozenset(ids), self._clock()))
 
     def load(self) -> EngineLoad:
         """What the engine holds now."""
@@ -438,20 +340,24 @@ class Engine:
         for worker in self._workers:
             if worker.alive:
                 worker.core.check()
-        assert self._owner == {}, "requests without an outcome"
-        assert not any(held.rows for held in self._held), "rows held by nobody"
+        self._ledger.check()
 
     def _settle(self, events: Sequence[Event]) -> None:
-        """Give back the rows of what has ended, then tell."""
+        """Give back the rows of what has ended, then tell.
+
+        What has ended already is told no more: a worker may come back after it has been given up.
+        """
         with self._lock:
-            ended = 0
-            for event in events:
-                if not isinstance(event, Piece) and event.id in self._owner:
-                    self._let_go(event.id)
-                    ended += 1
-            if ended:
-                self._note_rate(ended)
-        self._deliver(events)
+            told = [event for event in events if self._is_news(event)]
+            if ended := sum(not isinstance(event, Piece) for event in told):
+                self._ledger.ended(ended, self._clock())
+        if told:
+            self._deliver(told)
+
+    def _is_news(self, event: Event) -> bool:
+        if isinstance(event, Piece):
+            return self._ledger.worker_of(event.id) is not None
+        return self._ledger.let_go(event.id)
 
     def _bury(self, dead: _Worker, failure: EngineError) -> None:
         """A worker has died: give it nothing more, and fail whatever it has, wherever in its life that was.
@@ -460,37 +366,10 @@ class Engine:
         """
         with self._lock:
             dead.alive = False
-            left = [number for number, of in self._owner.items() if self._workers[of.worker] is dead]
+            number = self._workers.index(dead)
+            left = [request for request in self._ledger.requests if self._ledger.worker_of(request) == number]
         self._fail(left, failure)
 
     def _fail(self, ids: Sequence[RequestId], error: EngineError) -> None:
         if ids:
             self._settle([Failed(number, error) for number in ids])
-
-    def _note_rate(self, requests: int) -> None:
-        now = self._clock()
-        elapsed, self._last_ended_at = max(now - self._last_ended_at, 1e-6), now
-        weight = min(1.0, elapsed)
-        self._ended_per_s += weight * (requests / elapsed - self._ended_per_s)
-
-    def _retry_after_s(self, requests: int) -> float:
-        """When as many requests could be taken, at the rate of the last second or so, behind all who were told before.
-
-        Who is refused gets a time of its own: otherwise all would come back at once, and most of them in vain.
-        """
-        now = self._clock()
-        if self._ended_per_s <= 0:
-            return _LONGEST_RETRY_S
-        self._promised_until = max(self._promised_until, now) + requests / self._ended_per_s
-        longest = now + _LONGEST_RETRY_S
-        if self._promised_until > longest:  # begin again with the earliest, or everybody would be told the longest
-            self._promised_until = now
-        return min(max(self._promised_until - now, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
-
-
-def _late(wait_s: float, service_s: float, remaining_s: float) -> WouldBeLate | None:
-    """What to say to a request that is expected to wait and to compute so long, if it has not enough time for that."""
-    margin_s = min(_WAIT_MARGIN * wait_s + _SERVICE_MARGIN * service_s, _MOST_MARGIN_S)
-    if wait_s + service_s + margin_s <= remaining_s:
-        return None
-    return WouldBeLate(wait_s + service_s, remaining_s, 0.0)

@@ -28,7 +28,11 @@ UNKNOWN_METHOD_PATH = "/unknown/unknown"
 _LOOK_EVERY_S = 0.2
 _Core: Any = cygrpc
 _Server: Any = _server.Server
-_PARTS = ("_request_call", "_request_registered_call", "_make_request_call_future", "_serving_task_crash_handler")
+_PARTS = {
+    _Core: ("_handle_rpc", "_schedule_rpc_coro", "_MethodResolver", "_ServicerContext"),
+    _Core.AioServer: ("_request_call", "_request_registered_call", "_make_request_call_future"),
+}
+"""What is needed of grpcio, and where."""
 _TAKEN_AT_A_TIME = 128
 Gate = Callable[[bytes, Any], RpcStatus | None]
 _log = logging.getLogger(__name__)
@@ -50,7 +54,7 @@ class AioServer(_Server):  # type: ignore[misc]  # grpc has no type information
     def __init__(
         self, interceptors: Sequence[Any] = (), options: Sequence[tuple[str, int]] = (), gate: Gate = _let_in
     ) -> None:
-        if all(hasattr(_Core.AioServer, part) for part in _PARTS) and hasattr(_Core, "_schedule_rpc_coro"):
+        if all(hasattr(where, part) for where, parts in _PARTS.items() for part in parts):
             self._loop = _Core.get_working_loop()
             self._server = _Tolerant(self._loop, None, (), tuple(interceptors), tuple(options), None)
             self._server.guards, self._server.gate = tuple(interceptors), gate

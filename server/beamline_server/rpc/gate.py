@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from beamline_server.engine.errors import QueueFull, WouldBeLate
+from beamline_server.engine.errors import DeadlineExceeded, QueueFull, WouldBeLate
 from beamline_server.metrics import Clock, MethodMetrics, Metrics
 from beamline_server.rpc.desk import Desk
 from beamline_server.rpc.errors import RpcStatus, rpc_status_of, stretched
@@ -51,6 +51,7 @@ class Gate:
         self._jitter = jitter
         self._clock = clock
         self._statuses: dict[tuple[str, int], RpcStatus] = {}
+        self._too_late = rpc_status_of(DeadlineExceeded("transport"), stretch=1)
         self._doorway: deque[float] = deque()  # when those came whom nobody handles yet
 
     def __call__(self, path: bytes, context: Any) -> RpcStatus | None:
@@ -59,6 +60,8 @@ class Gate:
         if method is None:
             return None
         remaining_s = context.time_remaining()
+        if remaining_s is not None and remaining_s <= 0:
+            return self._refused(method, context, self._too_late)
         in_time = remaining_s is not None and remaining_s <= self._max_duration_s
         caller = caller_of(context, self._caller_key)
         now = self._clock()
@@ -71,7 +74,10 @@ class Gate:
         if error is None:
             self._doorway.append(now)
             return None
-        status = self._status(error)
+        return self._refused(method, context, self._status(error))
+
+    def _refused(self, method: MethodMetrics, context: Any, status: RpcStatus) -> RpcStatus:
+        """The status of a call, which is counted and has its id."""
         method.started()
         method.handled(status.code.name, 0.0)
         self._metrics.request_ended(status.outcome, 0.0)

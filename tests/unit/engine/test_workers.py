@@ -22,7 +22,7 @@ from beamline_server.engine.errors import (
     WouldBeLate,
 )
 from beamline_server.engine.observer import NullObserver, StepObserver
-from beamline_server.engine.request import Completed, Failed, GenerationRequest, RequestId
+from beamline_server.engine.request import Completed, Failed, GenerationRequest, Piece, RequestId
 from beamline_server.engine.step import Clock
 from beamline_server.engine.workers import Engine
 from doubles.core import request
@@ -504,6 +504,20 @@ def test_a_worker_that_does_not_come_back_is_given_up_and_the_others_serve_on(st
     assert sorted(running.finish()) == [1, 2, 3]
 
 
+def test_what_a_worker_that_was_given_up_still_tells_is_told_to_nobody(start: Start) -> None:
+    """It may come to an answer in the very moment in which it is given up."""
+    gate = Gate()
+    running = start(backend(gate=gate), backend(), gate=gate)
+    running.submit(request(1, stream=True))
+    gate.wait_for_arrival()
+    running.engine.give_up(0)
+    running.engine._settle([Piece(RequestId(1), (3,)), Failed(RequestId(1), RequestCancelled())])
+    gate.open()
+    assert isinstance(running.finish()[RequestId(1)], Failed)
+    assert isinstance(running.error(1), StepFailed)
+    assert running.inbox.pieces(RequestId(1)) == []
+
+
 def test_without_a_worker_nothing_is_accepted(start: Start) -> None:
     gate = Gate()
     running = start(gate=gate)
@@ -624,7 +638,6 @@ def test_a_caller_with_less_than_its_share_finds_room_where_others_have_taken_al
         running.submit(replace(request(13, beams=4), caller="polite"))
     gate.open()
     assert sorted(running.finish()) == [0, 1, 2, 3, 4, 11, 12]
-    assert running.engine._callers == {}
 
 
 def test_those_who_are_refused_are_told_different_times(start: Start) -> None:

@@ -119,7 +119,7 @@ async def test_a_gate_that_fails_refuses_nobody(
 async def test_another_grpcio_is_taken_as_it_is_and_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(aio_server, "_PARTS", ("_something_else",))
+    monkeypatch.setattr(aio_server, "_PARTS", {cygrpc: ("_something_else",)})
     async with serving() as service:
         assert type(service.server._server) is cygrpc.AioServer
         assert len((await service.stub.Generate(REQUEST)).results) == 1

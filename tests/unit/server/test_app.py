@@ -241,7 +241,7 @@ async def test_metrics_that_end_by_themselves_end_the_server_with_status_1(
 async def test_a_port_that_ends_by_itself_ends_the_server_with_status_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("beamline_server.rpc.aio_server._PARTS", ("_something_else",))
+    monkeypatch.setattr("beamline_server.rpc.aio_server._PARTS", {object: ("_something_else",)})
     async with running(tmp_path, lame_duck_s=1000) as app, Connection.opened(app.ports.grpc_port) as connection:
         connection.call(b"/\xff")
         async with asyncio.timeout(STOPPED_WITHIN_S):

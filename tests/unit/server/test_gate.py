@@ -81,6 +81,23 @@ async def test_the_engine_is_told_who_asks(key: str | None, caller: str) -> None
         call.cancel()
 
 
+async def test_a_call_that_comes_after_its_deadline_is_counted_as_late_and_not_as_refused() -> None:
+    async with serving() as service:
+        gate = gate_of(service, ManualClock())
+        status = gate(b"/x", At(0.0))
+        assert status is not None
+        assert (status.code, status.outcome) == (CODE.DEADLINE_EXCEEDED, Outcome.DEADLINE)
+        assert counted(service, "beamline_requests_total", outcome=Outcome.DEADLINE) == 1
+        assert service.engine.remaining_s == []
+
+
+def gate_of(service: RunningService, clock: ManualClock) -> Gate:
+    """A gate in front of a method "/x"."""
+    methods = {b"/x": service.metrics.method(MethodName("a", "b", "unary"))}
+    jitter = random.Random(0)
+    return Gate(service.desk, methods, service.metrics, max_duration_s=30, caller_key=None, jitter=jitter, clock=clock)
+
+
 class At:
     """A context of a call with so much time."""
 
@@ -100,15 +117,7 @@ class At:
 async def test_who_is_in_the_doorway_counts_as_ahead_and_the_lag_as_time_that_is_gone() -> None:
     clock = ManualClock()
     async with serving() as service:
-        gate = Gate(
-            service.desk,
-            {b"/x": service.metrics.method(MethodName("a", "b", "unary"))},
-            service.metrics,
-            max_duration_s=30,
-            caller_key=None,
-            jitter=random.Random(0),
-            clock=clock,
-        )
+        gate = gate_of(service, clock)
         for _ in range(3):
             assert gate(b"/x", At(10)) is None
             clock.now += 0.25
