@@ -52,8 +52,7 @@ class FreeBackend:
     def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
         """As `Backend.encode`."""
         width = max(map(len, sources))
-        tensors = [np.zeros((len(sources), width, _WIDTH), np.float32) for _ in ("keys", "values")]
-        return Encoded(tensors, 0)
+        return Encoded(np.zeros((1, 2, len(sources), width, _WIDTH), np.float32), 0)
 
     def new_cache(self) -> Cache:
         """As `Backend.new_cache`."""

@@ -12,7 +12,7 @@ length stands in arrays beside the records, at the same index:
     spare       (K, P)       room for the ancestors of one sequence while they change
 
 I indices, K hypotheses or rows of a sequence, P slots, L tokens of a prefix, T generated tokens. What may write to them
-is in `search.py`, but for what a sequence starts with. `path` and `certain` read what has been found.
+is in `search.py`, but for what a sequence starts with. `finished` and `certain` read what has been found.
 """
 
 import math
@@ -70,6 +70,11 @@ _SEQUENCE = np.dtype(
     align=True,
 )
 """A running sequence; few numbers that every step reads come first, in two lines of a processor's cache."""
+_ASKED = [
+    *("gnmt", "when_full", "never", "beams", "min_new", "max_new", "exponent"),
+    *("source_length", "prefix_length", "part"),
+]
+"""What of it is known when it comes."""
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -99,8 +104,10 @@ class SequenceTable:
     def __init__(self, size: int, eos: tuple[int, ...]) -> None:
         self._eos = frozenset(eos)
         steps = (size, _CHUNK, MOST_ROWS)
+        self._records = np.zeros(size, _SEQUENCE)
+        self._asked = self._records[_ASKED]
         self.arrays = Table(
-            sequences=np.zeros(size, _SEQUENCE).view(np.recarray),
+            sequences=self._records.view(np.recarray),
             ancestors=np.zeros((size, MOST_ROWS, _CHUNK), np.bool_),
             prefix=np.zeros((size, _CHUNK), np.int64),
             parents=np.zeros(steps, np.int32),
@@ -118,30 +125,34 @@ class SequenceTable:
         if len(prefix) > self.arrays.prefix.shape[1]:
             self._grow(prefix=len(prefix))
         self.arrays.prefix[index, : len(prefix)] = prefix
-        sequence = self.arrays.sequences[index]
-        sequence.source_length, sequence.prefix_length = len(request.source), len(prefix)
-        sequence.part = part
-        sequence.beams = options.beam_size
-        sequence.min_new, sequence.max_new = options.min_new_tokens, options.max_new_tokens
-        sequence.exponent = bounded_exponent(options.length_penalty, options.max_new_tokens)
-        sequence.gnmt = options.length_penalty_kind is LengthPenaltyKind.GNMT
-        # Greedy search stops at its first end of sequence, whatever the rule.
-        sequence.when_full = options.beam_size == 1 or options.early_stopping is EarlyStopping.WHEN_FULL
-        sequence.never = options.early_stopping is EarlyStopping.NEVER
+        # All at once: to set a field of a record alone takes numpy a microsecond or more.
+        self._asked[index] = (
+            options.length_penalty_kind is LengthPenaltyKind.GNMT,
+            # Greedy search stops at its first end of sequence, whatever the rule.
+            options.beam_size == 1 or options.early_stopping is EarlyStopping.WHEN_FULL,
+            options.early_stopping is EarlyStopping.NEVER,
+            options.beam_size,
+            options.min_new_tokens,
+            options.max_new_tokens,
+            bounded_exponent(options.length_penalty, options.max_new_tokens),
+            len(request.source),
+            len(prefix),
+            part,
+        )
 
     def leave(self, index: int) -> None:
         """A sequence goes, however it ended."""
-        self.arrays.sequences[index].done = False
+        self._records["done"][index] = False
 
     def done(self) -> list[int]:
         """Indices of the sequences that are over."""
-        over: list[int] = self.arrays.sequences["done"].nonzero()[0].tolist()
+        over: list[int] = self._records["done"].nonzero()[0].tolist()
         return over
 
     def steps(self, index: int) -> int:
         """Decoder steps that a sequence has taken."""
-        sequence = self.arrays.sequences[index]
-        return int(sequence.length) + -(-int(sequence.prefix_length) // int(sequence.part)) - 1
+        sequence = self._records[index]
+        return int(sequence["length"]) + -(-int(sequence["prefix_length"]) // int(sequence["part"])) - 1
 
     def reserve(self, *, slots: int, steps: int) -> None:
         """Have room for a step after which no sequence has more slots and generated tokens."""
@@ -164,19 +175,17 @@ class SequenceTable:
 
     def hypotheses(self, index: int, count: int) -> tuple[Hypothesis, ...]:
         """The best finished hypotheses of a sequence, best first: `count`, or as many as there are."""
-        sequence = self.arrays.sequences[index]
-        scores = sequence.finished_score[:count].tolist()
-        return tuple(self._hypothesis(index, k, score) for k, score in enumerate(scores) if score > DEAD)
-
-    def _hypothesis(self, index: int, k: int, score: float) -> Hypothesis:
-        sequence = self.arrays.sequences[index]
-        length, last = int(sequence.finished_length[k]), int(sequence.finished_token[k])
-        tokens, totals = np.empty(length, np.int64), np.zeros(length + 1, np.float32)
-        path(self.arrays, index, length - 1, sequence.finished_parent[k], tokens, totals[1:])
-        tokens[-1], totals[-1] = last, sequence.finished_total[k]
-        logprobs = np.diff(totals.astype(np.float64)).tolist()
-        finish = Finish.END_OF_SEQUENCE if last in self._eos else Finish.LENGTH
-        return Hypothesis(tuple(tokens.tolist()), score, tuple(logprobs), finish)
+        sequence = self._records[index]
+        scores, lengths = sequence["finished_score"][:count].tolist(), sequence["finished_length"][:count].tolist()
+        found = []
+        for k, (score, length) in enumerate(zip(scores, lengths, strict=True)):
+            if score > DEAD:
+                tokens, logprobs = np.empty(length, np.int64), np.empty(length, np.float64)
+                finished(self.arrays, index, k, tokens, logprobs)
+                ids = tuple(tokens.tolist())
+                finish = Finish.END_OF_SEQUENCE if ids[-1] in self._eos else Finish.LENGTH
+                found.append(Hypothesis(ids, score, tuple(logprobs.tolist()), finish))
+        return tuple(found)
 
     def certain(self, index: int, known: int) -> tuple[int, ...]:
         """Tokens that the best hypothesis will have after the first `known`, whatever follows.
@@ -212,6 +221,20 @@ def path(table: Table, index: int, length: int, hypothesis: int, tokens: IntArra
         tokens[step] = table.tokens[index, step, hypothesis]
         totals[step] = table.totals[index, step, hypothesis]
         hypothesis = table.parents[index, step, hypothesis]
+
+
+@compiled
+def finished(table: Table, index: int, k: int, tokens: IntArray, logprobs: NDArray[np.float64]) -> None:
+    """Write the tokens of a finished hypothesis, and the log-probability of each, (T,)."""
+    sequence, length = table.sequences[index], len(tokens)
+    totals = np.empty(length, np.float32)
+    path(table, index, length - 1, sequence.finished_parent[k], tokens, totals)
+    tokens[length - 1], totals[length - 1] = sequence.finished_token[k], sequence.finished_total[k]
+    before = 0.0
+    for i in range(length):
+        total = np.float64(totals[i])
+        logprobs[i] = total - before
+        before = total
 
 
 @compiled
@@ -276,5 +299,5 @@ def example() -> Table:
 
 
 _TOKENS, _TOTALS = np.zeros(1, np.int64), np.zeros(1, np.float32)
-entry_point(path, lambda: (example(), 0, 0, 0, _TOKENS, _TOTALS))
+entry_point(finished, lambda: (example(), 0, 0, _TOKENS, np.zeros(1, np.float64)))
 entry_point(certain, lambda: (example(), 0, 0, _TOKENS, _TOTALS))

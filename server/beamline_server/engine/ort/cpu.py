@@ -15,7 +15,7 @@ from beamline_server.engine.backend import Cache, Encoded, StepResult
 from beamline_server.engine.ort.attention import TOGETHER
 from beamline_server.engine.ort.c_api import Binding, NativeSession
 from beamline_server.engine.ort.pages import PagedMemory, lacking, widened
-from beamline_server.engine.ort.pieces import Lists, Note, Pieces, beyond, pack_rows, tell
+from beamline_server.engine.ort.pieces import Lists, Note, Pieces, beyond, pack_rows, take_in, tell
 from beamline_server.engine.ort.settings import ENCODER_INPUTS, settings
 from beamline_server.engine.pack import LEAST_QUERIES, EncoderInputs, Extent, extent, flat, pack_encoder
 from beamline_server.engine.table import IntArray, Table
@@ -54,12 +54,12 @@ class CpuBackend:
         width = max(-(-int(lengths.max()) // _GRANULE) * _GRANULE, LEAST_QUERIES)
         inputs = _encoder_inputs(len(ids), len(lengths), width)
         pack_encoder(ids, lengths, inputs)
-        shape = (len(lengths), width, self.width)
-        tensors = {f"cross_{kind}_{i}": np.empty(shape, np.float32) for i in range(self.layers) for kind in ("k", "v")}
-        extra = beyond(self._note, self._encoder, tensors, len(ids))
-        Binding(self._encoder, dict(zip(ENCODER_INPUTS, inputs, strict=True)), tensors | extra).run()
+        cross = np.empty((self.layers, 2, len(lengths), width, self.width), np.float32)
+        outputs = {f"cross_{kind}_{i}": cross[i, k] for i in range(self.layers) for k, kind in enumerate("kv")}
+        extra = beyond(self._note, self._encoder, outputs, len(ids))
+        Binding(self._encoder, dict(zip(ENCODER_INPUTS, inputs, strict=True)), outputs | extra).run()
         tell(self._note, extra)
-        return Encoded(list(tensors.values()), inputs.pad_index.size - len(ids))
+        return Encoded(cross, inputs.pad_index.size - len(ids))
 
     def new_cache(self) -> Cache:
         """As `Backend.new_cache`."""
@@ -125,13 +125,9 @@ class CpuCache:
         """Copy the keys and values of a newcomer's source, and give it a first page for its own."""
         self._own.give(index, 1)
         self._cross.give(index, length)
-        where = self._cross.slots(index, length)
-        for t, tensor in enumerate(encoded.tensors):
-            self._cross.pages[t % 2][t // 2, where] = tensor[number, :length]
         places, lengths = self._sources
         self._sources = Lists(widened(places, index + 1, length + TOGETHER), widened(lengths, index + 1))
-        self._sources.places[index, : length + TOGETHER] = [*where, *[where[0]] * TOGETHER]
-        self._sources.lengths[index] = length
+        take_in(self._cross.pages, self._sources, index, length, encoded.tensors, number)
 
     def run(self, table: Table, candidates: int, *, logprobs: bool = False) -> StepResult:
         """As `Bucket.run`."""

@@ -63,12 +63,6 @@ class PagedMemory:
             self._free += self.pages.pages[index, : self.pages.held[index]].tolist()
             self.pages.held[index] = 0
 
-    def slots(self, index: int, count: int) -> IntArray:
-        """Where the first slots of a sequence are among those of all pages, (count,)."""
-        own = np.arange(count)
-        where: IntArray = self.pages.pages[index, own // PAGE] * PAGE + own % PAGE
-        return where
-
     def _grow(self) -> None:
         """Twice as many pages. Their memory is taken from the system when it is written to."""
         layers, slots, width = self.pages.keys.shape

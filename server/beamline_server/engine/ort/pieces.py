@@ -237,6 +237,33 @@ def pack_rows(table: Table, members: IntArray, pages: Places, into: Buffers) -> 
             row += 1
 
 
+@compiled
+def take_in(cross: Pages, sources: Lists, index: int, length: int, encoded: FloatArray, number: int) -> None:
+    """Copy the keys and values of a newcomer's source into its pages, and list where they are.
+
+    Args:
+        cross: Keys and values of cross-attention.
+        sources: The source positions of each sequence, by its index.
+        index: Of the newcomer, which has pages for its source.
+        length: Of its source.
+        encoded: Keys and values of all sources of an encoder call, (L, 2, S, positions, D).
+        number: Which of them is its own.
+    """
+    places = sources.places[index]
+    for i in range(length):
+        places[i] = place(cross.pages[index], i)
+    for behind in range(TOGETHER):
+        places[length + behind] = places[0]
+    sources.lengths[index] = length
+    layers, width = len(cross.keys), cross.keys.shape[2]
+    for layer in range(layers):
+        for i in range(length):
+            for d in range(width):
+                cross.keys[layer, places[i], d] = encoded[layer, 0, number, i, d]
+            for d in range(width):
+                cross.values[layer, places[i], d] = encoded[layer, 1, number, i, d]
+
+
 @compiled_unlocked
 def run_step(  # noqa: PLR0913, PLR0917 - graphs, and what lies between them
     how: tuple[int, int, int],
@@ -301,9 +328,14 @@ def _run_example() -> tuple[Any, ...]:
     return (0, 0, 0), numbers, numbers, into, pages, pages, into.own, candidates.empty(1, 1)
 
 
+def _take_in_example() -> tuple[Any, ...]:
+    return PagedMemory(1, 1).pages, _example_buffers().own, 0, 0, np.zeros((1, 2, 1, 1, 1), np.float32), 0
+
+
 def _example_buffers() -> Buffers:
     return buffers(1, 1, width=1, heads=1, vocabulary=1)
 
 
 entry_point(pack_rows, lambda: (example(), np.zeros(1, np.int64), np.zeros((1, 1), np.int32), _example_buffers()))
+entry_point(take_in, _take_in_example)
 entry_point(run_step, _run_example)

@@ -7,7 +7,7 @@ from beamline_server.engine.ort import pages as compiled_pages
 from beamline_server.engine.ort import pieces as compiled_pieces
 from beamline_server.engine.ort.attention import TOGETHER
 from beamline_server.engine.ort.pages import PAGE, PagedMemory, widened
-from beamline_server.engine.table import Table
+from beamline_server.engine.table import IntArray, Table
 from doubles.fed import FedSequences
 from doubles.uncompiled import uncompiled
 
@@ -40,6 +40,13 @@ def memory_for(table: Table, members: list[int], rng: np.random.Generator) -> Pa
     return memory
 
 
+def places_of(memory: PagedMemory, index: int, count: int) -> IntArray:
+    """Where the first slots of a sequence are among those of all pages, (count,)."""
+    slots = np.arange(count)
+    where: IntArray = memory.pages.pages[index, slots // PAGE] * PAGE + slots % PAGE
+    return where
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_find_the_slots_that_they_descend_from(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -54,7 +61,7 @@ def test_rows_find_the_slots_that_they_descend_from(seed: int) -> None:
     row = 0
     for index in members.tolist():
         sequence = table.sequences[index]
-        where = memory.slots(index, int(sequence.slots_end))
+        where = places_of(memory, index, int(sequence.slots_end))
         for r in range(sequence.rows):
             slots = where[table.ancestors[index, r].nonzero()[0]]
             assert ours.own.lengths[row] == len(slots)
@@ -83,6 +90,31 @@ def test_new_keys_and_values_are_written_into_their_slots_and_nowhere_else(seed:
     expected[1, buffers.slot[:5]] = buffers.query_key_value[:5, 8:]
     assert np.array_equal(ours, expected)
     assert np.array_equal(plain, expected)
+
+
+@pytest.mark.parametrize("length", [1, PAGE, PAGE + 1, 2 * PAGE + 5])
+def test_the_source_of_a_newcomer_is_written_into_its_pages_and_nowhere_else(length: int) -> None:
+    rng = np.random.default_rng(length)
+    memory = PagedMemory(2, 4)
+    for slots in (1, length):
+        for index in (1, 0, 2):
+            memory.give(index, slots)
+    memory.pages.keys[:], memory.pages.values[:] = (rng.standard_normal(memory.pages.keys.shape) for _ in range(2))
+    where = places_of(memory, 1, length)
+    encoded = rng.standard_normal((2, 2, 3, length + 2, 4)).astype(np.float32)
+    expected = memory.pages.keys.copy(), memory.pages.values.copy()
+    for layer in range(2):
+        expected[0][layer, where], expected[1][layer, where] = encoded[layer, :, 2, :length]
+    before = memory.pages
+    for loops in (compiled_pieces, PLAIN_PIECES):
+        pages = before._replace(keys=before.keys.copy(), values=before.values.copy())
+        lists = compiled_pieces.Lists(np.full((3, length + TOGETHER), 99, np.int32), np.full(3, 99, np.int32))
+        loops.take_in(pages, lists, 1, length, encoded, 2)
+        assert np.array_equal(pages.keys, expected[0])
+        assert np.array_equal(pages.values, expected[1])
+        assert lists.places[1].tolist() == [*where, *[where[0]] * TOGETHER]
+        assert lists.lengths.tolist() == [99, length, 99]
+        assert (lists.places[[0, 2]] == 99).all()
 
 
 def test_who_lacks_pages_is_who_has_more_slots_than_they_hold() -> None:
