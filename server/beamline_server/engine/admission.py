@@ -117,8 +117,10 @@ class Continuous:
         del waiting
         return -math.inf
 
-    def starters(self, queue: Iterable[GenerationRequest], room: Room, *, encode_tokens: float) -> int:
-        """How many requests from the head of the queue start now; see `starters`."""
+    def starters(
+        self, queue: Iterable[GenerationRequest], room: Room, *, encode_tokens: float
+    ) -> list[GenerationRequest]:
+        """The requests from the head of the queue that start now; see `starters`."""
         return starters(queue, room, encode_tokens=encode_tokens)
 
     def encoded_with(
@@ -146,8 +148,10 @@ class RequestLevel:
             return math.inf
         return -math.inf if waiting.queued >= self.max_batch else waiting.oldest_at + self.max_delay_s
 
-    def starters(self, queue: Iterable[GenerationRequest], room: Room, *, encode_tokens: float) -> int:
-        """How many requests from the head of the queue start together: the batch, as far as there is room for it.
+    def starters(
+        self, queue: Iterable[GenerationRequest], room: Room, *, encode_tokens: float
+    ) -> list[GenerationRequest]:
+        """The requests from the head of the queue that start together: the batch, as far as there is room for it.
 
         All of them are encoded at once, for nobody runs whom that could hold up.
         """
@@ -166,20 +170,21 @@ Admission = Continuous | RequestLevel
 """When requests may start, and which."""
 
 
-def starters(queue: Iterable[GenerationRequest], room: Room, *, encode_tokens: float) -> int:
-    """How many requests from the head of the queue start now.
+def starters(queue: Iterable[GenerationRequest], room: Room, *, encode_tokens: float) -> list[GenerationRequest]:
+    """The requests from the head of the queue that start now.
 
     Bounded by the room for their worst cases, and by `encode_tokens` source tokens, padding included (but at least one
     request), so that encoding newcomers neither stalls the running nor needs much memory.
     """
-    longest, count = 0, 0
+    longest = 0
+    starting: list[GenerationRequest] = []
     for request in queue:
         room = room.less(cost(request))
         longest = max(longest, len(request.source))
-        if min(room.rows, room.slots) < 0 or (count and (count + 1) * longest > encode_tokens):
+        if min(room.rows, room.slots) < 0 or (starting and (len(starting) + 1) * longest > encode_tokens):
             break
-        count += 1
-    return count
+        starting.append(request)
+    return starting
 
 
 def encoded_with(

@@ -4,14 +4,16 @@ Start-time fair queueing (Goyal, Vin, Cheng 1996): a request is due at the virtu
 before it would have ended if every caller who waits had an equal share of the engine; who is due first is next. So a
 caller with little work is not held up by one with much, however much that one has queued before.
 
-Nobody overtakes who is next: a wide request waits for enough room and holds back those behind it. Letting narrow ones
-pass would use a few more rows and let a stream of them starve it.
+No narrow request overtakes a wide one that is next, which waits for enough room: it would use a few more rows, and let
+a stream of narrow ones starve the wide one. Who may not start because its caller has rows enough (`shares.py`) is
+passed by others.
 """
 
 import math
 from bisect import insort
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from beamline_server.engine.admission import cost
 from beamline_server.engine.request import GenerationRequest, RequestId
@@ -59,9 +61,15 @@ class Queue:
         if request.deadline is not None:
             self.earliest_deadline = min(self.earliest_deadline, request.deadline)
 
-    def take(self, count: int) -> list[tuple[GenerationRequest, float]]:
-        """Take those who are next, with the times at which they came."""
-        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+    def take(self, requests: Sequence[GenerationRequest]) -> list[tuple[GenerationRequest, float]]:
+        """Take those who start, which are here in this order, with the times at which they came."""
+        taken: list[_Waiting] = []
+        kept: list[_Waiting] = []
+        for waiting in self._waiting:
+            if len(taken) == len(requests):
+                break
+            (taken if waiting.request is requests[len(taken)] else kept).append(waiting)
+        self._waiting[: len(taken) + len(kept)] = kept
         self._virtual_now = max([self._virtual_now, *(waiting.due for waiting in taken)])
         self._ends = {caller: end for caller, end in self._ends.items() if end > self._virtual_now}
         return [(waiting.request, self._leave(waiting)) for waiting in taken]
@@ -80,10 +88,8 @@ class Queue:
 
     def give_up(self, hopeless: Callable[[GenerationRequest, float], bool], now: float) -> list[GenerationRequest]:
         """Take out those who are next and hopeless now."""
-        count = 0
-        while count < len(self._waiting) and hopeless(self._waiting[count].request, now):
-            count += 1
-        return [request for request, _ in self.take(count)] if count else []
+        gone = list(takewhile(lambda request: hopeless(request, now), self))
+        return [request for request, _ in self.take(gone)] if gone else []
 
     def clear(self) -> list[GenerationRequest]:
         """Take out all."""

@@ -19,6 +19,7 @@ from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.queue import Queue
 from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId, Timing
 from beamline_server.engine.search import decide, start
+from beamline_server.engine.shares import Shares
 from beamline_server.engine.table import SequenceTable
 
 ENCODE_TOKENS = 1024
@@ -88,6 +89,7 @@ class EngineCore:
         self._queue = Queue()
         self._encoded: dict[RequestId, tuple[Encoded, int]] = {}  # ahead of their start
         self._room = Room(capacity.rows, capacity.slots)
+        self._shares = Shares(capacity.rows)
         self._table = SequenceTable(capacity.rows, rules.search.eos)
         self._cache = backend.new_cache()
         self._free = list(range(capacity.rows - 1, -1, -1))
@@ -146,6 +148,7 @@ class EngineCore:
         """
         held = [running.cost for running in self._running.values()]
         assert self._room.rows + sum(c.rows for c in held) == self._capacity.rows, "rows are lost"
+        assert self._room.rows + self._shares.rows == self._capacity.rows, "rows are nobody's"
         assert self._room.slots + sum(c.slots for c in held) == self._capacity.slots, "cache slots are lost"
         assert sorted([*self._free, *self._running]) == list(range(self._capacity.rows)), "places are lost"
         assert {r.request.id for r in self._running.values()} == set(self._index_of), "requests are lost"
@@ -161,6 +164,7 @@ class EngineCore:
             # What was cancelled before it came is another request, which has ended, of the same id.
             self._cancelled.pop(request.id, None)
             self._queue.append(request, now, self.pace.work(request))
+            self._shares.came(request.caller, now)
 
     def cancel(self, ids: Iterable[RequestId], wished_at: float | None = None) -> None:
         """Drop requests at the next step, whose callers gave up at `wished_at` (default: now); unknown ids are over."""
@@ -233,10 +237,11 @@ class EngineCore:
         """Start as many from the head of the queue as there is room for."""
         if not self._queue or now < self._opens_at():
             return []
-        count = self._admission.starters(iter(self._queue), self._room, encode_tokens=self._encode_tokens)
-        if not count:
+        startable = self._shares.startable(self._queue, now)
+        starters = self._admission.starters(startable, self._room, encode_tokens=self._encode_tokens)
+        if not starters:
             return []
-        starting = self._queue.take(count)
+        starting = self._queue.take(starters)
         failure = self._encode([request for request, _ in starting], now)
         encode_s = self._clock() - now
         events: list[Event] = []
@@ -271,6 +276,7 @@ class EngineCore:
     def _enter(self, running: _Running, encoded: Encoded, number: int) -> None:
         request, index = running.request, self._free.pop()
         self._room = self._room.less(running.cost)
+        self._shares.start(request)
         self._running[index] = running
         self._index_of[request.id] = index
         if request.stream:
@@ -292,6 +298,7 @@ class EngineCore:
         self._streaming.discard(index)
         self._table.leave(index)
         self._room = self._room.more(running.cost)
+        self._shares.end(running.request)
         return running
 
     def _place(self, events: list[Event]) -> Sequence[Bucket]:

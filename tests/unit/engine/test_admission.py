@@ -161,8 +161,10 @@ def test_room_that_is_taken_and_given_back_is_what_it_was(asked: GenerationReque
 def test_as_many_start_from_the_head_as_there_is_room_for(
     queue: list[GenerationRequest], room: Room, encode_tokens: int
 ) -> None:
-    count = starters(deque(queue), room, encode_tokens=encode_tokens)
-    assert fit(queue[:count], room)
+    starting = starters(deque(queue), room, encode_tokens=encode_tokens)
+    count = len(starting)
+    assert starting == queue[:count]
+    assert fit(starting, room)
     tokens = [len(request.source) for request in queue]
     assert count <= 1 or count * max(tokens[:count]) <= encode_tokens
     if count < len(queue):
@@ -172,12 +174,12 @@ def test_as_many_start_from_the_head_as_there_is_room_for(
 
 def test_a_wide_request_at_the_head_holds_back_what_came_after_it() -> None:
     queue = [request(16), request(1), request(1)]
-    assert starters(queue, Room(15, 1 << 15), encode_tokens=1000) == 0
+    assert starters(queue, Room(15, 1 << 15), encode_tokens=1000) == []
 
 
 def test_a_source_longer_than_the_bound_starts_alone() -> None:
     queue = [request(source_tokens=300), request()]
-    assert starters(queue, Room(8, 1 << 15), encode_tokens=100) == 1
+    assert starters(queue, Room(8, 1 << 15), encode_tokens=100) == queue[:1]
 
 
 @given(

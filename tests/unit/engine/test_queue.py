@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,10 @@ from beamline_server.engine.request import GenerationRequest, RequestId, SearchO
 
 def request(number: int, beams: int = 1, deadline: float | None = None) -> GenerationRequest:
     return GenerationRequest(RequestId(number), (number,), SearchOptions(beam_size=beams), deadline)
+
+
+def take_first(queue: Queue, count: int) -> list[tuple[GenerationRequest, float]]:
+    return queue.take(list(islice(queue, count)))
 
 
 class Twin:
@@ -54,7 +59,7 @@ def test_a_queue_is_a_list_from_which_requests_leave_by_the_head_by_id_or_by_tim
                 twin.waiting.append((asked, now))
             case "take":
                 count = data.draw(st.integers(0, len(twin.waiting)))
-                assert queue.take(count) == twin.waiting[:count]
+                assert take_first(queue, count) == twin.waiting[:count]
                 twin.waiting = twin.waiting[count:]
             case "cancel":
                 numbers = data.draw(st.lists(st.integers(0, 30), max_size=4))
@@ -89,7 +94,7 @@ def test_a_caller_with_little_work_is_not_held_up_by_one_with_much() -> None:
     queue = Queue()
     for number in range(100):
         queue.append(of("greedy", number), 0.0, work=50.0)
-    taken = [asked.id for asked, _ in queue.take(3)]
+    taken = [asked.id for asked, _ in take_first(queue, 3)]
     queue.append(of("polite", 1000), 0.0, work=1.0)
     assert taken == [0, 1, 2]
     assert order(queue)[:3] == [1000, 3, 4]
@@ -106,7 +111,7 @@ def test_those_who_wait_all_the_time_get_equal_shares(asked: list[tuple[str, int
     left, given_to = Counter(caller for caller, _ in asked), Counter[str]()
     most = 2 * max(work for _, work in asked)
     while len(queue):
-        [(next_one, _)] = queue.take(1)
+        [(next_one, _)] = take_first(queue, 1)
         assert next_one.id == min(other.id for other in [next_one, *queue] if other.caller == next_one.caller)
         left[next_one.caller] -= 1
         given_to[next_one.caller] += asked[next_one.id][1]
@@ -114,17 +119,27 @@ def test_those_who_wait_all_the_time_get_equal_shares(asked: list[tuple[str, int
         assert not waiting or max(waiting) - min(waiting) <= most
 
 
+def test_those_who_are_passed_keep_their_turn() -> None:
+    queue = Queue()
+    for number in range(4):
+        queue.append(request(number, beams=number + 1), float(number))
+    second, fourth = list(queue)[1::2]
+    assert queue.take([second, fourth]) == [(second, 1.0), (fourth, 3.0)]
+    assert order(queue) == [0, 2]
+    assert (queue.rows, queue.oldest_at) == (1 + 3, 0.0)
+
+
 def test_who_was_away_has_saved_up_nothing() -> None:
     queue = Queue()
     queue.append(of("a", 1), 0.0, work=1.0)
-    queue.take(1)
+    take_first(queue, 1)
     for number in range(10, 20):
         queue.append(of("b", number), 0.0, work=10.0)
-        queue.take(1)
+        take_first(queue, 1)
     for number in range(20, 30):
         queue.append(of("b", number), 0.0, work=10.0)
         queue.append(of("a", 10 * number), 0.0, work=10.0)
-    first = [asked.caller for asked, _ in queue.take(10)]
+    first = [asked.caller for asked, _ in take_first(queue, 10)]
     assert 4 <= first.count("a") <= 6
 
 

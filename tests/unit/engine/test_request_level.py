@@ -86,13 +86,13 @@ def test_continuous_batching_never_waits() -> None:
 def test_a_batch_is_encoded_together_however_long_its_sources_are() -> None:
     queue = [request(number, source_tokens=300) for number in range(9)]
     room = Room(64, 1 << 20)
-    assert RequestLevel(8, 0.5).starters(queue, room, encode_tokens=1000) == 8
-    assert Continuous().starters(queue, room, encode_tokens=1000) == 3
+    assert RequestLevel(8, 0.5).starters(queue, room, encode_tokens=1000) == queue[:8]
+    assert Continuous().starters(queue, room, encode_tokens=1000) == queue[:3]
 
 
 def test_a_batch_is_no_larger_than_there_is_room_for() -> None:
     queue = [request(number, beams=4) for number in range(9)]
-    assert RequestLevel(8, 0.5).starters(queue, Room(12, 1 << 20), encode_tokens=1000) == 3
+    assert RequestLevel(8, 0.5).starters(queue, Room(12, 1 << 20), encode_tokens=1000) == queue[:3]
 
 
 # -- one worker, stepped by hand --------------------------------------------------------------------------------------
