@@ -3,8 +3,8 @@
 A refusal has to cost next to nothing: at ten times the load that a server can bear, nine of ten calls are refused.
 """
 
+import itertools
 import random
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,9 @@ from beamline_server.rpc.interceptors import caller_of, identity
 
 _STATUSES_KEPT = 4096
 _LONGEST_LAG_S = 2.0
+_PLACE = "place-in-doorway"
+"""Key under which a call keeps its place, where its trailing metadata will be: until a handler sets them, they are the
+one thing of a call that the gate can write and the handler can read."""
 
 
 class Gate:
@@ -52,7 +55,9 @@ class Gate:
         self._clock = clock
         self._statuses: dict[tuple[str, int], RpcStatus] = {}
         self._too_late = rpc_status_of(DeadlineExceeded("transport"), stretch=1)
-        self._doorway: deque[float] = deque()  # when those came whom nobody handles yet
+        self._doorway: dict[int, float] = {}  # when those came whom nobody handles yet, by their place
+        self._places = itertools.count()
+        self._lag_s = 0.0
 
     def __call__(self, path: bytes, context: Any) -> RpcStatus | None:
         """How to end a call that has just come; None to let it in."""
@@ -65,14 +70,16 @@ class Gate:
         in_time = remaining_s is not None and remaining_s <= self._max_duration_s
         caller = caller_of(context, self._caller_key)
         now = self._clock()
-        while self._doorway and self._doorway[0] < now - _LONGEST_LAG_S:  # their callers have gone before they entered
-            self._doorway.popleft()
+        while self._doorway and next(iter(self._doorway.values())) < now - _LONGEST_LAG_S:
+            self._pass(next(iter(self._doorway)))
         # As long as it takes to come in, it takes to go out.
-        lag_s = now - self._doorway[0] if self._doorway else 0.0
+        lag_s = self._lag_s if self._doorway else 0.0
         left_s = (remaining_s if in_time else self._max_duration_s) - 2 * lag_s
         error = self._desk.foreseen_refusal(caller, left_s, len(self._doorway))
         if error is None:
-            self._doorway.append(now)
+            place = next(self._places)
+            self._doorway[place] = now
+            context.set_trailing_metadata(((_PLACE, str(place)),))
             return None
         return self._refused(method, context, self._status(error))
 
@@ -84,10 +91,21 @@ class Gate:
         own = identity(context, self._metrics)
         return RpcStatus(status.code, status.text, (*own, *status.trailers), status.outcome)
 
-    def entered(self) -> None:
-        """A call that was let in is now being handled."""
-        if self._doorway:
-            self._doorway.popleft()
+    def entered(self, context: Any) -> float:
+        """A call that was let in is now being handled; returns when it came."""
+        now = self._clock()
+        place = int(dict(context.trailing_metadata() or ()).get(_PLACE, -1))
+        came = self._doorway.get(place)
+        if came is None:  # it has not come this way, or took so long that it was passed
+            return now
+        self._lag_s = now - came
+        self._pass(place)
+        return came
+
+    def _pass(self, place: int) -> None:
+        """Forget one who is in the doorway, and those before it: they hold up nobody, as their callers send nothing."""
+        for number in list(itertools.takewhile(lambda number: number <= place, self._doorway)):
+            del self._doorway[number]
 
     def _status(self, error: QueueFull | WouldBeLate) -> RpcStatus:
         """The status of an error, with an advised delay of whole fiftieths of a second, so that few are to be made."""

@@ -36,6 +36,9 @@ REQUEST_ID_KEY = "x-request-id"
 _ATTEMPTS_KEY = "grpc-previous-rpc-attempts"
 _LONGEST_NAME = 128
 _LOST_CALLERS = 100
+_DEADLINE_PART, _DEADLINE_NEAR_S = 0.1, 0.1
+"""A caller's clock started before ours, by the time that the call took to come: who gives up when so little is left of
+its time, as a part and in seconds, has come to its deadline."""
 
 # What goes well is for debugging. So are refusals: a line for each would cost an overloaded server more than refusing.
 _LEVELS = dict.fromkeys(Outcome, logging.INFO) | dict.fromkeys(
@@ -62,7 +65,7 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         metrics: Counts the calls.
         max_duration_s: Longest time for a request for generation, in seconds.
         caller_key: Metadata key whose value names the caller.
-        entered: Is called when a request for generation begins to be handled.
+        entered: Given the context of a request for generation that begins to be handled, tells when it came.
         clock: Monotonic seconds.
         jitter: Spreads the delays that refused callers are advised.
     """
@@ -73,7 +76,7 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         *,
         max_duration_s: float,
         caller_key: str | None = None,
-        entered: Callable[[], None] = lambda: None,
+        entered: Callable[[Any], float] | None = None,
         clock: Clock = time.monotonic,
         jitter: random.Random | None = None,
     ) -> None:
@@ -119,7 +122,7 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         clock = self._clock
 
         async def call(request: Any, context: Any) -> Any:
-            began = clock()
+            began = self._entered(context) if method.generates and self._entered else clock()
             method.metrics.started()
             own: tuple[tuple[str, str], ...] = ()
             try:
@@ -131,7 +134,7 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
                     raise MalformedMessage
                 response = await self._handled(method, behaviour, request, context, began)
             except (asyncio.CancelledError, _CallIsDead):
-                method.count(*_why_cancelled(context), clock() - began)
+                method.count(*self._why_cancelled(context, began), clock() - began)
                 raise
             except grpc.aio.AbortError:  # the handler has ended the call by itself
                 method.count(context.code(), Outcome.ERROR, clock() - began)
@@ -152,18 +155,27 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         self, method: "_GuardedMethod", behaviour: Behaviour, request: Any, context: Any, began: float
     ) -> Any:
         """Handle a call; one for generation within the caller's deadline, which gRPC enforces, and the server's own."""
-        remaining_s, longest_s = context.time_remaining(), self._max_duration_s
+        remaining_s = context.time_remaining()
+        longest_s = self._max_duration_s - (self._clock() - began)
         in_time = remaining_s is not None and remaining_s <= longest_s
-        deadline_s = began + (remaining_s if in_time else longest_s)
+        deadline_s = self._clock() + (remaining_s if in_time else longest_s)
         current_call.set(Call(began, deadline_s, caller_of(context, self._caller_key)))
         if not method.generates:
             return await behaviour(request, context)
-        self._entered()
         if remaining_s is None:
             self._metrics.deadline_missing()
         elif remaining_s <= 0:
             raise DeadlineExceeded("transport")
         return await (behaviour(request, context) if in_time else _within(longest_s, behaviour(request, context)))
+
+    def _why_cancelled(self, context: Any, began: float) -> tuple[grpc.StatusCode, Outcome]:
+        """Whether its deadline ended a call, or else its caller, who waits for it no more either when it has come."""
+        remaining_s = context.time_remaining()
+        if remaining_s is not None:
+            whole_s = remaining_s + self._clock() - began
+            if remaining_s <= min(_DEADLINE_PART * whole_s, _DEADLINE_NEAR_S):
+                return grpc.StatusCode.DEADLINE_EXCEEDED, Outcome.DEADLINE
+        return grpc.StatusCode.CANCELLED, Outcome.CANCELLED
 
     def _status_of(self, error: Exception, method: "_GuardedMethod") -> RpcStatus:
         if type(error) in STATUSES:
@@ -303,10 +315,3 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return _Malformed
 
     return read
-
-
-def _why_cancelled(context: Any) -> tuple[grpc.StatusCode, Outcome]:
-    remaining_s = context.time_remaining()
-    if remaining_s is not None and remaining_s <= 0:
-        return grpc.StatusCode.DEADLINE_EXCEEDED, Outcome.DEADLINE
-    return grpc.StatusCode.CANCELLED, Outcome.CANCELLED

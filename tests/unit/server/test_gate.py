@@ -1,5 +1,6 @@
 """Calls that the engine could not take are refused before they are read, and told and counted as any other."""
 
+import asyncio
 import random
 
 import grpc
@@ -103,6 +104,7 @@ class At:
 
     def __init__(self, remaining_s: float) -> None:
         self._remaining_s = remaining_s
+        self._trailers: tuple[tuple[str, str], ...] = ()
 
     def time_remaining(self) -> float:
         return self._remaining_s
@@ -113,21 +115,68 @@ class At:
     def peer(self) -> str:
         return "ipv4:10.0.0.1:1"
 
+    def set_trailing_metadata(self, trailers: tuple[tuple[str, str], ...]) -> None:
+        self._trailers = trailers
 
-async def test_who_is_in_the_doorway_counts_as_ahead_and_the_lag_as_time_that_is_gone() -> None:
+    def trailing_metadata(self) -> tuple[tuple[str, str], ...]:
+        return self._trailers
+
+
+async def test_who_is_in_the_doorway_counts_as_ahead_and_how_long_the_last_one_was_there_as_time_that_is_gone() -> None:
     clock = ManualClock()
     async with serving() as service:
         gate = gate_of(service, clock)
-        for _ in range(3):
-            assert gate(b"/x", At(10)) is None
+        calls = [At(10) for _ in range(6)]
+        came = []
+        for call in calls[:3]:
+            assert gate(b"/x", call) is None
+            came.append(clock.now)
             clock.now += 0.25
-        gate.entered()
-        assert gate(b"/x", At(10)) is None
+        assert gate.entered(calls[0]) == came[0]
+        assert gate(b"/x", calls[3]) is None
+        clock.now += 0.25
+        assert gate.entered(calls[1]) == came[1]
+        assert gate(b"/x", calls[4]) is None
         clock.now += 100
-        assert gate(b"/x", At(10)) is None
-        assert service.engine.ahead == [0, 1, 2, 2, 0]
-        assert service.engine.remaining_s == pytest.approx([10, 9.5, 9, 9, 10])
+        assert gate(b"/x", calls[5]) is None
+        assert service.engine.ahead == [0, 1, 2, 2, 2, 0]
+        assert service.engine.remaining_s == pytest.approx([10, 10, 10, 8.5, 8.5, 10])
         assert gate(b"/y", At(0)) is None
+
+
+async def test_who_never_enters_takes_nobodys_time() -> None:
+    """A caller may begin a call and send no message."""
+    clock = ManualClock()
+    async with serving() as service:
+        gate = gate_of(service, clock)
+        stays_away, slow = At(10), At(10)
+        assert gate(b"/x", stays_away) is None
+        assert gate(b"/x", slow) is None
+        for _ in range(3):
+            clock.now += 1
+            call = At(1)
+            assert gate(b"/x", call) is None
+            assert gate.entered(call) == clock.now
+        assert gate.entered(slow) == clock.now
+        assert service.engine.ahead == [0, 1, 2, 0, 0]
+        assert service.engine.remaining_s == pytest.approx([10, 10, 1, 1, 1])
+
+
+async def test_who_has_not_come_by_the_gate_comes_when_it_enters() -> None:
+    clock = ManualClock()
+    async with serving() as service:
+        assert gate_of(service, clock).entered(At(1)) == clock.now
+
+
+async def test_a_call_that_sends_nothing_leaves_no_trace_for_the_next() -> None:
+    async with serving() as service:
+        unfinished = service.channel.stream_unary("/beamline.v1.GenerationService/Generate")(timeout=30)
+        while not service.engine.ahead:  # noqa: ASYNC110 - the gate has no event
+            await asyncio.sleep(0)
+        unfinished.cancel()
+        for _ in range(3):
+            assert len((await service.stub.Generate(REQUEST, timeout=5)).results) == 1
+        assert service.engine.ahead == [0, 1, 0, 0]
 
 
 async def test_a_server_that_is_not_ready_says_so_itself() -> None:

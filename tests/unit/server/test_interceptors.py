@@ -12,7 +12,7 @@ from google.rpc import error_details_pb2
 from prometheus_client import CollectorRegistry
 
 from beamline.v1 import generation_pb2 as pb
-from beamline_server.metrics import Metrics
+from beamline_server.metrics import Metrics, Outcome
 from beamline_server.rpc.call import Call, current_call, generates
 from beamline_server.rpc.errors import MethodNotFound
 from beamline_server.rpc.interceptors import Guard, _LostCallers, printable
@@ -254,7 +254,7 @@ class Context:
     """A server's context for one call, as far as the guard uses it."""
 
     def __init__(self, remaining_s: float | None) -> None:
-        self._remaining_s = remaining_s
+        self.remaining_s = remaining_s
         self.aborted: tuple[Any, ...] = ()
         self.written: list[bytes] = []
 
@@ -268,7 +268,7 @@ class Context:
         pass
 
     def time_remaining(self) -> float | None:
-        return self._remaining_s
+        return self.remaining_s
 
     async def write(self, response: bytes) -> None:
         self.written.append(response)
@@ -276,6 +276,39 @@ class Context:
     async def abort(self, *arguments: Any) -> None:
         self.aborted = arguments
         raise grpc.aio.AbortError
+
+
+@pytest.mark.parametrize(
+    ("whole_s", "left_s", "outcome"),
+    [
+        (10, 0, Outcome.DEADLINE),
+        (10, 0.09, Outcome.DEADLINE),
+        (10, 0.11, Outcome.CANCELLED),
+        (0.5, 0.04, Outcome.DEADLINE),
+        (0.5, 0.06, Outcome.CANCELLED),
+        (None, None, Outcome.CANCELLED),
+    ],
+)
+async def test_who_gives_up_at_its_deadline_by_its_own_clock_is_counted_as_late(
+    whole_s: float | None, left_s: float | None, outcome: Outcome
+) -> None:
+    clock, context = ManualClock(), Context(remaining_s=whole_s)
+
+    @generates
+    async def behaviour(request: object, at: object) -> None:
+        clock.now += 1 if whole_s is None or left_s is None else whole_s - left_s
+        context.remaining_s = left_s
+        raise asyncio.CancelledError
+
+    async def continuation(details: object) -> Any:
+        return grpc.unary_unary_rpc_method_handler(behaviour)
+
+    metrics = Metrics(CollectorRegistry())
+    guard = Guard(metrics, max_duration_s=30, clock=clock)
+    handler = await guard.intercept_service(continuation, SimpleNamespace(method=GENERATE))
+    with pytest.raises(asyncio.CancelledError):
+        await handler.unary_unary(REQUEST, context)
+    assert metrics.registry.get_sample_value("beamline_requests_total", {"outcome": outcome.value}) == 1
 
 
 async def test_a_request_that_comes_too_late_is_not_begun() -> None:
