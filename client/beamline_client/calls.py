@@ -13,7 +13,7 @@ import grpc
 from beamline.v1 import generation_pb2 as pb
 from beamline_client import converters
 from beamline_client.errors import REQUEST_ID_KEY, FieldViolation, InvalidRequest, ProtocolError, from_rpc_error
-from beamline_client.results import Input, Piece, Result, SearchOptions, Source
+from beamline_client.results import Input, Piece, Priority, Result, SearchOptions, Source
 
 DEFAULT_TIMEOUT_S = 30.0
 DEFAULT_MAX_SEND_BYTES = 1024 * 1024
@@ -32,6 +32,8 @@ class CallOptions(TypedDict, total=False):
     """Return the log-probability of each generated token. Default: False."""
     truncate: bool
     """Cut a source that is too long instead of refusing it. Default: False."""
+    priority: Priority
+    """Who waits for whom. Default: normal."""
     timeout_s: float | None
     """Time for the whole call, retries included, in seconds. Default: the client's."""
     request_id: str | None
@@ -87,6 +89,7 @@ class CallBuilder:
             search=converters.search_to_pb(options.get("search")),
             output=_output(options),
             truncate_source=options.get("truncate", False),
+            priority=_priority(options),
         )
         return self._call(request, options)
 
@@ -97,6 +100,7 @@ class CallBuilder:
             search=converters.search_to_pb(options.get("search")),
             output=_output(options),
             truncate_source=options.get("truncate", False),
+            priority=_priority(options),
         )
         return self._call(request, options)
 
@@ -134,6 +138,10 @@ def require_result(last: Piece | Result | None) -> None:
     """
     if not isinstance(last, Result):
         raise ProtocolError("the server ended a stream without a result")
+
+
+def _priority(options: CallOptions) -> pb.Priority:
+    return converters.PRIORITIES[options["priority"]] if "priority" in options else pb.PRIORITY_UNSPECIFIED
 
 
 def _with_likeliest(unknown: str) -> str:

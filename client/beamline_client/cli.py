@@ -12,7 +12,7 @@ from beamline_client.bulk import Generated
 from beamline_client.calls import DEFAULT_TIMEOUT_S, CallOptions
 from beamline_client.errors import BeamlineError
 from beamline_client.rendering import as_json, plain, scored, streamed
-from beamline_client.results import EarlyStopping, SearchOptions
+from beamline_client.results import EarlyStopping, Priority, SearchOptions
 from beamline_client.translation import PROGRAM, Task, TextUnusable, translate
 
 EXIT_SKIPPED = 3
@@ -84,7 +84,11 @@ def _call_options(arguments: argparse.Namespace) -> CallOptions:
         max_new_tokens=arguments.max_new_tokens,
     )
     return CallOptions(
-        search=search, token_ids=arguments.json, token_logprobs=arguments.json, truncate=arguments.truncate
+        search=search,
+        token_ids=arguments.json,
+        token_logprobs=arguments.json,
+        truncate=arguments.truncate,
+        priority=Priority(arguments.priority),
     )
 
 
@@ -153,6 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--concurrency", type=_positive(int), default=4, metavar="N", help="requests at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--priority",
+        choices=[priority.value for priority in Priority],
+        default=Priority.NORMAL.value,
+        help="batch lets all other requests go first (default: %(default)s)",
     )
     parser.add_argument(
         "--truncate",

@@ -15,6 +15,7 @@ from beamline_client.results import (
     Limits,
     ModelInfo,
     Piece,
+    Priority,
     Result,
     SearchOptions,
     ServerInfo,
@@ -26,6 +27,7 @@ _LENGTH_PENALTY_KINDS = {
     LengthPenaltyKind.POWER: pb.LENGTH_PENALTY_KIND_POWER,
     LengthPenaltyKind.GNMT: pb.LENGTH_PENALTY_KIND_GNMT,
 }
+PRIORITIES = {Priority.NORMAL: pb.PRIORITY_NORMAL, Priority.BATCH: pb.PRIORITY_BATCH}
 _EARLY_STOPPINGS = {
     EarlyStopping.WHEN_FULL: pb.EARLY_STOPPING_WHEN_FULL,
     EarlyStopping.HEURISTIC: pb.EARLY_STOPPING_HEURISTIC,
@@ -207,6 +209,7 @@ def info_from_pb(message: pb.GetInfoResponse) -> ServerInfo:
             max_message_bytes=limits.max_message_bytes,
             max_duration_s=_seconds(limits.max_duration),
             max_target_tokens=limits.max_target_tokens,
+            max_request_cost=limits.max_request_cost,
         ),
         default_search=search_from_pb(message.default_search),
         versions=dict(message.versions),

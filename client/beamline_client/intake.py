@@ -4,12 +4,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from beamline_client.bulk import Line, batched
-from beamline_client.results import Limits, Result
+from beamline_client.results import Limits, Result, SearchOptions
 
 _REQUEST_BYTES = 512
 """Room in a message for everything but the texts."""
 _TEXT_BYTES = 16
 """Room in a message around each text."""
+
+
+def search_cost(search: SearchOptions | None, default: SearchOptions) -> int:
+    """What a text counts for `Limits.max_request_cost` with these options; 0 if the server tells no defaults."""
+    wanted = search or default
+    beams, tokens = wanted.beam_size or default.beam_size, wanted.max_new_tokens or default.max_new_tokens
+    return (beams or 0) * (tokens or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +27,13 @@ class Intake:
         limits: As the server tells them.
         truncate: Whether a text that is too long is cut; otherwise it has a problem.
         beside_bytes: Room in a message for what is sent with each text.
+        text_cost: What each text counts for `Limits.max_request_cost`.
     """
 
     limits: Limits
     truncate: bool
     beside_bytes: int = 0
+    text_cost: int = 0
 
     @property
     def longest_text(self) -> int:
@@ -45,8 +54,10 @@ class Intake:
         return (line if line.problem is not None else replace(line, problem=self._problem(line.text)) for line in lines)
 
     def batches(self, lines: Iterable[Line], most: int) -> Iterator[list[Line]]:
-        """The lines in requests of `most` lines, or fewer where the server takes fewer lines or bytes at once."""
+        """The lines in requests of `most` lines, or fewer where the server takes fewer lines, bytes or work at once."""
         at_once = min(most, self.limits.max_inputs)
+        if self.limits.max_request_cost and self.text_cost:
+            at_once = max(1, min(at_once, self.limits.max_request_cost // self.text_cost))
         checked = self.checked(lines)
         return batched(checked, lines_at_once=at_once, bytes_at_once=self._room, bytes_around=self._around)
 

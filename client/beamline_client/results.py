@@ -21,6 +21,15 @@ class Input:
     ids. None lets the model begin."""
 
 
+class Priority(enum.Enum):
+    """Who waits for whom."""
+
+    NORMAL = "normal"
+    """Callers share the server fairly."""
+    BATCH = "batch"
+    """Starts when no request of normal priority waits; for what nobody waits for."""
+
+
 class LengthPenaltyKind(enum.Enum):
     """How the length of a hypothesis weighs in its score."""
 
@@ -175,6 +184,8 @@ class Limits:
     """Longest time that a request may take, in seconds."""
     max_target_tokens: int = 0
     """Most tokens in one target, a prefix and what is generated together; 0 if the server does not know prefixes."""
+    max_request_cost: int = 0
+    """Most of `beam_size * max_new_tokens`, summed over the inputs of a request; 0 if the server does not limit it."""
 
 
 @dataclass(frozen=True, slots=True)

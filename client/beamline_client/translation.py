@@ -15,10 +15,10 @@ from beamline_client.calls import CallOptions
 from beamline_client.client import Client
 from beamline_client.converters import input_to_pb
 from beamline_client.errors import InvalidRequest
-from beamline_client.intake import Intake
+from beamline_client.intake import Intake, search_cost
 from beamline_client.progress import CLEAR_LINE, Progress
 from beamline_client.rendering import on_one_line
-from beamline_client.results import Input, Limits, Piece, Result, TargetPrefix
+from beamline_client.results import Input, Piece, Result, ServerInfo, TargetPrefix
 
 PROGRAM = "beamline translate"
 
@@ -174,16 +174,17 @@ def _prefix_flag(prefix: TargetPrefix | None) -> str:
 
 
 def _intake(task: Task, client: Client) -> Intake:
-    limits, truncate, prefix = _limits(client), task.options.get("truncate", False), task.target_prefix
+    info, truncate, prefix = _info(client), task.options.get("truncate", False), task.target_prefix
+    limits, text_cost = info.limits, search_cost(task.options.get("search"), info.default_search)
     if prefix is None:
-        return Intake(limits, truncate)
+        return Intake(limits, truncate, text_cost=text_cost)
     if not limits.max_target_tokens:
         raise TextUnusable(
             f"the server at {client.target} takes no notice of target prefixes: leave {_prefix_flag(prefix)} out, or "
             "serve the model with a newer Beamline"
         )
     beside_bytes = input_to_pb(Input("", prefix)).ByteSize()
-    intake = Intake(limits, truncate, beside_bytes)
+    intake = Intake(limits, truncate, beside_bytes, text_cost)
     if not intake.longest_text:
         raise TextUnusable(
             f"{_prefix_flag(prefix)}: has {beside_bytes} bytes, which leaves no room for a text in a message of "
@@ -192,14 +193,14 @@ def _intake(task: Task, client: Client) -> Intake:
     return intake
 
 
-def _limits(client: Client) -> Limits:
+def _info(client: Client) -> ServerInfo:
     info = client.info()
     if not info.model.has_tokenizer:
         raise TextUnusable(
             f"the model of the server at {client.target} has no tokenizer and takes token ids alone: "
             "send them with beamline_client.Client, or serve a model with a tokenizer"
         )
-    return info.limits
+    return info
 
 
 def _generated(

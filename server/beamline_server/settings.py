@@ -71,6 +71,11 @@ class Settings(BaseModel):
         default=MAX_BEAMS, ge=1, le=MAX_BEAMS, description="Widest beam that a request may ask for."
     )
     max_inputs: int = Field(default=64, ge=1, le=1024, description="Most inputs in one request.")
+    max_request_cost: Count | Auto = Field(
+        default="auto",
+        description="Most that one request may cost: beams times most new tokens, summed over its inputs; auto is "
+        "twice what all inputs cost by the model's defaults.",
+    )
     max_text_bytes: Count = Field(default=65536, description="Most bytes of UTF-8 in one text.")
     max_message_bytes: Bytes = Field(default=1024 * 1024, description="Most bytes in one request message.")
     max_duration_s: float = Field(

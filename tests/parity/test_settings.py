@@ -50,7 +50,7 @@ def ours(bundle: Bundle, texts: Sequence[str]) -> list[list[str]]:
     """The texts of all hypotheses that a request without options gets."""
     manifest, tokenizer = bundle.manifest, load_tokenizer(bundle)
     assert tokenizer is not None
-    options = default_search(manifest.generation_defaults, limits_of(Settings(), manifest.dimensions))
+    options = default_search(manifest.generation_defaults, limits_of(Settings(), manifest))
     searches = [(tuple(tokenizer.encode(text)), options) for text in texts]
     found = search_all(build_backend(bundle, "cpu", threads=1), model_rules(manifest), searches)
     return [[tokenizer.decode(hypothesis.tokens) for hypothesis in answer.hypotheses] for answer in found]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from beamline_server.engine.admission import cost
 from beamline_server.engine.errors import QueueFull, WouldBeLate
 from beamline_server.engine.pace import Pace
-from beamline_server.engine.request import GenerationRequest, RequestId
+from beamline_server.engine.request import GenerationRequest, Priority, RequestId
 
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.02, 5.0
 _WAIT_MARGIN, _SERVICE_MARGIN, _MOST_MARGIN_S = 2.0, 0.3, 0.6
@@ -34,11 +34,12 @@ class _Held:
 
 
 class _Entry(NamedTuple):
-    """Who has a request, whose it is, and what it holds."""
+    """Who has a request, whose it is, what it holds, and whether others go first."""
 
     worker: int
     caller: str
     share: _Held
+    priority: Priority
 
 
 class Ledger:
@@ -57,6 +58,7 @@ class Ledger:
         self._queue_rows = queue_rows
         self._requests: dict[RequestId, _Entry] = {}
         self._workers = [_Held() for _ in paces]
+        self._batch = [_Held() for _ in paces]  # of which others go first
         self._callers: dict[str, _Held] = {}
         self._ended_per_s = 0.0
         self._last_ended_at = self._promised_until = now
@@ -75,7 +77,7 @@ class Ledger:
         """Raise AssertionError unless nobody holds anything."""
         assert not self._requests, "requests without an outcome"
         assert not self._callers, "callers who hold something without a request"
-        assert not any(held.rows for held in self._workers), "rows held by nobody"
+        assert not any(held.rows for held in (*self._workers, *self._batch)), "rows held by nobody"
 
     def worker_of(self, number: RequestId) -> int | None:
         """Who has a request; None if it holds nothing (any more)."""
@@ -91,7 +93,9 @@ class Ledger:
         share = _Held(cost(request).rows, self._paces[worker].work(request))
         self._workers[worker].add(share, 1)
         self._callers.setdefault(request.caller, _Held()).add(share, 1)
-        self._requests[request.id] = _Entry(worker, request.caller, share)
+        if request.priority is Priority.BATCH:
+            self._batch[worker].add(share, 1)
+        self._requests[request.id] = _Entry(worker, request.caller, share, request.priority)
 
     def let_go(self, number: RequestId) -> bool:
         """A request ends; returns whether it held anything."""
@@ -99,6 +103,8 @@ class Ledger:
         if entry is None:
             return False
         self._workers[entry.worker].add(entry.share, -1)
+        if entry.priority is Priority.BATCH:
+            self._batch[entry.worker].add(entry.share, -1)
         of_caller = self._callers[entry.caller]
         of_caller.add(entry.share, -1)
         if of_caller.rows == 0:
@@ -111,17 +117,21 @@ class Ledger:
         weight = min(1.0, elapsed)
         self._ended_per_s += weight * (requests / elapsed - self._ended_per_s)
 
-    def full(self, caller: str, rows: int, requests: int, now: float) -> QueueFull | None:
+    def full(
+        self, caller: str, rows: int, requests: int, now: float, priority: Priority = Priority.NORMAL
+    ) -> QueueFull | None:
         """What to say to a caller of some requests with so many rows, if there is no room for them.
 
         A caller who has less than a fair share of what can be held finds room for it although others have taken more.
+        What others go before finds room in half of the queue.
         """
         held = sum(held.rows for held in self._workers)
-        if held + rows <= self.room:
+        room = self.room - (0 if priority is Priority.NORMAL else self._queue_rows // 2)
+        if held + rows <= room:
             return None
         own = self._callers.get(caller, _Held()).rows
-        share = self.room // (1 + len(self._callers.keys() - {caller}))
-        if own + rows <= share and held + rows <= _FAIRLY * self.room:
+        share = room // (1 + len(self._callers.keys() - {caller}))
+        if own + rows <= share and held + rows <= _FAIRLY * room:
             return None
         queued = max(0, held - len(self._workers) * self._worker_rows)
         return QueueFull(queued, self._queue_rows, self._retry_after_s(requests, now))
@@ -132,7 +142,7 @@ class Ledger:
             if request.deadline is not None:
                 worker = self._requests[request.id].worker
                 service_s = self._busy(worker) * self._paces[worker].service_s(request)
-                wait_s, remaining_s = self._wait_s(worker, request.caller), request.deadline - now
+                wait_s, remaining_s = self._wait_s(worker, request.caller, request.priority), request.deadline - now
                 if not _in_time(wait_s, service_s, remaining_s):
                     return WouldBeLate(wait_s + service_s, remaining_s, self._retry_after_s(len(requests), now))
         return None
@@ -152,7 +162,9 @@ class Ledger:
         if full := self.full(caller, 1 + ahead, 1, now):
             return full
         pace = self._paces[worker]
-        wait_s = self._wait_s(worker, caller) + pace.wait_s(ahead / len(self._workers) * pace.work_per_answer)
+        wait_s = self._wait_s(worker, caller, Priority.NORMAL) + pace.wait_s(
+            ahead / len(self._workers) * pace.work_per_answer
+        )
         service_s = self._busy(worker) * pace.usual_service_s
         if _in_time(wait_s, service_s, remaining_s):
             return None
@@ -162,18 +174,22 @@ class Ledger:
         """How much of its rows a worker has to do with: steps of few rows are shorter than those that it remembers."""
         return min(1.0, self._workers[worker].rows / self._worker_rows)
 
-    def _wait_s(self, worker: int, caller: str) -> float:
+    def _wait_s(self, worker: int, caller: str, priority: Priority) -> float:
         """How long a caller's newcomer waits at a worker: until what is queued before it has ended.
 
         That is no more than the caller itself has there, for each caller: shares are fair.
         """
-        held = self._workers[worker]
+        held, batch, pace = self._workers[worker], self._batch[worker], self._paces[worker]
         queued = max(0, held.rows - self._worker_rows)
+        if priority is Priority.BATCH:
+            return pace.wait_s(held.work * queued / held.rows) if queued else 0.0
+        rows, work = held.rows - batch.rows, held.work - batch.work
+        queued = min(queued, rows)
         if not queued:
             return 0.0
         own = self._callers.get(caller, _Held())
         fair = own.work / len(self._workers) * len(self._callers)
-        return self._paces[worker].wait_s(min(held.work * queued / held.rows, fair))
+        return pace.wait_s(min(work * queued / rows, fair))
 
     def _retry_after_s(self, requests: int, now: float) -> float:
         """When as many requests could be taken, at the rate of the last second or so, behind all who were told before.

@@ -2,7 +2,8 @@
 
 Start-time fair queueing (Goyal, Vin, Cheng 1996): a request is due at the virtual time at which its caller's work
 before it would have ended if every caller who waits had an equal share of the engine; who is due first is next. So a
-caller with little work is not held up by one with much, however much that one has queued before.
+caller with little work is not held up by one with much, however much that one has queued before. Requests of batch
+priority are a queue of their own behind all others.
 
 No narrow request overtakes a wide one that is next, which waits for enough room: it would use a few more rows, and let
 a stream of narrow ones starve the wide one. Who may not start because its caller has rows enough (`shares.py`) is
@@ -13,17 +14,42 @@ import math
 from bisect import insort
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import groupby, takewhile
 
 from beamline_server.engine.admission import cost
-from beamline_server.engine.request import GenerationRequest, RequestId
+from beamline_server.engine.request import GenerationRequest, Priority, RequestId
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Waiting:
+    priority: int
     due: float
     number: int
     request: GenerationRequest = field(compare=False)
+
+
+@dataclass(slots=True)
+class _Clock:
+    """The virtual time of a priority.
+
+    Attributes:
+        now: When the last one that started was due.
+        ends: When all that a caller has asked for would have ended.
+    """
+
+    now: float = 0.0
+    ends: dict[str, float] = field(default_factory=dict)
+
+    def due(self, caller: str, work: float) -> float:
+        """When a caller's next request is due, with so much work."""
+        due = max(self.now, self.ends.get(caller, 0.0))
+        self.ends[caller] = due + work
+        return due
+
+    def advance(self, due: float) -> None:
+        """One that was due at this time starts."""
+        self.now = max(self.now, due)
+        self.ends = {caller: end for caller, end in self.ends.items() if end > self.now}
 
 
 class Queue:
@@ -31,8 +57,7 @@ class Queue:
 
     def __init__(self) -> None:
         self._waiting: list[_Waiting] = []  # who is next comes first
-        self._virtual_now = 0.0
-        self._ends: dict[str, float] = {}  # the virtual time at which all that a caller has asked for would have ended
+        self._clocks = {priority.value: _Clock() for priority in Priority}
         self._came = 0
         self._came_at: dict[int, float] = {}  # of those who wait, by number, so the oldest first
         self.rows = 0
@@ -52,11 +77,11 @@ class Queue:
 
     def append(self, request: GenerationRequest, now: float, work: float = 1.0) -> None:
         """A request comes, with so much work, in any unit that is the same for all."""
-        due = max(self._virtual_now, self._ends.get(request.caller, 0.0))
-        self._ends[request.caller] = due + work
+        priority = request.priority.value
+        due = self._clocks[priority].due(request.caller, work)
         self._came += 1
         self._came_at[self._came] = now
-        insort(self._waiting, _Waiting(due, self._came, request))
+        insort(self._waiting, _Waiting(priority, due, self._came, request))
         self.rows += cost(request).rows
         if request.deadline is not None:
             self.earliest_deadline = min(self.earliest_deadline, request.deadline)
@@ -70,8 +95,8 @@ class Queue:
                 break
             (taken if waiting.request is requests[len(taken)] else kept).append(waiting)
         self._waiting[: len(taken) + len(kept)] = kept
-        self._virtual_now = max([self._virtual_now, *(waiting.due for waiting in taken)])
-        self._ends = {caller: end for caller, end in self._ends.items() if end > self._virtual_now}
+        for priority, of_it in groupby(taken, key=lambda waiting: waiting.priority):
+            self._clocks[priority].advance(max(waiting.due for waiting in of_it))
         return [(waiting.request, self._leave(waiting)) for waiting in taken]
 
     def cancel(self, ids: Collection[RequestId]) -> list[GenerationRequest]:

@@ -24,6 +24,13 @@ class LengthPenaltyKind(Enum):
     """S / ((5 + n) / 6)^p: Wu et al. 2016, eq. 14, as in Tensor2Tensor."""
 
 
+class Priority(Enum):
+    """Who waits for whom: a request starts when none of a lower number waits."""
+
+    NORMAL = 0
+    BATCH = 1
+
+
 class EarlyStopping(Enum):
     """When a beam search ends; Hugging Face's `early_stopping` = True, False, "never"."""
 
@@ -57,6 +64,7 @@ class GenerationRequest:
         stream: Whether to deliver `Piece` events on the way.
         target_prefix: Target tokens that are given, after the decoder start; what is generated continues them.
         caller: Who asks; callers share the engine fairly.
+        priority: Who waits for whom.
     """
 
     id: RequestId
@@ -66,6 +74,7 @@ class GenerationRequest:
     stream: bool = False
     target_prefix: tuple[int, ...] = ()
     caller: str = ""
+    priority: Priority = Priority.NORMAL
 
 
 class Finish(Enum):

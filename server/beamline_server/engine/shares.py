@@ -2,13 +2,13 @@
 
 A sequence that runs is not interrupted. So whoever takes all rows with long searches makes everybody wait until one of
 these ends, however few others ask, and however soon their turn is. As long as others are about, a caller whose
-sequences run already starts no more of them in the last eighth of the rows.
+sequences run already starts no more of them in the last eighth of the rows, and nothing of batch priority starts there.
 """
 
 from collections.abc import Iterable, Iterator
 
 from beamline_server.engine.admission import cost
-from beamline_server.engine.request import GenerationRequest
+from beamline_server.engine.request import GenerationRequest, Priority
 
 _LEFT = 8
 """One row of so many is left to others."""
@@ -54,11 +54,13 @@ class Shares:
 
     def startable(self, queue: Iterable[GenerationRequest], now: float) -> Iterator[GenerationRequest]:
         """Those of a queue who may start now, in its order, each supposing that those before it do."""
-        held = dict(self._rows)
+        held, total = dict(self._rows), self.rows
         for request in queue:
             own, rows = held.get(request.caller, 0), cost(request).rows
-            if own == 0 or own + rows <= self._most or not self._others_are_about(request.caller, now):
+            counted = own if request.priority is Priority.NORMAL else total
+            if counted == 0 or counted + rows <= self._most or not self._others_are_about(request.caller, now):
                 held[request.caller] = own + rows
+                total += rows
                 yield request
 
     def _others_are_about(self, caller: str, now: float) -> bool:

@@ -257,7 +257,7 @@ class Engine:
         self._bury(self._workers[number], logged_failure(stuck, "a worker"))
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
-        """Accept all requests or none. Never blocks for long.
+        """Accept all requests, of one caller and priority, or none. Never blocks for long.
 
         Raises:
             SourceTooLong: a source has more tokens than the model has positions.
@@ -277,7 +277,8 @@ class Engine:
         with self._lock:
             if self._stopping or not self._to_choose_from():
                 raise EngineStopped
-            if full := ledger.full(requests[0].caller, wanted, len(requests), self._clock()):
+            first = requests[0]
+            if full := ledger.full(first.caller, wanted, len(requests), self._clock(), first.priority):
                 raise full
             for request in requests:
                 worker = self._next_worker()

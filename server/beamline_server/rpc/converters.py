@@ -4,13 +4,19 @@ Pure but for the tokenizer. All violations of a request are found before any is 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 from beamline.v1 import generation_pb2 as pb
-from beamline_server.bundle import Dimensions, GenerationDefaults, Manifest
+from beamline_server.bundle import GenerationDefaults, Manifest
 from beamline_server.engine.errors import Violation
-from beamline_server.engine.request import MAX_LENGTH_PENALTY, EarlyStopping, LengthPenaltyKind, SearchOptions
+from beamline_server.engine.request import (
+    MAX_LENGTH_PENALTY,
+    EarlyStopping,
+    LengthPenaltyKind,
+    Priority,
+    SearchOptions,
+)
 from beamline_server.rpc.content import ContentReader
 from beamline_server.rpc.desk import Source
 from beamline_server.rpc.errors import InvalidRequest, ModelNotFound
@@ -27,6 +33,12 @@ EARLY_STOPPINGS: Mapping[pb.EarlyStopping, EarlyStopping] = {
     pb.EARLY_STOPPING_HEURISTIC: EarlyStopping.HEURISTIC,
     pb.EARLY_STOPPING_NEVER: EarlyStopping.NEVER,
 }
+PRIORITIES: Mapping[pb.Priority, Priority] = {
+    pb.PRIORITY_NORMAL: Priority.NORMAL,
+    pb.PRIORITY_BATCH: Priority.BATCH,
+}
+_USUAL_TIMES = 2
+"""So many times what a request costs that has all inputs, and the model's defaults, a request may cost by default."""
 
 ChoiceT = TypeVar("ChoiceT")
 
@@ -41,6 +53,8 @@ class Limits:
     max_new_tokens: int
     max_target_tokens: int
     max_beam_size: int
+    max_request_cost: int
+    """Most of what `search_cost` gives, summed over the inputs of a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +73,40 @@ class Order:
     output: Output
 
 
-def limits_of(settings: Settings, dimensions: Dimensions) -> Limits:
+def search_cost(options: SearchOptions) -> int:
+    """The most that a search can take: tokens of all its hypotheses."""
+    return options.beam_size * options.max_new_tokens
+
+
+def limits_of(settings: Settings, manifest: Manifest) -> Limits:
     """What requests may ask of a model under these settings.
 
     Raises:
-        SettingsError: the settings promise more than the model has.
+        SettingsError: the settings promise more than the model has, or less than its defaults need.
     """
+    dimensions = manifest.dimensions
     wanted, possible = settings.max_new_tokens, dimensions.max_target_tokens
     if wanted != "auto" and wanted > possible:
         raise SettingsError(
             [f"max_new_tokens: {wanted} is more than the model can generate; expected at most {possible}"]
         )
-    return Limits(
+    limits = Limits(
         max_inputs=settings.max_inputs,
         max_text_bytes=settings.max_text_bytes,
         max_source_tokens=dimensions.max_source_tokens,
         max_new_tokens=possible if wanted == "auto" else wanted,
         max_target_tokens=possible,
         max_beam_size=settings.max_beam_size,
+        max_request_cost=0,  # what is usual depends on the other limits
     )
+    usual = search_cost(default_search(manifest.generation_defaults, limits))
+    if settings.max_request_cost != "auto":
+        if settings.max_request_cost < usual:
+            problem = f"{settings.max_request_cost} is less than one input costs by the model's defaults"
+            raise SettingsError([f"max_request_cost: {problem}; expected at least {usual}"])
+        return replace(limits, max_request_cost=settings.max_request_cost)
+    widest = limits.max_beam_size * limits.max_new_tokens
+    return replace(limits, max_request_cost=max(_USUAL_TIMES * limits.max_inputs * usual, widest))
 
 
 def default_search(defaults: GenerationDefaults, limits: Limits) -> SearchOptions:
@@ -156,10 +185,26 @@ class RequestReader:
         if request.HasField("search"):
             options = _SearchReader(request.search, self._defaults, self._limits, violations).options()
         sources = [self._source(path, entry, request, options, violations) for path, entry in inputs]
+        if (priority := _priority(request.priority)) is None:
+            violations.append(Violation("priority", f"is {request.priority}; expected a value of the enum"))
+        elif priority is not Priority.NORMAL:
+            sources = [replace(source, priority=priority) for source in sources]
+        if not violations and (problem := self._too_costly(sources)):
+            violations.append(Violation("search", problem))
         if violations:
             raise InvalidRequest(tuple(violations))
         output = Output(self._wants_ids(request.output), request.output.token_logprobs)
         return Order(tuple(sources), output)
+
+    def _too_costly(self, sources: Sequence[Source]) -> str | None:
+        """Why a request asks for more than one may, if it does."""
+        cost, most = sum(search_cost(source.options) for source in sources), self._limits.max_request_cost
+        if cost <= most:
+            return None
+        return (
+            f"costs {cost} (beam_size * max_new_tokens, over {len(sources)} inputs); expected at most {most}: send "
+            "fewer inputs at once, or ask for fewer beams or tokens"
+        )
 
     def _wants_ids(self, output: pb.OutputOptions) -> bool:
         """Without a tokenizer there is nothing else to return, so ids are left out only on request."""
@@ -200,6 +245,10 @@ class RequestReader:
         if tokens[-1] == self._source_eos:
             return (*tokens[: limit - 1], tokens[-1])
         return tokens[:limit]
+
+
+def _priority(number: int) -> Priority | None:
+    return Priority.NORMAL if number == pb.PRIORITY_UNSPECIFIED else PRIORITIES.get(cast(pb.Priority, number))
 
 
 class _SearchReader:

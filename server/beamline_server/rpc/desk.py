@@ -18,6 +18,7 @@ from beamline_server.engine.request import (
     Failed,
     GenerationRequest,
     Piece,
+    Priority,
     RequestId,
     SearchOptions,
 )
@@ -72,6 +73,7 @@ class Source:
     truncated: bool
     options: SearchOptions
     target_prefix: tuple[int, ...] = ()
+    priority: Priority = Priority.NORMAL
 
 
 class _Ticket(Protocol):
@@ -180,6 +182,7 @@ class Desk:
                 stream=stream,
                 target_prefix=source.target_prefix,
                 caller=call.caller,
+                priority=source.priority,
             )
             for source in sources
         )

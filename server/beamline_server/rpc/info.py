@@ -71,6 +71,7 @@ def info_message(model: ServedModel, settings: Settings, limits: Limits, default
             max_beam_size=limits.max_beam_size,
             max_message_bytes=settings.max_message_bytes,
             max_duration=duration(settings.max_duration_s),
+            max_request_cost=limits.max_request_cost,
         ),
         default_search=pb.SearchOptions(
             beam_size=defaults.beam_size,

@@ -49,7 +49,7 @@ def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | No
         SettingsError: the settings promise more than the model has.
     """
     manifest = model.bundle.manifest
-    limits = limits_of(settings, manifest.dimensions)
+    limits = limits_of(settings, manifest)
     defaults = default_search(manifest.generation_defaults, limits)
     reader = RequestReader(
         model_name=model.name,

@@ -322,6 +322,30 @@ class TestLimits:
         assert all(len(request.inputs) <= 7 and request.ByteSize() <= 2048 for request in server.requests())
         assert len(server.requests()) < 30
 
+    @pytest.mark.parametrize(
+        ("arguments", "most"), [([], 5), (["--beam", "10"], 2), (["--max-new-tokens", "4"], 32), (["--beam", "16"], 1)]
+    )
+    def test_requests_cost_no_more_than_the_server_takes(
+        self, server: FakeServer, translate: Translate, tmp_path: Path, arguments: list[str], most: int
+    ) -> None:
+        server.info.limits.max_request_cost = 2000
+        server.info.default_search.max_new_tokens = 100
+        lines = "\n".join(map(str, range(64)))
+
+        status, _, _ = translate("--file", written(tmp_path / "in.txt", lines), *arguments)
+
+        assert status == 0
+        assert max(len(request.inputs) for request in server.requests()) == most
+
+    @pytest.mark.parametrize(
+        ("arguments", "priority"), [([], pb.PRIORITY_NORMAL), (["--priority", "batch"], pb.PRIORITY_BATCH)]
+    )
+    def test_others_go_first_if_it_is_asked_for(
+        self, server: FakeServer, translate: Translate, arguments: list[str], priority: pb.Priority
+    ) -> None:
+        assert translate("x", *arguments)[0] == 0
+        assert [request.priority for request in server.requests()] == [priority]
+
     def test_a_model_without_a_tokenizer_is_told(self, server: FakeServer, translate: Translate) -> None:
         server.info.model.has_tokenizer = False
 

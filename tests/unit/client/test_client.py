@@ -17,6 +17,7 @@ from beamline_client import (
     Input,
     InvalidRequest,
     Piece,
+    Priority,
     ProtocolError,
     Result,
     SearchOptions,
@@ -70,12 +71,13 @@ def test_one_input_gives_one_result(server: FakeServer, call: Call) -> None:
 @pytest.mark.parametrize("method", ["generate_one", "stream"])
 def test_every_option_reaches_the_server(server: FakeServer, call: Call, method: str) -> None:
     search = SearchOptions(beam_size=4, n_best=2)
-    call(server.target, method, "x", search=search, token_ids=True, truncate=True)
+    call(server.target, method, "x", search=search, token_ids=True, truncate=True, priority=Priority.BATCH)
 
     request = server.calls[0].request
     assert request.search == pb.SearchOptions(beam_size=4, n_best=2)
     assert request.output == pb.OutputOptions(token_ids=True, token_logprobs=False)
     assert request.truncate_source
+    assert request.priority == pb.PRIORITY_BATCH
     assert request.model == ""
 
 

@@ -203,6 +203,7 @@ def test_server_info_keeps_everything() -> None:
         max_message_bytes=6,
         max_duration=Duration(seconds=7),
         max_target_tokens=8,
+        max_request_cost=9,
     )
 
     info = convert.info_from_pb(
@@ -213,6 +214,6 @@ def test_server_info_keeps_everything() -> None:
 
     for field in pb.ModelInfo.DESCRIPTOR.fields:
         assert getattr(info.model, field.name) == getattr(model, field.name)
-    assert info.limits == Limits(1, 2, 3, 4, 5, 6, 7.0, 8)
+    assert info.limits == Limits(1, 2, 3, 4, 5, 6, 7.0, 8, 9)
     assert info.default_search == SearchOptions(beam_size=4)
     assert info.versions == {"beamline": "0.1.0"}

@@ -1,6 +1,7 @@
 """Who holds how much: nothing is lost, and what is expected follows from it."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from beamline_server.engine.admission import cost
 from beamline_server.engine.errors import QueueFull, WouldBeLate
 from beamline_server.engine.ledger import Ledger
 from beamline_server.engine.pace import Pace
-from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
+from beamline_server.engine.request import GenerationRequest, Priority, RequestId, SearchOptions
 
 
 def asked(number: int, beams: int, caller: str = "", deadline: float | None = None) -> GenerationRequest:
@@ -70,3 +71,27 @@ def test_a_share_of_the_room_is_kept_for_those_who_have_less_than_theirs() -> No
     assert isinstance(ledger.full("greedy", 1, 1, 0.0), QueueFull)
     assert ledger.full("polite", 10, 1, 0.0) is None
     assert isinstance(ledger.full("polite", 11, 1, 0.0), QueueFull)
+
+
+def test_what_others_go_before_finds_room_in_half_of_the_queue() -> None:
+    ledger = Ledger([Pace()], 4, 16, 0.0)
+    for number in range(3):
+        ledger.hold(replace(asked(number, 4, "a"), priority=Priority.BATCH), 0)
+    assert isinstance(ledger.full("a", 1, 1, 0.0, Priority.BATCH), QueueFull)
+    assert ledger.full("a", 8, 1, 0.0, Priority.NORMAL) is None
+    for number in range(3):
+        ledger.let_go(RequestId(number))
+    ledger.check()
+
+
+def test_nobody_waits_for_what_it_goes_before() -> None:
+    """Twelve row-steps of batch priority are queued, behind which a batch request waits."""
+    ledger = Ledger([known_pace()], 4, 64, 0.0)
+    for number in range(4):
+        ledger.hold(replace(asked(number, 4, "a"), priority=Priority.BATCH), 0)
+    normal, batch = asked(8, 1, "b", deadline=4.0), replace(asked(9, 1, "b", deadline=4.0), priority=Priority.BATCH)
+    assert ledger.foreseen(0, "b", 4.0, 0, 0.0) is None
+    ledger.hold(normal, 0)
+    assert ledger.late([normal], 0.0) is None
+    ledger.hold(batch, 0)
+    assert isinstance(ledger.late([batch], 0.0), WouldBeLate)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from beamline_server.engine.admission import cost
 from beamline_server.engine.queue import Queue
-from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
+from beamline_server.engine.request import GenerationRequest, Priority, RequestId, SearchOptions
 
 
 def request(number: int, beams: int = 1, deadline: float | None = None) -> GenerationRequest:
@@ -127,6 +127,21 @@ def test_those_who_are_passed_keep_their_turn() -> None:
     assert queue.take([second, fourth]) == [(second, 1.0), (fourth, 3.0)]
     assert order(queue) == [0, 2]
     assert (queue.rows, queue.oldest_at) == (1 + 3, 0.0)
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(Priority)), max_size=30))
+def test_batch_requests_come_last_and_in_the_order_that_they_would_have_alone(
+    asked: list[tuple[str, Priority]],
+) -> None:
+    both, alone = Queue(), {priority: Queue() for priority in Priority}
+    for number, (caller, priority) in enumerate(asked):
+        one = replace(of(caller, number), priority=priority)
+        both.append(one, 0.0, work=2.0)
+        alone[priority].append(one, 0.0, work=2.0)
+    taken = []
+    while len(both):
+        taken += [one for one, _ in take_first(both, 3)]
+    assert taken == [*alone[Priority.NORMAL], *alone[Priority.BATCH]]
 
 
 def test_who_was_away_has_saved_up_nothing() -> None:

@@ -1,10 +1,12 @@
 """The last rows of a worker are for callers who have none, as long as others are about."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from beamline_server.engine.admission import cost
-from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
+from beamline_server.engine.request import GenerationRequest, Priority, RequestId, SearchOptions
 from beamline_server.engine.shares import Shares
 
 ROWS = 64
@@ -58,6 +60,17 @@ def test_who_has_nothing_may_always_start() -> None:
     shares.came("b", 0.0)
     shares.came("a", 0.0)
     assert startable(shares, [wide, wide]) == [wide]
+
+
+def test_batch_requests_leave_the_last_rows_whoever_asks() -> None:
+    shares, running = Shares(ROWS), asked("a", 16)
+    for caller in "ab":
+        shares.came(caller, 0.0)
+    for _ in range(3):
+        shares.start(running)
+    batch = [replace(asked("c", 8, number), priority=Priority.BATCH) for number in range(2)]
+    assert startable(shares, batch) == batch[:1]
+    assert startable(Shares(ROWS), [replace(running, priority=Priority.BATCH)]) != []
 
 
 callers = st.sampled_from("abc")

@@ -1,21 +1,27 @@
 """Requests: what is valid, what unset means, and that all violations are told at once."""
 
-import dataclasses
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from beamline.v1 import generation_pb2 as pb
 from beamline_server.bundle import GenerationDefaults
-from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, SearchOptions
+from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, Priority, SearchOptions
 from beamline_server.rpc.converters import Limits, Order, RequestReader, default_search, limits_of
 from beamline_server.rpc.errors import InvalidRequest, ModelNotFound
 from beamline_server.settings import Settings, SettingsError
 from doubles.service import DECODER_START, EOS, VOCABULARY, ByteTokenizer, make_manifest
 
 LIMITS = Limits(
-    max_inputs=3, max_text_bytes=20, max_source_tokens=10, max_new_tokens=50, max_target_tokens=60, max_beam_size=8
+    max_inputs=3,
+    max_text_bytes=20,
+    max_source_tokens=10,
+    max_new_tokens=50,
+    max_target_tokens=60,
+    max_beam_size=8,
+    max_request_cost=3 * 8 * 50,
 )
 DEFAULTS = SearchOptions(beam_size=4, max_new_tokens=40, min_new_tokens=2, length_penalty=0.6)
 
@@ -81,7 +87,7 @@ def test_a_default_number_of_answers_gives_way_to_fewer_beams(options: dict[str,
 
 
 def test_the_default_number_of_answers_is_within_the_limits() -> None:
-    limits = dataclasses.replace(LIMITS, max_beam_size=2)
+    limits = replace(LIMITS, max_beam_size=2)
     assert default_search(GenerationDefaults(beam_size=4, n_best=3, max_new_tokens=20), limits).n_best == 2
 
 
@@ -259,17 +265,69 @@ def test_defaults_wider_than_the_limits_are_narrowed() -> None:
 
 
 def test_limits_follow_from_settings_and_model() -> None:
-    dimensions = make_manifest().dimensions
-    limits = limits_of(Settings(max_new_tokens=100, max_beam_size=5), dimensions)
+    manifest = make_manifest()
+    limits = limits_of(Settings(max_new_tokens=100, max_beam_size=5), manifest)
     assert limits == Limits(
-        64, 65536, max_source_tokens=512, max_new_tokens=100, max_target_tokens=256, max_beam_size=5
+        64,
+        65536,
+        max_source_tokens=512,
+        max_new_tokens=100,
+        max_target_tokens=256,
+        max_beam_size=5,
+        max_request_cost=2 * 64 * 4 * 100,
     )
-    assert limits_of(Settings(), dimensions).max_new_tokens == 256
+    assert limits_of(Settings(), manifest).max_new_tokens == 256
+
+
+def test_one_input_may_ask_for_all_that_an_input_can_ask_for() -> None:
+    limits = limits_of(Settings(max_inputs=1), make_manifest())
+    assert limits.max_request_cost == 16 * 256
+
+
+def test_what_a_request_may_cost_can_be_set_but_not_below_one_input() -> None:
+    assert limits_of(Settings(max_request_cost=512), make_manifest()).max_request_cost == 512
+    with pytest.raises(SettingsError, match=r"max_request_cost: 511 is less than .*; expected at least 512"):
+        limits_of(Settings(max_request_cost=511), make_manifest())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "cost"),
+    [(2, {"beam_size": 8, "max_new_tokens": 50}, None), (3, {}, None), (3, {"beam_size": 8}, 960)],
+)
+def test_a_request_that_costs_too_much_is_refused_as_a_whole(
+    inputs: int, options: dict[str, Any], cost: int | None
+) -> None:
+    reader = make_reader(limits=replace(LIMITS, max_request_cost=800))
+    request = text(*["hi"] * inputs, search=pb.SearchOptions(**options))
+    if cost is None:
+        assert len(reader.generate(request).sources) == inputs
+        return
+    [(field, problem)] = violations(request, reader)
+    assert field == "search"
+    assert problem.startswith(f"costs {cost} (beam_size * max_new_tokens, over 3 inputs); expected at most 800: ")
+
+
+@pytest.mark.parametrize(
+    ("number", "priority"),
+    [
+        (pb.PRIORITY_UNSPECIFIED, Priority.NORMAL),
+        (pb.PRIORITY_NORMAL, Priority.NORMAL),
+        (pb.PRIORITY_BATCH, Priority.BATCH),
+    ],
+)
+def test_all_sources_of_a_request_have_its_priority(number: pb.Priority, priority: Priority) -> None:
+    assert [source.priority for source in read(text("a", "b", priority=number)).sources] == [priority] * 2
+    [source] = make_reader().stream(pb.GenerateStreamRequest(input=pb.Input(text="a"), priority=number)).sources
+    assert source.priority is priority
+
+
+def test_a_priority_that_there_is_not_is_refused() -> None:
+    assert violations(text("a", priority=7)) == [("priority", "is 7; expected a value of the enum")]
 
 
 def test_settings_cannot_promise_more_than_the_model_has() -> None:
     with pytest.raises(SettingsError, match="max_new_tokens: 257 is more than the model can generate"):
-        limits_of(Settings(max_new_tokens=257), make_manifest().dimensions)
+        limits_of(Settings(max_new_tokens=257), make_manifest())
 
 
 def prefixed(*prefix: int | str, **options: Any) -> pb.GenerateRequest:
