@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python models/fr-en/demo.py
 
+# Two at a time, each with whole files: tests of a file share what they have exported and started.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Whatever needs neither a model nor a process of its own: the engine, the server and what stands around them.
 test-quick: $(STAMP)
