@@ -104,8 +104,10 @@ class CpuCache:
         """As `Cache.leave`."""
         del self._present[index]
         self._newcomers.pop(index, None)
-        self._own.take_back(index)
-        self._cross.take_back(index)
+        for memory in (self._own, self._cross):
+            memory.take_back(index)
+            if not self._present:
+                memory.clear()
         self._changed = True
 
     def place(self, table: Table) -> Sequence["CpuCache"]:
@@ -126,7 +128,8 @@ class CpuCache:
         self._own.give(index, 1)
         self._cross.give(index, length)
         places, lengths = self._sources
-        self._sources = Lists(widened(places, index + 1, length + TOGETHER), widened(lengths, index + 1))
+        if index >= len(lengths) or length + TOGETHER > places.shape[1]:
+            self._sources = Lists(widened(places, index + 1, length + TOGETHER), widened(lengths, index + 1))
         take_in(self._cross.pages, self._sources, index, length, encoded.tensors, number)
 
     def run(self, table: Table, candidates: int, *, logprobs: bool = False) -> StepResult:

@@ -15,6 +15,8 @@ PAGE = 16
 """Slots of a page."""
 _FEWEST = 64
 """Pages of a memory that has any."""
+_KEPT = 1024
+"""Pages of a memory that nobody uses, at most."""
 Places = NDArray[np.int32]
 
 
@@ -43,25 +45,34 @@ class PagedMemory:
 
     def __init__(self, layers: int, width: int) -> None:
         self._free: list[int] = []
-        none = np.zeros((layers, 0, width), np.float32)
-        self.pages = Pages(none, none.copy(), np.zeros((0, 1), np.int32), np.zeros(0, np.int64))
+        self.pages = _without_pages(layers, width)
 
     def give(self, index: int, slots: int) -> None:
         """Let a sequence have room for so many slots."""
         wanted = -(-slots // PAGE)
-        pages, held = widened(self.pages.pages, index + 1, wanted), widened(self.pages.held, index + 1)
-        self.pages = self.pages._replace(pages=pages, held=held)
-        while len(self._free) < wanted - int(held[index]):
+        pages, held = self.pages.pages, self.pages.held
+        if index >= len(held) or wanted > pages.shape[1]:
+            pages, held = widened(pages, index + 1, wanted), widened(held, index + 1)
+            self.pages = self.pages._replace(pages=pages, held=held)
+        present = int(held[index])
+        while len(self._free) < wanted - present:
             self._grow()
-        for i in range(int(held[index]), wanted):
+        for i in range(present, wanted):
             pages[index, i] = self._free.pop()
-        held[index] = max(wanted, held[index])
+        held[index] = max(wanted, present)
 
     def take_back(self, index: int) -> None:
         """A sequence needs nothing any more."""
         if index < len(self.pages.held):
             self._free += self.pages.pages[index, : self.pages.held[index]].tolist()
             self.pages.held[index] = 0
+
+    def clear(self) -> None:
+        """Nobody has anything any more: a memory that has grown large is given back."""
+        layers, slots, width = self.pages.keys.shape
+        if slots > _KEPT * PAGE:
+            self._free.clear()
+            self.pages = _without_pages(layers, width)
 
     def _grow(self) -> None:
         """Twice as many pages. Their memory is taken from the system when it is written to."""
@@ -71,6 +82,11 @@ class PagedMemory:
             new[:, :slots] = old
         self._free[:0] = range(larger[0].shape[1] // PAGE - 1, slots // PAGE - 1, -1)
         self.pages = self.pages._replace(keys=larger[0], values=larger[1])
+
+
+def _without_pages(layers: int, width: int) -> Pages:
+    none = np.zeros((layers, 0, width), np.float32)
+    return Pages(none, none.copy(), np.zeros((0, 1), np.int32), np.zeros(0, np.int64))
 
 
 def widened(array: NDArray[Any], *shape: int) -> NDArray[Any]:

@@ -117,6 +117,21 @@ def test_the_source_of_a_newcomer_is_written_into_its_pages_and_nowhere_else(len
         assert (lists.places[[0, 2]] == 99).all()
 
 
+@pytest.mark.parametrize(("pages", "kept"), [(64, True), (1024, True), (1025, False)])
+def test_a_memory_that_nobody_uses_is_given_back_if_it_is_large(pages: int, kept: bool) -> None:
+    memory = PagedMemory(1, 2)
+    memory.give(3, pages * PAGE)
+    memory.pages.keys[:] = 1
+    memory.take_back(3)
+    memory.clear()
+    assert (memory.pages.keys.shape[1] > 0) == kept
+    memory.give(5, 3 * PAGE)
+    memory.give(0, PAGE)
+    used = [*places_of(memory, 5, 3 * PAGE), *places_of(memory, 0, PAGE)]
+    assert len(set(used)) == 4 * PAGE
+    assert max(used) < memory.pages.keys.shape[1] == memory.pages.values.shape[1]
+
+
 def test_who_lacks_pages_is_who_has_more_slots_than_they_hold() -> None:
     table = random_table(np.random.default_rng(0), 4)
     table.sequences["slots_end"] = [PAGE, PAGE + 1, 2 * PAGE, 2 * PAGE + 1]
