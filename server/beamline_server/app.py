@@ -13,12 +13,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Never, Protocol, TypeVar
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from beamline_server import logs
-from beamline_server.allocator import give_back_freed
+from beamline_server.allocator import Trimmer, give_back_freed
 from beamline_server.bundle import EXIT_BUNDLE, MOST_FOREIGN_TOLD, Bundle, BundleError, load_bundle
 from beamline_server.engine.admission import Admission, Continuous, RequestLevel
 from beamline_server.engine.backend import Backend
@@ -49,6 +49,7 @@ _LAST_WORDS_S = 1.0
 _SWITCH_S = 0.0005
 """How long a thread may keep the interpreter from another one that waits for it, in seconds. A worker needs it some
 times in a step; with Python's own 5 ms, a busy event loop would leave it next to nothing (ADR 0014)."""
+_TRIM_EVERY_S = 10.0
 _THREADS = "beamline"
 _Result = TypeVar("_Result")
 
@@ -174,7 +175,7 @@ async def _serve(command: Command, build: BuildEngine, stop: StopRequests, liste
             health.set_ready(True)
             _log.info("serving", extra={"event": "serving", **model.labels()})
             watching = watch_engine(EngineWatch(built.engine, time.monotonic), health)
-            await _first_of(stop.first.wait(), watching, server.ended(), part_failed.wait())
+            await _first_of(stop.first.wait(), watching, server.ended(), part_failed.wait(), _trim_now_and_then())
             died = not stop.first.is_set()
             await _drain(_Draining(server, desk, built.engine, health, metrics), settings, stop, hurry=died)
         finally:
@@ -222,6 +223,14 @@ def _in_a_thread(function: Callable[..., _Result], *arguments: object) -> asynci
 
 async def _end_of(future: asyncio.Future[Any]) -> None:
     await asyncio.wait([future])
+
+
+async def _trim_now_and_then() -> Never:
+    """Give memory back that a burst has left behind."""
+    trimmer = Trimmer()
+    while True:
+        await asyncio.sleep(_TRIM_EVERY_S)
+        await _in_a_thread(trimmer.look)
 
 
 def _tell_ignored_settings(bundle: Bundle) -> None:

@@ -37,7 +37,7 @@ Where things are
     request.py errors.py observer.py   what is asked, answered, refused, told
     workers.py                         threads, each with a core; the engine that others see
     ledger.py pace.py                  who holds how much and how fast workers are: who is refused, and until when
-    queue.py admission.py              who waits, who starts: fair shares, deadlines, cost in rows and slots
+    queue.py shares.py admission.py    who waits, who starts: fair shares, deadlines, cost in rows and slots
     step.py                            the step
     table.py                           the running sequences as arrays
     search.py processors.py            one step of one search; what may change its candidates

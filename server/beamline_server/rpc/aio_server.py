@@ -34,11 +34,12 @@ _PARTS = {
 }
 """What is needed of grpcio, and where."""
 _TAKEN_AT_A_TIME = 128
-Gate = Callable[[bytes, Any], RpcStatus | None]
+Gate = Callable[[bytes | None, Any], RpcStatus | None]
+"""Says how to end a call of a path (None: of no method that there is), given its context; or None to let it in."""
 _log = logging.getLogger(__name__)
 
 
-def _let_in(path: bytes, context: Any) -> None:
+def _let_in(path: bytes | None, context: Any) -> None:
     del path, context
 
 
@@ -48,7 +49,7 @@ class AioServer(_Server):  # type: ignore[misc]  # grpc has no type information
     Args:
         interceptors: What calls go through.
         options: The transport's options.
-        gate: Says how to end a call of a path, given its context, or None to let it in.
+        gate: What calls come to first.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
             if (waiting := self._waiting[method]) is not None and not waiting.done():
                 waiting.set_exception(error)
 
-    def _is_refused(self, method: bytes, state: Any) -> bool:
+    def _is_refused(self, method: bytes | None, state: Any) -> bool:
         """Whether the gate refuses a call; if so, it is answered."""
         loop = asyncio.get_running_loop()
         context = _Core._ServicerContext(state, None, None, loop)
@@ -151,6 +152,8 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
         try:
             while True:
                 state = await self._request_call()
+                if self._is_refused(None, state):
+                    continue
                 answer = _Core._handle_rpc(UNKNOWN_METHOD_PATH, nobody, self.guards, state, loop, False)
                 self._keep(loop.create_task(_Core._schedule_rpc_coro(answer, state, loop, UNKNOWN_METHOD_PATH)))
         except Exception as error:  # as above

@@ -6,6 +6,7 @@ report an error id. Besides the engine's errors there are the door's own:
 RequestError
 ├── InvalidRequest        fields are not valid; names every violation
 ├── MalformedMessage      the bytes are no message of the method
+├── MetadataTooLarge      there is more metadata than a call may have
 ├── MethodNotFound        there is no such method
 ├── ModelNotFound         another model is asked for
 ├── NotAccepting          the server is loading or draining
@@ -71,6 +72,17 @@ class MalformedMessage(RequestError):
 
     def __str__(self) -> str:
         return "malformed protobuf message"
+
+
+@dataclass
+class MetadataTooLarge(RequestError):
+    """There is more metadata than a call may have."""
+
+    size: int
+    most: int
+
+    def __str__(self) -> str:
+        return f"the metadata has {self.size} bytes; expected at most {self.most}"
 
 
 class MethodNotFound(RequestError):
@@ -214,6 +226,7 @@ STATUSES: Mapping[type[Exception], _Rule] = {
     SourceTooLong: _Rule(_Code.INVALID_ARGUMENT, Outcome.INVALID, _violates("inputs")),
     RequestTooLarge: _Rule(_Code.INVALID_ARGUMENT, Outcome.INVALID, _violates("search")),
     MalformedMessage: _Rule(_Code.INVALID_ARGUMENT, Outcome.INVALID),
+    MetadataTooLarge: _Rule(_Code.INVALID_ARGUMENT, Outcome.INVALID),
     DecodeError: _Rule(_Code.INVALID_ARGUMENT, Outcome.INVALID, text=lambda _: str(MalformedMessage())),
     MethodNotFound: _Rule(_Code.UNIMPLEMENTED, Outcome.NOT_FOUND, _because("METHOD_NOT_FOUND")),
     ModelNotFound: _Rule(_Code.NOT_FOUND, Outcome.NOT_FOUND, _because("MODEL_NOT_FOUND")),

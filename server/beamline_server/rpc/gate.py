@@ -14,6 +14,7 @@ from beamline_server.metrics import Clock, MethodMetrics, Metrics
 from beamline_server.rpc.desk import Desk
 from beamline_server.rpc.errors import RpcStatus, rpc_status_of, stretched
 from beamline_server.rpc.interceptors import caller_of, identity
+from beamline_server.rpc.unread import refused_metadata
 
 _STATUSES_KEPT = 4096
 _LONGEST_LAG_S = 2.0
@@ -59,9 +60,12 @@ class Gate:
         self._places = itertools.count()
         self._lag_s = 0.0
 
-    def __call__(self, path: bytes, context: Any) -> RpcStatus | None:
-        """How to end a call that has just come; None to let it in."""
-        method = self._methods.get(path)
+    def __call__(self, path: bytes | None, context: Any) -> RpcStatus | None:
+        """How to end a call that has just come, of a method that is served or None; None to let it in."""
+        method = None if path is None else self._methods.get(path)
+        if too_large := refused_metadata(context.invocation_metadata() or ()):
+            status = rpc_status_of(too_large, stretch=1)
+            return status if method is None else self._counted(method, status)
         if method is None:
             return None
         remaining_s = context.time_remaining()
@@ -85,11 +89,15 @@ class Gate:
 
     def _refused(self, method: MethodMetrics, context: Any, status: RpcStatus) -> RpcStatus:
         """The status of a call, which is counted and has its id."""
+        self._counted(method, status)
+        own = identity(context, self._metrics)
+        return RpcStatus(status.code, status.text, (*own, *status.trailers), status.outcome)
+
+    def _counted(self, method: MethodMetrics, status: RpcStatus) -> RpcStatus:
         method.started()
         method.handled(status.code.name, 0.0)
         self._metrics.request_ended(status.outcome, 0.0)
-        own = identity(context, self._metrics)
-        return RpcStatus(status.code, status.text, (*own, *status.trailers), status.outcome)
+        return status
 
     def entered(self, context: Any) -> float:
         """A call that was let in is now being handled; returns when it came."""

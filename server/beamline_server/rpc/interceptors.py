@@ -25,6 +25,7 @@ from beamline_server.rpc.errors import (
     STATUSES,
     MalformedMessage,
     MethodNotFound,
+    RequestError,
     RpcStatus,
     UnexpectedFailure,
     rpc_status_of,
@@ -54,8 +55,15 @@ _ids = random.Random()
 _log = logging.getLogger(__name__)
 
 
-class _Malformed:
-    """Takes the place of a request message that could not be read."""
+class _Unreadable:
+    """Takes the place of a request message that could not be read.
+
+    Args:
+        error: Why.
+    """
+
+    def __init__(self, error: RequestError) -> None:
+        self.error = error
 
 
 class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type information
@@ -65,23 +73,26 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         metrics: Counts the calls.
         max_duration_s: Longest time for a request for generation, in seconds.
         caller_key: Metadata key whose value names the caller.
+        refused: Tells why the bytes of a request for generation are not to be read, if they are not.
         entered: Given the context of a request for generation that begins to be handled, tells when it came.
         clock: Monotonic seconds.
         jitter: Spreads the delays that refused callers are advised.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it counts by, and what it lets in
         self,
         metrics: Metrics,
         *,
         max_duration_s: float,
         caller_key: str | None = None,
+        refused: Callable[[bytes], RequestError | None] = lambda _: None,
         entered: Callable[[Any], float] | None = None,
         clock: Clock = time.monotonic,
         jitter: random.Random | None = None,
     ) -> None:
         self._metrics = metrics
         self._entered = entered
+        self._refused = refused
         self._caller_key = caller_key
         self._max_duration_s = max_duration_s
         self._clock = clock
@@ -113,7 +124,7 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         method = _GuardedMethod(path, series, self._metrics, generates=does_generate(function))
         deserialize, serialize = handler.request_deserializer, handler.response_serializer
         if deserialize is not None and not handler.request_streaming:
-            deserialize = _tolerant(deserialize)
+            deserialize = _tolerant(deserialize, self._refused if method.generates else lambda _: None)
         make = _MAKE_HANDLER[handler.request_streaming, handler.response_streaming]
         behaviour = self._around(method, _written(function))
         return make(behaviour, request_deserializer=deserialize, response_serializer=serialize)
@@ -130,8 +141,8 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
                 logs.request_id.set(own[0][1])
                 logs.peer.set(printable(context.peer()))
                 context.set_trailing_metadata(own)
-                if request is _Malformed:
-                    raise MalformedMessage
+                if isinstance(request, _Unreadable):
+                    raise request.error
                 response = await self._handled(method, behaviour, request, context, began)
             except (asyncio.CancelledError, _CallIsDead):
                 method.count(*self._why_cancelled(context, began), clock() - began)
@@ -305,13 +316,17 @@ def _written(function: Any) -> Behaviour:
     return write_all
 
 
-def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _tolerant(
+    deserialize: Callable[[bytes], Any], refused: Callable[[bytes], RequestError | None]
+) -> Callable[[bytes], Any]:
     """A deserializer that does not raise: gRPC would tell the caller the exception's text."""
 
     def read(raw: bytes) -> Any:
+        if (error := refused(raw)) is not None:
+            return _Unreadable(error)
         try:
             return deserialize(raw)
         except DecodeError:
-            return _Malformed
+            return _Unreadable(MalformedMessage())
 
     return read

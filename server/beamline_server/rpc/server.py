@@ -22,10 +22,14 @@ from beamline_server.rpc.info import ServedModel, info_message
 from beamline_server.rpc.interceptors import Guard
 from beamline_server.rpc.reflection import add_reflection
 from beamline_server.rpc.servicer import GenerationServicer, TextWork
+from beamline_server.rpc.unread import refused_request
 from beamline_server.settings import Settings
 from beamline_server.tokenizer import Tokenizer
 
 _UNLIMITED = -1
+_MANY_TIMES = 4
+"""Of some inputs too many all that is wrong is told; of so many times as many as there may be, nothing is read."""
+_STREAM_WINDOW = 64 * 1024
 _MOST_PENDING = 32_768
 _LONGEST_PENDING_S = 3600
 
@@ -80,6 +84,7 @@ def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | No
         service.metrics,
         max_duration_s=settings.max_duration_s,
         caller_key=settings.caller_metadata,
+        refused=lambda raw: refused_request(raw, _MANY_TIMES * limits.max_inputs),
         entered=gate.entered,
         clock=service.clock,
         jitter=service.jitter,
@@ -137,6 +142,9 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.server.max_pending_requests", _MOST_PENDING),
         ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
         ("grpc.server_max_unrequested_time_in_server", _LONGEST_PENDING_S),
+        # Of a call that nobody reads yet, so much may be sent, however fast the connection seems to be.
+        ("grpc.http2.lookahead_bytes", _STREAM_WINDOW),
+        ("grpc.http2.bdp_probe", 0),
         # A second process on the same port must fail instead of taking every other connection.
         ("grpc.so_reuseport", 0),
         # Callers that live long connect again now and then, and so find new replicas (gRFC A9).

@@ -1,20 +1,14 @@
 """Freed memory goes back to the system."""
 
-import os
 import platform
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from beamline_server.allocator import give_back_freed
+from beamline_server.allocator import Trimmer, give_back_freed, resident_bytes
 
 MIB = 2**20
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="needs glibc")
@@ -27,3 +21,41 @@ def test_freed_memory_goes_back_though_something_behind_it_is_in_use() -> None:
     give_back_freed()
     assert before - resident_bytes() > 100 * MIB
     assert last.all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_in_use_is_resident() -> None:
+    before = resident_bytes()
+    held = np.ones(100 * MIB, np.uint8)
+    assert 90 * MIB < resident_bytes() - before < 200 * MIB
+    assert held.all()
+
+
+class Memory:
+    """How much a process has, and what of it is free."""
+
+    def __init__(self) -> None:
+        self.resident, self.free, self.trims = 200 * MIB, 0, 0
+
+    def give_back(self) -> None:
+        self.resident, self.free, self.trims = self.resident - self.free, 0, self.trims + 1
+
+
+def test_what_a_burst_has_left_is_given_back_once() -> None:
+    memory = Memory()
+    trimmer = Trimmer(lambda: memory.resident, memory.give_back)
+    trimmer.look()
+    assert memory.trims == 0
+    memory.resident, memory.free = 900 * MIB, 650 * MIB
+    for _ in range(3):
+        trimmer.look()
+    assert (memory.trims, memory.resident) == (1, 250 * MIB)
+
+
+def test_what_is_in_use_is_looked_for_once_and_again_when_it_was_less_meanwhile() -> None:
+    memory = Memory()
+    trimmer = Trimmer(lambda: memory.resident, memory.give_back)
+    for resident, trims in [(900, 1), (900, 1), (1000, 1), (1200, 2), (300, 2), (900, 3)]:
+        memory.resident = resident * MIB
+        trimmer.look()
+        assert memory.trims == trims

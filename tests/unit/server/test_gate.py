@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Sequence
 
 import grpc
 import pytest
@@ -102,15 +103,16 @@ def gate_of(service: RunningService, clock: ManualClock) -> Gate:
 class At:
     """A context of a call with so much time."""
 
-    def __init__(self, remaining_s: float) -> None:
+    def __init__(self, remaining_s: float, metadata: Sequence[tuple[str, str]] = ()) -> None:
         self._remaining_s = remaining_s
+        self._metadata = metadata
         self._trailers: tuple[tuple[str, str], ...] = ()
 
     def time_remaining(self) -> float:
         return self._remaining_s
 
-    def invocation_metadata(self) -> None:
-        return None
+    def invocation_metadata(self) -> Sequence[tuple[str, str]]:
+        return self._metadata
 
     def peer(self) -> str:
         return "ipv4:10.0.0.1:1"
@@ -177,6 +179,22 @@ async def test_a_call_that_sends_nothing_leaves_no_trace_for_the_next() -> None:
         for _ in range(3):
             assert len((await service.stub.Generate(REQUEST, timeout=5)).results) == 1
         assert service.engine.ahead == [0, 1, 0, 0]
+
+
+LARGE = [(f"k{number}", "v" * 1000) for number in range(20)]
+
+
+async def test_metadata_that_is_too_large_is_refused_by_any_method() -> None:
+    """Also of callers whom gRPC does not stop, because they do not acknowledge its limit."""
+    async with serving() as service:
+        gate = gate_of(service, ManualClock())
+        for path in (b"/x", b"/y", None):
+            status = gate(path, At(10, LARGE))
+            assert status is not None
+            assert (status.code, status.outcome) == (CODE.INVALID_ARGUMENT, Outcome.INVALID)
+        assert counted(service, "beamline_requests_total", outcome=Outcome.INVALID) == 1
+        assert service.engine.remaining_s == []
+        assert gate(b"/x", At(10, LARGE[:10])) is None
 
 
 async def test_a_server_that_is_not_ready_says_so_itself() -> None:
