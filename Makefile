@@ -92,7 +92,8 @@ locks: $(STAMP)
 	$(LOCK) pyproject.toml --extra server-gpu --output-file deploy/docker/requirements-gpu.txt
 	echo hatchling | $(LOCK) - --output-file deploy/docker/requirements-build.txt
 
-# What the image holds in /opt/beamline, installed here the same way and written down in dist. VARIANT=gpu downloads gigabytes.
+# What the image holds in /opt/beamline, installed here the same way and written down in dist.
+# VARIANT=gpu downloads gigabytes.
 VARIANT ?= cpu
 IMAGE := build/image
 sbom: $(STAMP)
