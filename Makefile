@@ -9,7 +9,7 @@ OPTIMUM := .venv-optimum
 # For tests and benchmarks that import onnxruntime without the server, which sets it by itself.
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo test test-quick protos fmt lint type check bench bench-quick bench-online bench-engine constraints clean
+.PHONY: setup demo test test-quick protos fmt lint type check bench bench-quick bench-online bench-engine constraints locks sbom inventory clean
 
 setup: $(STAMP)
 
@@ -77,11 +77,43 @@ $(OPTIMUM)/.installed: benchmarks/requirements-optimum.txt
 bench-online: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/online.py $(ARGS)
 
+# Versions from what is installed here; the image's locks follow them.
 constraints: $(STAMP)
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > frozen.new
+	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu//' > frozen.new
 	sed -n '1,/^# torch is pinned/p' constraints.txt | cat - frozen.new > constraints.new
-	sed -n '/^# The CUDA variant/,$$p' constraints.txt >> constraints.new
-	mv constraints.new constraints.txt && rm frozen.new
+	mv constraints.new constraints.txt && rm frozen.new && touch $(STAMP)
+	$(MAKE) --no-print-directory locks
+
+# What the image installs, with the hashes of its files. Versions that constraints.txt does not name (CUDA's libraries)
+# stay as they are; ARGS=--upgrade renews them.
+LOCK = $(BIN)/uv pip compile --quiet --custom-compile-command 'make locks' --no-annotate --generate-hashes --only-binary :all: \
+  --python-version 3.11 --python-platform linux --constraint constraints.txt $(ARGS)
+locks: $(STAMP)
+	$(LOCK) pyproject.toml --extra server --output-file deploy/docker/requirements-cpu.txt
+	$(LOCK) pyproject.toml --extra server-gpu --output-file deploy/docker/requirements-gpu.txt
+	echo hatchling | $(LOCK) - --output-file deploy/docker/requirements-build.txt
+
+# What the image holds in /opt/beamline, installed here the same way and written down in dist.
+# VARIANT=gpu downloads gigabytes.
+VARIANT ?= cpu
+IMAGE := build/image
+sbom: $(STAMP)
+	rm -rf $(IMAGE)
+	$(BIN)/python -m venv --without-pip $(IMAGE)/env
+	$(BIN)/python -m pip --python $(IMAGE)/env/bin/python install --quiet --require-hashes --only-binary :all: \
+	  --requirement deploy/docker/requirements-$(VARIANT).txt
+	$(BIN)/python -m pip wheel --quiet --no-index --no-deps --no-build-isolation --wheel-dir $(IMAGE) .
+	$(BIN)/python -m pip --python $(IMAGE)/env/bin/python install --quiet --no-index --no-deps $(IMAGE)/*.whl
+	$(BIN)/python -m pip --python $(IMAGE)/env/bin/python check
+	$(MAKE) --no-print-directory inventory OF=$(IMAGE)/env TO=dist/beamline-server-$(VARIANT)
+
+# An environment's packages: a CycloneDX SBOM, and a table of licences; fails if a package tells none.
+inventory:
+	mkdir -p $(dir $(TO))
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file $(TO).cdx.json \
+	  $(ARGS) $(OF)/bin/python
+	$(BIN)/pip-licenses --python $(OF)/bin/python --format markdown --with-urls --fail-on UNKNOWN \
+	  --output-file $(TO).licenses.md
 
 clean:
 	rm -rf $(VENV) $(BENCH) $(OPTIMUM) build dist

@@ -1,49 +1,56 @@
-# The server's image, for CPUs and for NVIDIA GPUs:
+# The server's image, for CPUs and for NVIDIA GPUs (BASE_DIGEST is told below):
 #
-#   docker build -f deploy/docker/server.Dockerfile                     -t beamline-server:0.1.0-cpu .
-#   docker build -f deploy/docker/server.Dockerfile --build-arg VARIANT=gpu -t beamline-server:0.1.0-gpu .
+#   docker build -f deploy/docker/server.Dockerfile --build-arg BASE_DIGEST=sha256:... -t beamline-server:0.1.0-cpu .
 #
-# Both variants stand on the same base. The GPU variant brings CUDA and cuDNN as wheels, in the versions that its
-# onnxruntime was built for; the driver comes from the node. A CUDA base image would carry a second copy of both.
+# and the same with --build-arg VARIANT=gpu. Both variants stand on the same base. The GPU variant brings CUDA and cuDNN
+# as wheels, in the versions that its onnxruntime was built for; the driver comes from the node. A CUDA base image would
+# carry a second copy of both.
 
-# Any image with Python 3.11-3.13 as `python3`, and pip. A release passes a digest (name@sha256:...), so that what was
-# tested is what is built. The tests run on 3.11.
+# Any image with Python 3.11-3.13 as `python3`, and pip. By digest alone, so that what was tested is what is built:
+#
+#   docker buildx imagetools inspect --format '{{.Manifest.Digest}}' python:3.11-slim-bookworm
 ARG BASE_IMAGE=python:3.11-slim-bookworm
+ARG BASE_DIGEST=name-it-with--build-arg-BASE_DIGEST
 # cpu or gpu.
 ARG VARIANT=cpu
 
 
 # ---- everything as wheels -------------------------------------------------------------------------------------------
-FROM ${BASE_IMAGE} AS wheels
+FROM ${BASE_IMAGE}@${BASE_DIGEST} AS wheels
 ARG VARIANT
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+# Whatever is downloaded is named in these files with its version and the hashes that it may have; `make locks` writes
+# them. --only-binary: no dependency is compiled, so no stage needs a compiler. The download cache belongs to the
+# builder and enters no layer.
+COPY deploy/docker/requirements-*.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 -m pip download --require-hashes --only-binary :all: --requirement "requirements-${VARIANT}.txt" \
+       --dest /wheels \
+    && python3 -m venv /build-tools \
+    && /build-tools/bin/pip install --require-hashes --only-binary :all: --requirement requirements-build.txt
+COPY pyproject.toml README.md LICENSE ./
 COPY protos protos
 COPY server server
 COPY export export
 COPY client client
 COPY models/fr-en/test.tsv.gz models/fr-en/LICENSE models/fr-en/
-# --only-binary: no dependency is compiled, so no stage needs a compiler. The download cache belongs to the builder and
-# enters no layer.
-RUN --mount=type=cache,target=/root/.cache/pip \
-    case "${VARIANT}" in \
-      cpu) extra=server ;; \
-      gpu) extra=server-gpu ;; \
-      *) echo "VARIANT must be cpu or gpu, not '${VARIANT}'" >&2; exit 2 ;; \
-    esac \
-    && python3 -m pip wheel --only-binary :all: --constraint constraints.txt --wheel-dir /wheels ".[${extra}]"
+# --no-build-isolation: with the build tools above, instead of whichever pip would fetch.
+RUN /build-tools/bin/pip wheel --no-index --no-deps --no-build-isolation --wheel-dir /wheels .
 
 
 # ---- the wheels, installed ------------------------------------------------------------------------------------------
-FROM ${BASE_IMAGE} AS installed
+FROM ${BASE_IMAGE}@${BASE_DIGEST} AS installed
 ARG VARIANT
+COPY deploy/docker/requirements-${VARIANT}.txt /requirements.txt
 COPY --from=wheels /wheels /wheels
-# --no-index: what the wheels stage resolved is all there is. The environment has no pip of its own: it is copied as it
-# stands, and nothing is ever installed into a running server.
-RUN if [ "${VARIANT}" = gpu ]; then extra=server-gpu; else extra=server; fi \
-    && python3 -m venv --without-pip /opt/beamline \
+# --no-index: what the wheels stage fetched is all there is, and its hashes are compared once more. The environment has
+# no pip of its own: it is copied as it stands, and nothing is ever installed into a running server.
+RUN python3 -m venv --without-pip /opt/beamline \
     && python3 -m pip --python /opt/beamline/bin/python3 install --no-cache-dir --no-index --find-links /wheels \
-       "beamline-serving[${extra}]"
+       --require-hashes --requirement /requirements.txt \
+    && python3 -m pip --python /opt/beamline/bin/python3 install --no-cache-dir --no-index --no-deps \
+       /wheels/beamline_serving-*.whl \
+    && python3 -m pip --python /opt/beamline/bin/python3 check
 # Machine code for the engine's loops, beside their source: no compiler runs when a server starts. For processors like
 # the one that builds, and for any of the architecture.
 RUN /opt/beamline/bin/beamline compile \
@@ -55,7 +62,9 @@ RUN mkdir /opt/beamline/cuda \
 
 
 # ---- what runs ------------------------------------------------------------------------------------------------------
-FROM ${BASE_IMAGE} AS runtime
+FROM ${BASE_IMAGE}@${BASE_DIGEST} AS runtime
+ARG BASE_IMAGE
+ARG BASE_DIGEST
 ARG VARIANT
 ARG VERSION=0.1.0
 ARG REVISION=unknown
@@ -63,7 +72,9 @@ LABEL org.opencontainers.image.title="beamline-server" \
       org.opencontainers.image.description="Beam search with encoder-decoder Transformers over gRPC (${VARIANT})" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}" \
+      org.opencontainers.image.base.digest="${BASE_DIGEST}"
 
 # No program of the base keeps a set-user-id bit: nothing here has a reason to become root.
 RUN find / -xdev -type f -perm /6000 -exec chmod a-s {} +

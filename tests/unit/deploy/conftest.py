@@ -49,6 +49,14 @@ def hadolint() -> str:
 
 
 @pytest.fixture(scope="session")
+def inventory_tools() -> Path:
+    """The folder of the programs that write the image's inventory."""
+    advice = "pip install cyclonedx-bom pip-licenses (they are in the extra 'dev')"
+    [folder] = {Path(find_tool(name, advice)).parent for name in ("cyclonedx-py", "pip-licenses")}
+    return folder
+
+
+@pytest.fixture(scope="session")
 def kustomize(kubectl: str) -> Callable[[Path], list[dict[str, Any]]]:
     """Renders a kustomization folder into its resources."""
 

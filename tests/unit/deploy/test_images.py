@@ -91,18 +91,48 @@ def test_the_image_has_the_machine_code_and_its_user_finds_it(docker: Path, runt
     assert check > runtime.index("USER 65532:65532")
 
 
-def test_every_variant_names_an_extra_that_exists(docker: Path, repository: Path) -> None:
-    extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = set(re.findall(r"extra=([\w-]+)", (docker / "server.Dockerfile").read_text()))
-    assert named == {"server", "server-gpu"}
-    assert named <= extras.keys()
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_a_base_is_named_by_digest_alone(docker: Path, name: str) -> None:
+    """Whatever is given as BASE_IMAGE; a tag without a digest is no name that a build would take."""
+    lines = [line for stage in stages(docker / name).values() for line in stage]
+    bases = [line.split()[1] for line in lines if line.startswith("FROM ")]
+    assert set(bases) == {"${BASE_IMAGE}@${BASE_DIGEST}"}
+    assert any("image.base.digest=" in line for line in lines)
+
+
+def test_whatever_a_build_installs_has_hashes_or_is_the_wheel_that_it_built(docker: Path) -> None:
+    lines = [line for stage in stages(docker / "server.Dockerfile").values() for line in stage]
+    commands = [part for line in lines if line.startswith("RUN ") for part in line.split("&&")]
+    fetching = [part for part in commands if re.search(r"\bpip\b.* (install|download|wheel) ", part)]
+    locked = [part for part in fetching if "--require-hashes" in part]
+    assert {name for part in locked for name in re.findall(r"requirements(?:-([\w${}]+))?\.txt", part)} == {
+        "${VARIANT}",  # fetched
+        "build",
+        "",  # installed, from what was fetched
+    }
+    own = [part for part in fetching if part not in locked]
+    assert all("--no-index" in part and "--no-deps" in part for part in own)
+    assert [re.findall(r"(/wheels/beamline_serving-\S+| \.$)", part.rstrip()) for part in own] == [
+        [" ."],
+        ["/wheels/beamline_serving-*.whl"],
+    ]
+    assert "--no-build-isolation" in own[0]
+
+
+def test_every_variant_has_a_lock(docker: Path) -> None:
+    text = (docker / "server.Dockerfile").read_text()
+    [described] = re.findall(r"^# (\w+) or (\w+)\.\nARG VARIANT=", text, re.MULTILINE)
+    assert {path.stem for path in docker.glob("requirements-*.txt")} == {
+        f"requirements-{name}" for name in (*described, "build")
+    }
 
 
 def test_the_build_context_holds_what_the_wheel_is_made_of(docker: Path, repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     sources = {Path(package).parts[0] for package in wheel["packages"]} | set(wheel["force-include"])
-    sources |= {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
+    sources |= {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
+    sources |= {"deploy/docker/requirements-*.txt"}
     ignore = (docker / "server.Dockerfile.dockerignore").read_text().splitlines()
     assert {line[1:] for line in ignore if line.startswith("!")} == sources
     copied = {

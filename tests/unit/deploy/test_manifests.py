@@ -22,7 +22,9 @@ OVERLAYS = ("overlays/cpu", "overlays/gpu")
 KUBERNETES_VERSIONS = ("1.29", "1.32", "1.35", "1.37")
 # What the pod may still take after the drain to flush, close and exit.
 EXIT_MARGIN_S = 10
-NEIGHBOUR_IMAGE = "registry.example/beamline-bundle:en-de-int8"
+NEIGHBOUR_IMAGE = f"registry.example/beamline-bundle@sha256:{'e' * 64}"
+# What the kubelet keeps of a container's log by default: five files of 10Mi.
+LOG_MIB = 50
 # The autoscaler ignores deviations from its target up to this share.
 AUTOSCALER_TOLERANCE = Decimal("0.1")
 
@@ -48,10 +50,14 @@ def set_images(folder: Path, **images: str) -> None:
     """`kustomize edit set image NAME=IMAGE ...` in an overlay, which names all of them already."""
     path = folder / "kustomization.yaml"
     content = yaml.safe_load(path.read_text())
-    entries = {entry["name"]: entry for entry in content["images"]}
     for name, image in images.items():
-        entry = entries[f"beamline-{name}"]
-        entry["newName"], _, entry["newTag"] = image.rpartition(":")
+        [index] = [i for i, entry in enumerate(content["images"]) if entry["name"] == f"beamline-{name}"]
+        new_name, kind, version = image.partition("@") if "@" in image else image.rpartition(":")
+        content["images"][index] = {
+            "name": f"beamline-{name}",
+            "newName": new_name,
+            {"@": "digest", ":": "newTag"}[kind]: version,
+        }
     path.write_text(yaml.safe_dump(content))
 
 
@@ -64,7 +70,7 @@ def neighbours(
     copy = tmp_path_factory.mktemp("deploy") / "k8s"
     shutil.copytree(k8s, copy)
     if edited:
-        set_images(copy / overlay, server="registry.example/s:1", bundle="registry.example/b:fr-en")
+        set_images(copy / overlay, server="registry.example/s:1", bundle=f"registry.example/b@sha256:{'f' * 64}")
     folder = copy / "overlays" / "en-de"
     shutil.copytree(copy / overlay, folder)
     set_images(folder, bundle=NEIGHBOUR_IMAGE)
@@ -222,12 +228,51 @@ def test_services_lead_to_the_grpc_port(manifests: list[Resource]) -> None:
     assert sorted(service.get("clusterIP", "assigned") for service in services) == ["None", "assigned"]
 
 
-def test_the_network_policy_admits_callers_and_prometheus_and_lets_nothing_out(manifests: list[Resource]) -> None:
+def is_selected(selector: Resource, labels: dict[str, str]) -> bool:
+    """Whether a selector that asks for something finds these labels."""
+    wanted = [(key, [value]) for key, value in selector.get("matchLabels", {}).items()]
+    for expression in selector.get("matchExpressions", ()):
+        assert expression["operator"] == "In"
+        wanted.append((expression["key"], expression["values"]))
+    assert wanted, "an empty selector finds everything"
+    return all(labels.get(key) in values for key, values in wanted)
+
+
+CLIENT = {"beamline-client": "true"}
+PROMETHEUS = {"app.kubernetes.io/name": "prometheus"}
+MONITORING = {"kubernetes.io/metadata.name": "monitoring"}
+
+
+@pytest.mark.parametrize(
+    ("namespace", "labels", "ports"),
+    [
+        pytest.param(CLIENT, CLIENT, {"grpc"}, id="caller"),
+        pytest.param({}, CLIENT, set(), id="pod that labels itself"),
+        pytest.param(MONITORING, CLIENT, set(), id="pod that labels itself, in another known namespace"),
+        pytest.param(CLIENT, {}, set(), id="neighbour of a caller"),
+        pytest.param({"beamline-client": "false"}, CLIENT, set(), id="namespace that is shut"),
+        pytest.param(MONITORING, PROMETHEUS, {"metrics"}, id="prometheus"),
+        pytest.param({}, PROMETHEUS, set(), id="another prometheus"),
+        pytest.param(MONITORING, {}, set(), id="neighbour of prometheus"),
+    ],
+)
+def test_a_port_is_open_to_pods_whose_namespace_and_label_are_known(
+    manifests: list[Resource], namespace: dict[str, str], labels: dict[str, str], ports: set[str]
+) -> None:
+    found = set()
+    for rule in only(manifests, "NetworkPolicy")["spec"]["ingress"]:
+        [peer], [port] = rule["from"], rule["ports"]
+        assert peer.keys() == {"namespaceSelector", "podSelector"}
+        matched = is_selected(peer["namespaceSelector"], namespace), is_selected(peer["podSelector"], labels)
+        if all(matched):
+            found.add(port["port"])
+    assert found == ports
+
+
+def test_the_network_policy_lets_nothing_out(manifests: list[Resource]) -> None:
     policy = only(manifests, "NetworkPolicy")["spec"]
     assert sorted(policy["policyTypes"]) == ["Egress", "Ingress"]
     assert policy["egress"] == []
-    assert [rule["ports"] for rule in policy["ingress"]] == [[{"port": "grpc"}], [{"port": "metrics"}]]
-    assert all(rule["from"] for rule in policy["ingress"])
 
 
 def test_the_bundle_is_where_the_server_looks_for_it(manifests: list[Resource]) -> None:
@@ -372,6 +417,24 @@ def test_memory_is_bounded_and_cpu_is_not_throttled(manifests: list[Resource]) -
         assert "cpu" not in limits
 
 
+def mebibytes(quantity: str) -> int:
+    number, unit = quantity[:-2], quantity[-2:]
+    return int(number) * {"Mi": 1, "Gi": 1024}[unit]
+
+
+def test_a_pod_may_fill_its_volumes_and_its_logs(manifests: list[Resource]) -> None:
+    """The kubelet evicts a pod whose volumes and logs together exceed the limits of its containers."""
+    limits = []
+    for container in (server(manifests), bundle_copier(manifests)):
+        requests, limit = (container["resources"][key]["ephemeral-storage"] for key in ("requests", "limits"))
+        assert requests == limit
+        limits.append(mebibytes(limit))
+    volumes = [volume["emptyDir"]["sizeLimit"] for volume in pod(manifests)["spec"]["volumes"] if "emptyDir" in volume]
+    # Init containers do not add to a pod's limit.
+    assert limits[0] >= sum(map(mebibytes, volumes)) + 2 * LOG_MIB
+    assert limits[1] >= LOG_MIB
+
+
 # ---- overlays -------------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +445,18 @@ def test_images_have_versions_and_no_registry(folder: str, k8s: Path, repository
     version = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["version"]
     assert server(manifests)["image"] == f"beamline-server:{version}-{Path(folder).name}"
     assert re.fullmatch(r"beamline-bundle:fr-en-(int8|fp16)", bundle_copier(manifests)["image"])
+
+
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_images_can_be_named_by_digest(folder: str, k8s: Path, kustomize: Render, tmp_path: Path) -> None:
+    images = {
+        name: f"registry.example:5000/{name}@sha256:{digit * 64}" for name, digit in (("server", "a"), ("bundle", "b"))
+    }
+    shutil.copytree(k8s, tmp_path / "k8s")
+    set_images(tmp_path / "k8s" / folder, **images)
+    manifests = kustomize(tmp_path / "k8s" / folder)
+    assert server(manifests)["image"] == images["server"]
+    assert bundle_copier(manifests)["image"] == images["bundle"]
 
 
 def test_the_base_runs_on_cpus(k8s: Path, kustomize: Render) -> None:
