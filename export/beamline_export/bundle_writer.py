@@ -30,7 +30,7 @@ from beamline_export.calibration import (
     measure_ranges,
     read_sentences,
 )
-from beamline_export.checkpoint import refuse_lfs_pointer, weight_files_not_read
+from beamline_export.checkpoint import check_file, weight_files_not_read
 from beamline_export.expectation_check import ExpectedOutputs
 from beamline_export.expectations import Expectations, read_expectations
 from beamline_export.families.registry import Family, detect
@@ -121,7 +121,7 @@ def export_checkpoint(
     expectations = None if options.expect is None else read_expectations(options.expect)
     with progress.step("read the checkpoint"):
         for file in _TOKENIZER_FILES:  # whose readers would say no more than that they are broken
-            refuse_lfs_pointer(source / file)
+            check_file(source / file)
         checkpoint = family.read(source)
         unsupported = checkpoint.generation["not_supported"]
         assert isinstance(unsupported, dict)
