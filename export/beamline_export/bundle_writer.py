@@ -5,8 +5,8 @@ import hashlib
 import json
 import platform
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from beamline_export.calibration import (
     measure_ranges,
     read_sentences,
 )
-from beamline_export.checkpoint import refuse_lfs_pointer, weight_files_not_read
+from beamline_export.checkpoint import check_file, weight_files_not_read
 from beamline_export.expectation_check import ExpectedOutputs
 from beamline_export.expectations import Expectations, read_expectations
 from beamline_export.families.registry import Family, detect
@@ -41,6 +41,7 @@ from beamline_export.parity import Probe, check_contract, check_parity, random_s
 from beamline_export.precision import STORES, CalibratedInt8Store, WeightStore
 from beamline_export.progress import Progress
 from beamline_export.spec import Checkpoint, ExportError, check_weights
+from beamline_export.stopping import SIGNALS
 from beamline_export.vocabularies import check_vocabularies
 from beamline_server.bundle import (
     DECODER_STEP,
@@ -121,7 +122,7 @@ def export_checkpoint(
     expectations = None if options.expect is None else read_expectations(options.expect)
     with progress.step("read the checkpoint"):
         for file in _TOKENIZER_FILES:  # whose readers would say no more than that they are broken
-            refuse_lfs_pointer(source / file)
+            check_file(source / file)
         checkpoint = family.read(source)
         unsupported = checkpoint.generation["not_supported"]
         assert isinstance(unsupported, dict)
@@ -163,6 +164,7 @@ def export_checkpoint(
         with progress.step("verify the bundle"):
             writing.manifest(parity=figures, golden=golden)
             bundle = _verified(folder)
+        SIGNALS.held += 1  # for good: what a signal would stop is done
         _appear(folder, target, replace=options.replace)
     return Bundle(target, bundle.manifest, bundle.fingerprint)
 
@@ -224,16 +226,19 @@ def _folder_beside(target: Path) -> Iterator[Path]:
     """A folder on the target's file system, gone at the end unless it was renamed; so are parents that it made."""
     parents = target.absolute().parents
     made = [parent for parent in parents if not parent.exists()]
-    parents[0].mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parents[0]))
+    folder = parents[0] / f".{target.name}.{secrets.token_hex(8)}"
     try:
+        parents[0].mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
         folder.chmod(0o755)
         yield folder
     finally:
+        SIGNALS.held += 1
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # one that holds the bundle stays, and those above it
             for parent in made:
                 parent.rmdir()
+        SIGNALS.release()
 
 
 def _appear(folder: Path, target: Path, *, replace: bool) -> None:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from beamline.text_lines import NotText, read_lines
 from beamline_export.agreement import Tokens, search_all
-from beamline_export.checkpoint import refuse_lfs_pointer
+from beamline_export.checkpoint import check_file
+from beamline_export.expectations import bounded_lines
 from beamline_export.graph_writer import GraphWriter
 from beamline_export.graphs import TensorSpec
 from beamline_export.parity import Progress
@@ -89,10 +90,10 @@ def read_sentences(file: Path) -> Sentences:
     """
     lines: list[tuple[int, str]] = []
     more = False
-    refuse_lfs_pointer(file)
+    check_file(file, None)
     try:
         with file.open("rb") as stream:
-            for line in read_lines(stream):
+            for line in read_lines(bounded_lines(stream, file)):
                 text = line.text().strip()
                 if text and len(lines) == MOST_SENTENCES:
                     more = True

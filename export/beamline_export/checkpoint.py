@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import stat
 import warnings
+import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,26 +15,51 @@ from beamline_server.likeness import did_you_mean
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pt")
 """In order of preference; the first two may also come in shards, with an index beside them."""
 
+_MOST_UNKNOWN, _LONGEST_SHOWN = 24, 60
+"""Names in a message, and characters of one."""
+
 _SUFFIXES = (".safetensors", ".pt")
 
+MOST_BYTES = 64 << 20
+"""Of a file that holds no weights: a tokenizer of 256,000 tokens has half as many."""
 MOST_POSITIONS = 1 << 16
 """More than any model has; a search of 16 beams takes 2^20 slots for as many tokens."""
 MOST_LAYERS = 1024
+MOST_TENSORS = 1 << 16
+"""More than so many layers have."""
 _MOST = 1 << 24
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+_ARCHIVE = b"PK\x03\x04"
+_MOST_GROWTH = 8
+"""How many times a weights file's size its tensors may have in fp32: bytes become four times as many, and parts of a
+tensor may stand beside it."""
+_LEAST_ROOM = 1 << 20
+_LONGEST_NAME = 1000
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
-def refuse_lfs_pointer(file: Path) -> None:
-    """Where Git LFS has not fetched a file, a few lines of text stand in its place.
+def check_file(file: Path, most_bytes: int | None = MOST_BYTES) -> None:
+    """Look at a file before it is opened: a pipe would keep its reader waiting, and a device would never end.
 
     Raises:
-        ExportError: so it is with this file. One that cannot be read is left to its reader.
+        ExportError: it is no regular file, is larger than `most_bytes`, or is what Git LFS leaves in place of one: some
+            lines of text. A file that is not there, or cannot be read, is left to its reader.
     """
     try:
-        with file.open("rb") as stream:
-            start = stream.read(len(_LFS_POINTER))
+        status = file.stat()
+        start = b""
+        if stat.S_ISREG(status.st_mode):
+            with file.open("rb") as stream:
+                start = stream.read(len(_LFS_POINTER))
     except OSError:
         return
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a device")
+        raise ExportError(f"{file} is {kind}, not a file; put the file in its place, or remove it")
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise ExportError(
+            f"{file} has {status.st_size:,} bytes, more than any such file needs ({most_bytes:,}); download it again"
+        )
     if start == _LFS_POINTER:
         raise ExportError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
@@ -43,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ExportError: it cannot be read or is no JSON object.
     """
-    refuse_lfs_pointer(path)
+    check_file(path)
     try:
         data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
@@ -102,32 +129,44 @@ def _read_tensors(file: Path) -> dict[str, Array]:
     tensors = _load(file)
     if not isinstance(tensors, dict):
         raise ExportError(f"{file} holds a {type(tensors).__name__}, not a state dict; save model.state_dict()")
+    _check_names(file, tensors.keys())
     if problems := [f"{name} is {problem}" for name, value in tensors.items() if (problem := _problem(value))]:
         shown = "; ".join(problems[:5])
         raise ExportError(f"{file} holds more than plain tensors ({shown}); save model.state_dict() alone")
     arrays: dict[object, Array] = {}
     result: dict[str, Array] = {}
+    room = max(_MOST_GROWTH * file.stat().st_size, _LEAST_ROOM)
     # Popped one by one: of a half-precision checkpoint, only one copy is in memory as a whole.
     for name in list(tensors):
         tensor = tensors.pop(name).detach()
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if tensor.numel() else name
         if key not in arrays:
-            arrays[key] = _as_fp32(tensor)
+            room -= 4 * tensor.numel()
+            if room < 0:
+                raise ExportError(
+                    f"{file} holds the same numbers in many tensors, more than {_MOST_GROWTH} times its size in all; "
+                    "save model.state_dict() of the model alone"
+                )
+            arrays[key] = _as_fp32(file, str(name), tensor)
         result[str(name)] = arrays[key]
     return result
 
 
-def _load(file: Path) -> Any:
-    import torch
-    from safetensors.torch import load_file
+def _check_names(file: Path, names: Collection[object]) -> None:
+    if len(names) > MOST_TENSORS:
+        raise ExportError(
+            f"{file} holds {len(names):,} tensors, more than any model has ({MOST_TENSORS:,}); save model.state_dict()"
+        )
+    if longest := max((str(name) for name in names if len(str(name)) > _LONGEST_NAME), default=None):
+        raise ExportError(f"{file} holds a tensor with a name of {len(longest):,} characters; save model.state_dict()")
 
-    refuse_lfs_pointer(file)
+
+def _load(file: Path) -> Any:
+    check_file(file, None)
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with warnings.catch_warnings():  # how the file was pickled is for its reader to know
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return _load_safetensors(file) if file.suffix == ".safetensors" else _load_pickled(file)
+    except ExportError:
+        raise
     except pickle.UnpicklingError as error:
         # PyTorch's own text explains how to run the code in the file.
         reason = "it holds Python objects other than tensors, or is damaged; none of its code was run"
@@ -135,6 +174,38 @@ def _load(file: Path) -> Any:
     except Exception as error:  # every reader raises its own kinds; all mean the same to the user
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ExportError(f"{file} cannot be read as a weights file ({reason}); download or save it again") from error
+
+
+def _load_safetensors(file: Path) -> dict[str, Any]:
+    """The reader itself checks that no tensor lies outside the file, or over another one."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        _check_names(file, opened.keys())
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+
+
+def _load_pickled(file: Path) -> Any:
+    """What torch.save wrote, in the archive of today or in the pickles of before.
+
+    An archive may be small and hold much: compressed, or the same bytes under many names. The former is refused, the
+    latter mapped, so that no tensor is more than the file.
+    """
+    import torch
+
+    with file.open("rb") as stream:
+        archive = stream.read(len(_ARCHIVE)) == _ARCHIVE
+    if archive:
+        with zipfile.ZipFile(file) as entries:
+            packed = [entry for entry in entries.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise ExportError(
+                f"{file}: {packed[0].filename[:60]} in it is compressed, as torch.save does not do; save it again with "
+                "torch.save, or best as safetensors"
+            )
+    with warnings.catch_warnings():  # how the file was pickled is for its reader to know
+        warnings.simplefilter("ignore")
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
 
 
 def _problem(value: object) -> str | None:
@@ -150,11 +221,15 @@ def _problem(value: object) -> str | None:
     return None
 
 
-def _as_fp32(tensor: Any) -> Array:
+def _as_fp32(file: Path, name: str, tensor: Any) -> Array:
     import torch
 
-    # NumPy's own way would give a single number a dimension.
-    array: Array = tensor.to(torch.float32).contiguous().numpy()
+    try:
+        # NumPy's own way would give a single number a dimension.
+        array: Array = tensor.to(torch.float32).contiguous().numpy()
+    except RuntimeError as error:  # types of less than a byte, for one
+        reason = str(error).partition("\n")[0][:200]
+        raise ExportError(f"{file}: {name} cannot be read as fp32 ({reason}); save it in fp32 or fp16") from error
     return array
 
 
@@ -258,10 +333,13 @@ class Fields:
 
         `within` says what they are in; `meant` what some of them are called here, which likeness would not find.
         """
-        for name in sorted(self.unasked() - set(known)):
-            like = did_you_mean(name, self._asked | set(known))
+        unknown = sorted(self.unasked() - set(known))
+        for name in unknown[:_MOST_UNKNOWN]:
+            like = did_you_mean(name[:_LONGEST_SHOWN], self._asked | set(known))
             hint = f" (did you mean {meant[name]}?)" if meant and name in meant else like
-            self.problems.append(f"{within}{name} is not known{hint}")
+            self.problems.append(f"{within}{_cut(name)} is not known{hint}")
+        if len(unknown) > _MOST_UNKNOWN:
+            self.problems.append(f"{within}{len(unknown) - _MOST_UNKNOWN} more are not known")
 
     def check(self) -> None:
         """Raise ExportError with all problems found so far, if any."""
@@ -279,5 +357,8 @@ def _is_integer(value: object) -> bool:
 
 def _shown(value: object) -> str:
     """A value out of somebody's config, short enough for one line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}…"

@@ -3,12 +3,15 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_INTERRUPTED = 130
+from beamline_export.stopping import SIGNALS, Stopped
+
+_BY_SIGNAL = 128  # plus its number, as a shell reports it
 _UNCHECKED_CONFIG = (
     "note: PyTorch was given the same config.json, so a wrong nhead, norm_first or activation in it does not show;\n"
     "      check it with outputs of your own model: --expect FILE (docs/bring-your-model.md)"
@@ -16,7 +19,7 @@ _UNCHECKED_CONFIG = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Export; returns the exit status: 0, or 2 if the checkpoint or the arguments are not usable."""
+    """Export; returns the exit status: 0, 2 if something given is not usable, 128 + n after signal n."""
     parser = argparse.ArgumentParser(
         prog="beamline export",
         description="Convert a trained PyTorch Transformer to an ONNX bundle that `beamline serve` reads. The folder "
@@ -47,10 +50,12 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.ERROR)
     try:
-        return _export(arguments)
-    except KeyboardInterrupt:
-        _failed("interrupted; nothing was written")
-        return _INTERRUPTED
+        with SIGNALS.as_exceptions():
+            return _export(arguments)
+    except Stopped as stopped:
+        by = "interrupted" if stopped.signal is signal.SIGINT else f"stopped by {stopped.signal.name}"
+        _failed(f"{by}; nothing was written")
+        return _BY_SIGNAL + stopped.signal
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -67,6 +72,8 @@ def _export(arguments: argparse.Namespace) -> int:
         return _failed(str(error))
     except OSError as error:
         return _failed(f"{error}; check the folder and the free space")
+    except RecursionError:
+        return _failed("a file of the checkpoint is nested more deeply than any is; download it again")
     except MemoryError:
         return _failed("the memory of this machine is not enough for this checkpoint")
     print(report(bundle.manifest.parity, bundle.manifest.precision))
@@ -80,7 +87,9 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _failed(text: str) -> int:
-    print(f"beamline export: {' '.join(text.split())}", file=sys.stderr)
+    from beamline_export.progress import one_line
+
+    print(f"beamline export: {one_line(text)}", file=sys.stderr)
     return 2
 
 

@@ -133,7 +133,7 @@ def read_expectations(file: Path) -> Expectations:
     problems: list[str] = []
     try:
         with file.open("rb") as stream:
-            written = (line for line in read_lines(_bounded(stream, file)) if line.content.strip())
+            written = (line for line in read_lines(bounded_lines(stream, file)) if line.content.strip())
             for count, line in enumerate(written, 1):
                 if count > MOST_LINES:
                     raise ExportError(f"{file} has more than {MOST_LINES:,} lines; a hundred settle it, leave some out")
@@ -151,7 +151,7 @@ def read_expectations(file: Path) -> Expectations:
     return Expectations(file, tuple(lines))
 
 
-def _bounded(stream: BinaryIO, file: Path) -> Iterator[bytes]:
+def bounded_lines(stream: BinaryIO, file: Path) -> Iterator[bytes]:
     """The lines of a file as they stand there; ends at one that is too long to be read at all."""
     for number in itertools.count(1):
         raw = stream.readline(_MOST_LINE_BYTES + 1)

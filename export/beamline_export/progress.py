@@ -8,6 +8,15 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+_MOST_SHOWN = 4000
+"""Characters of one message."""
+
+
+def one_line(text: str) -> str:
+    """A text that holds what stands in somebody's files, for a terminal: one line, of bounded length, as it reads."""
+    plain = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text[:_MOST_SHOWN].split()))
+    return plain if len(text) <= _MOST_SHOWN else f"{plain} …"
+
 
 class Progress:
     """Writes to a stream; bars only where somebody looks at it."""
@@ -38,4 +47,4 @@ class Progress:
 
     def warn(self, text: str) -> None:
         """Something that the user should know."""
-        print(f"  warning: {text}", file=self._stream, flush=True)
+        print(f"  warning: {one_line(text)}", file=self._stream, flush=True)

@@ -10,7 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from beamline_export.checkpoint import read_json
+from beamline_export.known_settings import ALIASES, ANY, CONFIG, GENERATION, READ
 from beamline_export.spec import ExportError
+
+_POSITIONS = "max_position_embeddings"
 
 
 class Reference(Protocol):
@@ -28,12 +32,15 @@ class HuggingFaceReference:
         model_class: Name of its class in transformers.
         folder: The checkpoint.
         removed: Ids that are taken out before the softmax.
+        most_positions: More of them are not computed, where position tables are; None computes what config.json says.
 
     Raises:
         ExportError: transformers cannot load it.
     """
 
-    def __init__(self, model_class: str, folder: Path, removed: Sequence[int] = ()) -> None:
+    def __init__(
+        self, model_class: str, folder: Path, removed: Sequence[int] = (), *, most_positions: int | None = None
+    ) -> None:
         import torch
         import transformers
 
@@ -41,8 +48,10 @@ class HuggingFaceReference:
         try:
             with quiet_transformers():
                 # Of what does not fit, its own error says no more than that a report, which is silenced, lists it.
-                loaded, report = getattr(transformers, model_class).from_pretrained(
+                cls: Any = getattr(transformers, model_class)
+                loaded, report = cls.from_pretrained(
                     folder,
+                    config=cls.config_class.from_dict(_config(folder, cls.config_class.model_type, most_positions)),
                     local_files_only=True,
                     trust_remote_code=False,
                     dtype=torch.float32,
@@ -72,6 +81,16 @@ class HuggingFaceReference:
             logits[..., self._removed] = -torch.inf
             result: NDArray[np.float32] = logits.log_softmax(-1).numpy()
         return result
+
+
+def _config(folder: Path, family: str, most_positions: int | None) -> dict[str, Any]:
+    """What config.json says of the model, and of searching; the rest may lead the library elsewhere, or be endless."""
+    known = {**GENERATION, **dict.fromkeys(ALIASES, READ), **CONFIG[family]}
+    given = read_json(folder / "config.json")
+    config = {name: value for name, value in given.items() if known.get(name, ANY) is not ANY}
+    if most_positions is not None:
+        config[_POSITIONS] = min(config[_POSITIONS], most_positions)
+    return config
 
 
 def _load_problems(report: Mapping[str, Any]) -> Iterator[str]:

@@ -8,6 +8,8 @@ import numpy as np
 from beamline_export.spec import Array, ExportError
 
 _MOST_ABSENT = 4
+_MOST_COMPUTED = 1 << 26
+"""Numbers in a position table: 65,536 positions of a width of 1,024."""
 
 
 class Renamer:
@@ -72,12 +74,18 @@ class Renamer:
         """One table (positions, width) for both stacks, by a family's formula, where there is none yet.
 
         Raises:
-            ExportError: the embeddings are of another width: a table of any size could be asked for.
+            ExportError: the embeddings are of another width, or the table would have more numbers than any model's: one
+                of any size could be asked for.
         """
         embedding = self.weights.get("source_embedding")
         if embedding is not None and embedding.shape[-1:] != (width,):
             shape, name = list(embedding.shape), self.names["source_embedding"]
             raise ExportError(f"the checkpoint does not fit its config: {name} has shape {shape}, d_model is {width}")
+        if embedding is not None and positions * width > _MOST_COMPUTED:
+            raise ExportError(
+                f"the config asks for {positions} positions of {width} numbers, more than any model has "
+                f"({_MOST_COMPUTED:,} numbers); correct it"
+            )
         if embedding is not None:
             computed = table(positions, width)
             self.weights.setdefault("source_positions", computed)

@@ -1,8 +1,9 @@
 """What the tensors of somebody's state dict are called: prefixes of wrappers, and names that config.json translates."""
 
-from collections.abc import Collection, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, islice, takewhile
 
 from beamline_export.spec import Array, ExportError
 from beamline_server.likeness import did_you_mean
@@ -13,6 +14,9 @@ becomes; None leaves out what is called so."""
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Attributes that torch.compile, FSDP and activation checkpointing put between a module and what it wraps."""
+
+_MOST_SHOWN, _MOST_COMPARED = 8, 4096
+"""Entries that are told of, and names that one is compared with to find what was meant: each takes its time."""
 
 _COUNTER = "n_averaged"
 """What torch.optim.swa_utils.AveragedModel counts; it stands beside the prefix that all else has."""
@@ -48,7 +52,8 @@ def name_state(state: Mapping[str, Array], translation: Translation) -> NamedSta
     names = {origin: _unwrapped(origin) for origin, array in state.items() if origin != _COUNTER or array.ndim}
     prefix = _common_prefix(names.values())
     bare = {origin: name.removeprefix(prefix) for origin, name in names.items()}
-    written = {entry: _as_bare(entry, bare.values(), prefix) for entry in translation}
+    ordered = sorted(bare.values())
+    written = {entry: _as_bare(entry, ordered, prefix) for entry in translation}
     entries = {written[entry]: new for entry, new in translation.items()}
     fitting = {origin: _fitting(name, entries) for origin, name in bare.items()}
     new = {origin: _translated(bare[origin], entry, entries) for origin, entry in fitting.items()}
@@ -67,12 +72,17 @@ def name_state(state: Mapping[str, Array], translation: Translation) -> NamedSta
 
 
 def unknown_targets(translation: Translation, known: Collection[str]) -> Iterator[str]:
-    """What is wrong with the right side of a translation, if these are the names that a model has."""
+    """What is wrong with the right side of a translation, if these are the names that a model has; the first of it."""
+    yield from islice(_unknown_targets(translation, known), _MOST_SHOWN)
+
+
+def _unknown_targets(translation: Translation, known: Collection[str]) -> Iterator[str]:
+    ordered = sorted(known)
     for entry, new in translation.items():
         whole = new if new is not None and not entry.endswith(".") else None
         if whole is not None and whole not in known:
-            yield f"{entry!r} becomes {whole!r}, which is not known{did_you_mean(whole, known)}"
-        elif new and whole is None and not any(name.startswith(new) for name in known):
+            yield f"{entry!r} becomes {whole!r}, which is not known{_hint(whole, known)}"
+        elif new and whole is None and not _fits_any(new, ordered):
             yield f"{entry!r} becomes {new!r}, which no known name begins with"
 
 
@@ -96,22 +106,32 @@ def _left_off(state: Mapping[str, Array], prefix: str) -> Iterator[str]:
         yield f"names in the file begin with {prefix!r}; it is left off"
 
 
-def _as_bare(entry: str, names: Collection[str], prefix: str) -> str:
-    """An entry without what is left off of all names, unless it fits some of them as it is."""
+def _as_bare(entry: str, names: Sequence[str], prefix: str) -> str:
+    """An entry without what is left off of all names, unless it fits some of them, which are sorted, as it is."""
     # Inside the common prefix, there may be a module of the same name.
     whole = _unwrapped(entry)
-    return whole if any(_fits(whole, name) for name in names) else whole.removeprefix(prefix)
+    return whole if _fits_any(whole, names) else whole.removeprefix(prefix)
 
 
-def _fits(entry: str, name: str) -> bool:
-    return entry == name or (entry.endswith(".") and name.startswith(entry))
+def _fits_any(entry: str, names: Sequence[str]) -> bool:
+    """Whether one of the sorted names is the entry, or begins with it if it ends with a dot."""
+    place = bisect_left(names, entry)
+    first = names[place] if place < len(names) else None
+    return first is not None and (first == entry or (entry.endswith(".") and first.startswith(entry)))
+
+
+def _entries_that_fit(name: str) -> Iterator[str]:
+    """What an entry may be to fit a name: the name, or a beginning of it up to a dot; the longest first."""
+    yield name
+    dot = len(name)
+    while (dot := name.rfind(".", 0, dot)) >= 0:
+        yield name[: dot + 1]
 
 
 def _fitting(name: str, entries: Translation) -> str | None:
     """The entry that is the name, or the longest that it begins with."""
-    beginnings = [entry for entry in entries if _fits(entry, name)]
     # What was written as the common prefix is empty by now, and fits all.
-    return max(beginnings, key=len, default="" if "" in entries else None)
+    return next((entry for entry in chain(_entries_that_fit(name), [""]) if entry in entries), None)
 
 
 def _translated(name: str, entry: str | None, entries: Translation) -> str | None:
@@ -122,9 +142,15 @@ def _translated(name: str, entry: str | None, entries: Translation) -> str | Non
 
 
 def _no_names(unused: Collection[str], names: Collection[str]) -> Iterator[str]:
-    for entry in sorted(unused):
+    for entry in sorted(unused)[:_MOST_SHOWN]:
         kind = "no name in the file begins with" if entry.endswith(".") else "no name in the file is"
-        yield f"{kind} {entry!r}{did_you_mean(entry, names)}"
+        yield f"{kind} {entry!r}{_hint(entry, names)}"
+    if len(unused) > _MOST_SHOWN:
+        yield f"{len(unused) - _MOST_SHOWN} more fit no name"
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    return did_you_mean(name, islice(known, _MOST_COMPARED))
 
 
 def _same_entries(written: Mapping[str, str]) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ _CLEAN_UP = "clean_up_tokenization_spaces"
 _FORCED = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 _PREFIX_SPACE = "add_prefix_space"
 _PROBE = "a"
+_STDERR = 2
 _OTHER_KIND = (
     "tokenizer.json is read as it is; transformers' BartTokenizer would make byte pairs of it, without a normalizer: "
     f"name another tokenizer_class in {CONFIG_FILE}, such as PreTrainedTokenizerFast"
@@ -150,15 +153,42 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def load_json_tokenizer(file: Path) -> Any:
-    """A tokenizer.json.
+    """A tokenizer.json that can read a letter.
 
     Raises:
         ExportError: it is missing, or none.
     """
     try:
-        return read_json_tokenizer(file.read_bytes())
+        with _panics_as_errors():
+            tokenizer = read_json_tokenizer(file.read_bytes())
+            tokenizer.encode(_PROBE)
+            return tokenizer
     except Exception as error:  # the library raises its own kinds; all mean the same to the user
         raise unreadable_tokenizer(file, error) from error
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """The library panics at some files: that is no `Exception`, and it writes to the process's own stderr."""
+    with _silent_stderr():
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(str(error)) from error
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    with open(os.devnull, "wb") as nowhere:
+        stderr = os.dup(_STDERR)
+        os.dup2(nowhere.fileno(), _STDERR)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, _STDERR)
+        os.close(stderr)
 
 
 def unreadable_tokenizer(file: Path, error: Exception) -> ExportError:

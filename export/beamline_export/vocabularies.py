@@ -99,9 +99,15 @@ def _ids_outside(named: Mapping[str, Iterable[int | None]], side: str, size: int
 
 
 def _check_around(checkpoint: Checkpoint, file: Path) -> None:
-    """A source begins and ends once: as its config says, or as its tokenizer does."""
-    tokens = checkpoint.special_tokens
+    """A source begins and ends once, as its config says, or as its tokenizer does, and with tokens of the model."""
+    tokens, size = checkpoint.special_tokens, checkpoint.spec.source_vocabulary
     before, after = added_around(load_json_tokenizer(file))
+    around = (*before, *after, tokens.source_bos, tokens.source_eos)
+    if outside := list(dict.fromkeys(str(i) for i in around if i is not None and i >= size)):
+        raise ExportError(
+            f"{file} or config.json has {_listed(outside)} around a text, which is outside the source vocabulary of "
+            f"{size} (0 to {size - 1}); copy the tokenizer that this model was trained with"
+        )
     for name, wanted, found in (
         ("source_bos_token_id", tokens.source_bos, before[:1]),
         ("source_eos_token_id", tokens.source_eos, after[-1:]),

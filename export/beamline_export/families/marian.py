@@ -16,6 +16,9 @@ from beamline_export.spec import Array, Checkpoint, ExportError, SpecialTokenIds
 from beamline_export.tokenizer_config import read_tokenizer_config
 from beamline_export.tokenizer_files import TokenizerFiles, read_marian_tokenizer, without_tokenizer
 
+_MOST_COMPARED = 512
+"""Positions of the model that an export is compared with: transformers compute a table number by number."""
+
 
 def read(folder: Path) -> Checkpoint:
     """Read a MarianMT folder.
@@ -96,4 +99,6 @@ def _why_separate(spec: TransformerSpec, *, told: bool) -> str:
 
 def reference(folder: Path, checkpoint: Checkpoint) -> Reference:
     """The model as transformers runs it."""
-    return HuggingFaceReference("MarianMTModel", folder, checkpoint.removed_tokens)
+    computed = {"source_positions", "target_positions"}.isdisjoint(checkpoint.weight_names)
+    most = _MOST_COMPARED if computed else None
+    return HuggingFaceReference("MarianMTModel", folder, checkpoint.removed_tokens, most_positions=most)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from beamline_export.precision import Fp32Store
 from beamline_export.progress import Progress
 from beamline_export.reference import Reference
 from beamline_export.spec import Array, Checkpoint, ExportError
+from beamline_export.stopping import SIGNALS, Stopped
 from beamline_server.bundle import DECODER_STEP, ENCODER, MANIFEST, WEIGHTS, Bundle, decoder_pieces, load_bundle
 
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
@@ -119,6 +121,27 @@ def test_an_interrupt_leaves_nothing(checkpoint: Any, tmp_path: Path, silent: Pr
     with pytest.raises(KeyboardInterrupt):
         export_checkpoint(family, checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent, Fp32Store())
     assert left_in(tmp_path) == before
+
+
+def terminated(_: object) -> object:
+    signal.raise_signal(signal.SIGTERM)
+    raise AssertionError("it goes on")
+
+
+def test_a_signal_leaves_nothing(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    before = left_in(tmp_path)
+    family = spoiled(detect(checkpoint.folder), terminated)
+    with pytest.raises(Stopped) as caught, SIGNALS.as_exceptions():
+        export_checkpoint(family, checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent, Fp32Store())
+    assert caught.value.signal is signal.SIGTERM
+    assert left_in(tmp_path) == before
+
+
+def test_a_signal_after_the_bundle_has_appeared_is_too_late(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:
+    with SIGNALS.as_exceptions():
+        export(checkpoint.folder, tmp_path / "bundle", ExportOptions(), silent)
+        signal.raise_signal(signal.SIGTERM)
+    assert load_bundle(tmp_path / "bundle").manifest.precision == "fp32"
 
 
 def test_an_interrupted_replacement_leaves_the_old_bundle(checkpoint: Any, tmp_path: Path, silent: Progress) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
-from beamline_export.checkpoint import Fields, read_json, read_state_dict
+from beamline_export.checkpoint import MOST_BYTES, MOST_TENSORS, Fields, read_json, read_state_dict
 from beamline_export.renamer import Renamer
 from beamline_export.spec import ExportError
 
@@ -95,6 +96,93 @@ def test_only_plain_tensors_are_accepted(saved: Any, problem: str, tmp_path: Pat
     torch.save(saved, tmp_path / "model.pt")
     with pytest.raises(ExportError, match=problem):
         read_state_dict(tmp_path)
+
+
+def zipped(file: Path, compression: int, rename: Callable[[str], list[str]]) -> None:
+    """Write an archive anew, each of its records under these names."""
+    content = {}
+    with zipfile.ZipFile(file) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in content.items():
+            for new in rename(name):
+                archive.writestr(new, data)
+
+
+def test_an_archive_that_is_not_compressed_is_read_whoever_wrote_it(tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(6.0)}, tmp_path / "model.pt")
+    zipped(tmp_path / "model.pt", zipfile.ZIP_STORED, lambda name: [name])
+    assert read_state_dict(tmp_path)["a"].tolist() == list(range(6))
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "model.pt")
+    zipped(tmp_path / "model.pt", zipfile.ZIP_DEFLATED, lambda name: [name])
+    with pytest.raises(ExportError, match=r"model\.pt: .* in it is compressed, .*; save it again with torch\.save"):
+        read_state_dict(tmp_path)
+
+
+def test_numbers_that_are_in_many_tensors_are_not_copied_without_end(tmp_path: Path) -> None:
+    numbers = torch.zeros(1 << 16, dtype=torch.int8)
+    torch.save({str(i): numbers[i:] for i in range(100)}, tmp_path / "model.pt")
+    with pytest.raises(ExportError, match=r"holds the same numbers in many tensors, more than 8 times its size"):
+        read_state_dict(tmp_path)
+    torch.save({str(i): numbers[i:] for i in range(2)}, tmp_path / "model.pt")
+    assert len(read_state_dict(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.pt"])
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        ([str(i) for i in range(MOST_TENSORS + 1)], "holds 65,537 tensors, more than any model has"),
+        (["x" * 1001], "holds a tensor with a name of 1,001 characters"),
+    ],
+    ids=["many", "long"],
+)
+def test_more_names_than_a_model_has_are_refused(names: list[str], problem: str, file: str, tmp_path: Path) -> None:
+    state = dict.fromkeys(names, torch.ones(1))
+    if file == "model.pt":
+        torch.save(state, tmp_path / file)
+    else:
+        (tmp_path / file).write_bytes(save({name: torch.ones(0) for name in state}))
+    with pytest.raises(ExportError, match=problem):
+        read_state_dict(tmp_path)
+
+
+def test_numbers_that_do_not_become_fp32_are_named(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ExportError, match=r"model\.safetensors: w cannot be read as fp32 .*; save it in fp32 or fp16"):
+        read_state_dict(tmp_path)
+
+
+KINDS: list[Any] = [
+    pytest.param(os.mkfifo, "a pipe", id="pipe"),
+    pytest.param(os.mkdir, "a folder", id="folder"),
+    pytest.param(lambda file: file.symlink_to("/dev/zero"), "a device", id="device"),
+]
+
+
+@pytest.mark.parametrize(("make", "kind"), KINDS)
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
+def test_what_is_no_file_is_not_opened(file: str, make: Callable[[Path], None], kind: str, tmp_path: Path) -> None:
+    make(tmp_path / file)
+    with pytest.raises(ExportError, match=rf"{file} is {kind}, not a file; put the file in its place, or remove it"):
+        read_state_dict(tmp_path)
+
+
+def test_a_shard_that_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    os.mkfifo(tmp_path / "one.safetensors")
+    with pytest.raises(ExportError, match=r"one\.safetensors is a pipe"):
+        read_state_dict(tmp_path)
+
+
+def test_a_config_without_end_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "config.json").open("wb") as stream:
+        stream.truncate(MOST_BYTES + 1)
+    with pytest.raises(ExportError, match=r"config\.json has 67,108,865 bytes, more than any such file needs"):
+        read_json(tmp_path / "config.json")
 
 
 def test_every_float_type_becomes_fp32(tmp_path: Path) -> None:
@@ -222,6 +310,13 @@ def test_long_values_are_cut_in_messages() -> None:
     fields = Fields({"a": "x" * 10_000}, "config.json")
     fields.integer("a")
     assert len(fields.problems[0]) < 200
+
+
+def test_names_without_number_are_told_in_bounds() -> None:
+    fields = Fields({f"name_{i}": 1 for i in range(100_000)}, "config.json")
+    fields.refuse_unasked({"named"})
+    assert len(fields.problems) == 25
+    assert fields.problems[-1] == "99976 more are not known"
 
 
 def test_a_renamer_reports_what_it_did_not_take() -> None:

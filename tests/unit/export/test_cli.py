@@ -44,7 +44,9 @@ BROKEN: list[Any] = [
         lambda c: c.tensors(lambda s: s.update({"src_embed.weight": torch.ones(90, 16)})), "has shape", id="shape"
     ),
     pytest.param(lambda c: (c.folder / "tokenizer.json").write_text("[" * 99_999), "tokenizer", id="tokenizer"),
-    pytest.param(lambda c: (c.folder / "tokenizer.json").mkdir(), "Is a directory", id="tokenizer-is-a-folder"),
+    pytest.param(lambda c: (c.folder / "tokenizer.json").mkdir(), "is a folder, not", id="tokenizer-is-a-folder"),
+    pytest.param(lambda c: os.mkfifo(c.folder / "tokenizer.json"), "is a pipe, not", id="tokenizer-is-a-pipe"),
+    pytest.param(lambda c: c.config(**{"\x1b[31m": 1}), r"\x1b[31m is not known", id="escapes"),
 ]
 
 
@@ -223,7 +225,12 @@ def test_a_process_says_no_more_than_that(checkpoint: Any, tmp_path: Path) -> No
     assert done.stderr.startswith("beamline export: the checkpoint does not fit its config: ")
 
 
-def test_an_interrupted_process_says_so_and_leaves_nothing(checkpoint: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "told"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "stopped by SIGTERM")], ids=["int", "term"]
+)
+def test_a_stopped_process_says_so_and_leaves_nothing(
+    number: signal.Signals, told: str, checkpoint: Any, tmp_path: Path
+) -> None:
     code = "import sys; from beamline_export.cli import main, report; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(FR_EN), "-o", str(tmp_path / "bundle")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -233,7 +240,7 @@ def test_an_interrupted_process_says_so_and_leaves_nothing(checkpoint: Any, tmp_
             if line.startswith("  load the exported model"):
                 break
         assert len(list(tmp_path.iterdir())) == 2
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         last = process.stderr.read().splitlines()[-1]
-    assert (process.returncode, last) == (130, "beamline export: interrupted; nothing was written")
+    assert (process.returncode, last) == (128 + number, f"beamline export: {told}; nothing was written")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -12,7 +12,7 @@ import torch
 from beamline_export.families.registry import detect
 from beamline_export.spec import Checkpoint as Read
 from beamline_export.spec import ExportError, check_weights
-from beamline_export.state_names import name_state
+from beamline_export.state_names import name_state, unknown_targets
 
 
 def read(folder: Path) -> Read:
@@ -194,3 +194,20 @@ def test_an_inner_name_that_is_the_prefix_as_well_is_translated(beginning: str, 
     plain = read(checkpoint.folder)
     checkpoint.tensors(renamed(lambda name: f"model.{name.replace('transformer.', 'model.', 1)}"))
     assert same_weights(read(checkpoint.config(names={beginning: "transformer."})), plain)
+
+
+def test_many_names_and_many_entries_take_no_longer_for_being_both() -> None:
+    """Each name asks for the entries that it may have, not each entry for its names: in pairs, this would be hours."""
+    state = {f"old.{i}.weight": np.ones(1, np.float32) for i in range(20_000)}
+    names = {f"old.{i}.": f"new.{i}." for i in range(20_000)}
+    assert name_state(state, names).origins["new.777.weight"] == "old.777.weight"
+    assert len(list(unknown_targets({**names, "old.x.": "b."}, {f"new.{i}.bias" for i in range(20_000)}))) == 1
+
+
+def test_entries_that_fit_nothing_are_told_in_bounds() -> None:
+    state = {f"{i}.weight": np.ones(1, np.float32) for i in range(9)}
+    with pytest.raises(ExportError) as caught:
+        name_state(state, {f"x{i}.": "y." for i in range(10_000)})
+    problems = str(caught.value).split("; ")
+    assert len(problems) == 9
+    assert problems[-1] == "9992 more fit no name"

@@ -396,6 +396,37 @@ def test_a_source_does_not_begin_or_end_twice(key: str, found: int, nn_folder: C
     assert check_vocabularies(read(folder), folder) == []
 
 
+@pytest.mark.parametrize("token", ["[CLS]", "[SEP]"])
+@pytest.mark.parametrize("number", [9, 4_000_000_000])
+def test_a_source_has_the_models_own_ids_around_it(token: str, number: int, nn_folder: Callable[..., Path]) -> None:
+    folder = nn_folder(source_eos_token_id=None)
+    content = json.loads(word_tokenizer(WORDS, ("[CLS]", "[SEP]")).to_str())
+    content["post_processor"]["special_tokens"][token]["ids"] = [number]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ExportError, match=rf"tokenizer\.json or config\.json has {number} around a text, .* outside"):
+        check_vocabularies(read(folder), folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}},
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"model": {"type": "WordLevel", "vocab": {"b": 5}, "unk_token": "<unk>"}},
+    ],
+    ids=["panics-normalizing", "panics-splitting", "knows-no-letter"],
+)
+def test_a_tokenizer_that_reads_no_letter_is_named(
+    change: dict[str, Any], nn_folder: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = nn_folder(source_eos_token_id=None)
+    content = json.loads(word_tokenizer(WORDS, ()).to_str())
+    (folder / "tokenizer.json").write_text(json.dumps({**content, **change}))
+    with pytest.raises(ExportError, match=r"tokenizer\.json cannot be read as a tokenizer .*; download it again"):
+        check_vocabularies(read(folder), folder)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("source", "target", "side"), [(6000, 6000, None), (5000, 6000, "source"), (6000, 5000, "target")]
 )
