@@ -313,8 +313,8 @@ def raising(error: Exception) -> Callable[[], None]:
     ("builder", "changes", "error"),
     [
         (Builder(failure=DeviceError("no cuda here")), {}, DeviceError),
-        (Builder(failure=BundleError(Path("x"), "bad graph")), {}, BundleError),
-        (Builder(warm_up=raising(BundleError(Path("x"), "differs"))), {}, BundleError),
+        (Builder(failure=BundleError(Path("x"), "bad graph", "export again")), {}, BundleError),
+        (Builder(warm_up=raising(BundleError(Path("x"), "differs", "export again"))), {}, BundleError),
         (Builder(), {"max_new_tokens": 100_000}, SettingsError),
         (Builder(), {"host": "203.0.113.1"}, PortError),
     ],
