@@ -49,7 +49,7 @@ MOST_FOREIGN_TOLD = 8
 COPY_AGAIN = "copy the bundle again"
 EXPORT_AGAIN = "export the model again"
 
-_MOST_PROBLEMS_TOLD, _LONGEST_LIST = 8, 100
+_MOST_PROBLEMS_TOLD, _LONGEST_TOLD = 8, 100
 
 NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _VOLUME_BOOKKEEPING = re.compile(r"\.\.(data|data_tmp|\d{4}_\d\d_\d\d_.*)")
@@ -248,7 +248,7 @@ class Manifest(_Model):
                 yield f"files: {required!r} is not listed"
         for name, entry in self.files.items():
             if name in (MANIFEST, CHECKSUM) or not re.fullmatch(NAME_PATTERN, name):
-                yield f"files: {name[: bounds.LONGEST_TEXT]!r} is not a plain file name"
+                yield f"files: {name[:_LONGEST_TOLD]!r} is not a plain file name"
             elif entry.bytes > (most := bounds.MOST_WEIGHT_BYTES if name == WEIGHTS else bounds.MOST_FILE_BYTES):
                 yield f"files: {name!r} has {entry.bytes} bytes, more than {most}"
 
@@ -289,7 +289,7 @@ class Manifest(_Model):
             )
             for ids, longest, vocabulary in sides:
                 if not 0 < len(ids) <= longest or max(ids) >= vocabulary:
-                    yield f"golden: {str(list(ids))[:_LONGEST_LIST]} is nothing that this model reads"
+                    yield f"golden: {str(list(ids))[:_LONGEST_TOLD]} is nothing that this model reads"
 
 
 class Bundle:
@@ -363,11 +363,15 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
-        found = (f"{'.'.join(str(key)[: bounds.LONGEST_TEXT] for key in e['loc'])}: {e['msg']}" for e in error.errors())
+        found = (f"{'.'.join(_in_words(e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors())
         raise BundleError(file, _in_one_line(found), EXPORT_AGAIN) from error
     if problem := _in_one_line(manifest.problems()):
         raise BundleError(file, problem, EXPORT_AGAIN)
     return manifest, hashlib.sha256(raw).hexdigest()
+
+
+def _in_words(place: Iterable[str | int]) -> Iterator[str]:
+    return (str(key)[:_LONGEST_TOLD] for key in place)
 
 
 def _in_one_line(problems: Iterable[str]) -> str:

@@ -207,7 +207,7 @@ def test_names_cannot_lead_out_of_the_folder(name: str, edit: Callable[..., Path
     entry = {"sha256": "0" * 64, "bytes": 0}
     error = refused(edit(lambda data: data["files"].update({name: entry})))
     assert error.path.name == MANIFEST
-    assert error.problem == f"files: {name!r} is not a plain file name"
+    assert error.problem == f"files: {name[:100]!r} is not a plain file name"
 
 
 def test_tokenizer_files_must_be_listed(edit: Callable[..., Path]) -> None:
@@ -365,7 +365,7 @@ def test_of_many_invalid_fields_some_are_named(edit: Callable[..., Path]) -> Non
     problem = refused(edit(lambda data: data.update({f"more\n{i}" + "x" * 1000: i for i in range(100)}))).problem
     assert problem.endswith("; and 92 more")
     assert len(problem.split("; ")) == 9
-    assert len(problem) < 4000
+    assert len(problem) < 2000
 
 
 @pytest.mark.parametrize(
