@@ -4,11 +4,11 @@ import numpy as np
 import onnx
 
 from beamline_export.graph_writer import GraphWriter, WeightsFile
-from beamline_export.graphs import GraphSpec, bundle_graphs
 from beamline_export.layers import Layers, Rectangle
 from beamline_export.precision import WeightStore
-from beamline_export.spec import Checkpoint
-from beamline_server.bundle import DECODER_STEP, ENCODER, decoder_pieces
+from beamline_export.spec import Checkpoint, TransformerSpec
+from beamline_server.bundle import DECODER_STEP, ENCODER, bundle_graphs, decoder_pieces
+from beamline_server.graphs import GraphSpec
 
 _ATTENTION_RECTANGLE = Rectangle("row_of", "back")
 
@@ -19,7 +19,7 @@ def build_graphs(
     """All graphs of a bundle of this precision, by the names of their files."""
     pieces = decoder_pieces(checkpoint.spec.decoder_layers)
     graphs = {}
-    for name, contract in bundle_graphs(checkpoint.spec, precision, store.cache).items():
+    for name, contract in contracts(checkpoint.spec, precision).items():
         layers = Layers(GraphWriter(weights), checkpoint, store)
         if name == ENCODER:
             _encoder(layers, contract)
@@ -29,6 +29,11 @@ def build_graphs(
             _give(layers.g, _decoder_part(layers, pieces.index(name)))
         graphs[name] = layers.g.model(name.removesuffix(".onnx"), contract)
     return graphs
+
+
+def contracts(spec: TransformerSpec, precision: str) -> dict[str, GraphSpec]:
+    """What the graphs of a bundle of this precision promise, by the names of their files."""
+    return bundle_graphs(precision, layers=spec.decoder_layers, width=spec.d_model, vocabulary=spec.target_vocabulary)
 
 
 def _encoder(layers: Layers, contract: GraphSpec) -> None:

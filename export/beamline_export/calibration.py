@@ -16,13 +16,13 @@ from beamline_export.agreement import Tokens, search_all
 from beamline_export.checkpoint import check_file
 from beamline_export.expectations import bounded_lines
 from beamline_export.graph_writer import GraphWriter
-from beamline_export.graphs import TensorSpec
 from beamline_export.parity import Progress
 from beamline_export.precision import Fp32Store
 from beamline_export.spec import Array, ExportError
 from beamline_server.bundle import Bundle, GenerationDefaults
 from beamline_server.engine.ort.cpu import CpuBackend
 from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, SearchOptions
+from beamline_server.graphs import TensorSpec
 from beamline_server.models.forced import forced_decode
 from beamline_server.models.load import model_rules, usable_cores
 from beamline_server.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from beamline_export.graphs import GraphSpec, TensorSpec
+from beamline_server.graphs import GraphSpec, TensorSpec
 
 OPSET = 24
 CONTRIB = "com.microsoft"

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beamline_export.agreement import NEAR_TIE, Tokens, find_parting, search_all
-from beamline_export.graphs import GraphSpec
 from beamline_export.reference import Reference
 from beamline_export.reference_search import reference_search
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle
 from beamline_server.engine.backend import Backend
-from beamline_server.engine.ort.sessions import read_values
 from beamline_server.engine.request import EarlyStopping, SearchOptions
+from beamline_server.graph_file import read_graph
+from beamline_server.graphs import GraphSpec
 from beamline_server.models.forced import forced_rows
 from beamline_server.models.load import model_rules
 
@@ -73,17 +73,14 @@ def random_sources(
 
 
 def check_contract(bundle: Bundle, contracts: dict[str, GraphSpec]) -> None:
-    """Compare the graphs as onnxruntime reads them with their declaration.
+    """Compare the graphs' files with their declaration.
 
     Raises:
         ExportError: a name, type or axis differs.
     """
     for name, contract in contracts.items():
-        for found, declared in zip(read_values(bundle, name), (contract.inputs, contract.outputs), strict=True):
-            wanted = {n: (t.element_type, list(t.axes)) for n, t in declared.items()}
-            if found != wanted:
-                different = {n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)}
-                raise ExportError(f"{name} does not meet its contract in {', '.join(sorted(different))}")
+        if different := {value for value, *_ in read_graph(bundle.read(name)).differing(contract)}:
+            raise ExportError(f"{name} does not meet its contract in {', '.join(sorted(different))}")
 
 
 def check_parity(

@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from beamline_export.graph_writer import GraphWriter
-from beamline_export.graphs import ElementType
 from beamline_export.spec import Array, ExportError
-from beamline_server.engine.ort.cuda.row_mover import row_parts
+from beamline_server.graphs import ElementType, row_parts
 
 _LEAST_MAXIMUM = 1e-9
 """Keeps the scale of an all-zero column positive."""

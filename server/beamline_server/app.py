@@ -19,9 +19,8 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from beamline_server import logs
 from beamline_server.allocator import Trimmer, give_back_freed
-from beamline_server.bundle import EXIT_BUNDLE, MOST_FOREIGN_TOLD, Bundle, BundleError, load_bundle
+from beamline_server.bundle import EXIT_BUNDLE, EXPORT_AGAIN, MOST_FOREIGN_TOLD, Bundle, BundleError, load_bundle
 from beamline_server.engine.admission import Admission, Continuous, RequestLevel
-from beamline_server.engine.backend import Backend
 from beamline_server.engine.compiled import is_off, keeping_folder, make_ready
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
@@ -29,7 +28,7 @@ from beamline_server.engine.workers import WORKER_THREADS
 from beamline_server.listening import PortError, allow_most_descriptors
 from beamline_server.metrics import Metrics
 from beamline_server.metrics_server import MetricsServer
-from beamline_server.models.load import DeviceError, EngineOptions, build_engine, check_golden, choose_device, exercise
+from beamline_server.models.load import DeviceError, EngineOptions, build_engine, choose_device, warm_up
 from beamline_server.rpc.aio_server import AioServer
 from beamline_server.rpc.desk import Desk, EngineLike
 from beamline_server.rpc.health import EngineWatch, Health, watch_engine
@@ -111,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(EXIT_SETTINGS, *error.problems)
     except (DeviceError, PortError) as error:
         return _refuse(EXIT_SETTINGS, str(error))
+    except _StillWarmingUp as error:
+        return _leave(_refuse(EXIT_BUNDLE, str(error)))
     except BundleError as error:
         return _refuse(EXIT_BUNDLE, str(error))
 
@@ -166,7 +167,7 @@ async def _serve(command: Command, build: BuildEngine, stop: StopRequests, liste
         try:
             _log.info("listening", extra={"event": "listening", "host": settings.host, **_fields(ports)})
             listening(ports)
-            await _unless_stopped(stop, built.warm_up)
+            await _warmed_up(stop, built, bundle, settings.warm_up_timeout_s)
             built.engine.start()
             gc.collect()
             gc.freeze()  # what is there now stays: no collection needs to walk through it again
@@ -198,6 +199,25 @@ async def _unless_stopped(stop: StopRequests, function: Callable[..., _Result], 
     if not working.done():
         raise _StoppedWhileLoading
     return working.result()
+
+
+class _StillWarmingUp(BundleError):
+    """The warm-up has not ended in time, and a thread still computes."""
+
+
+async def _warmed_up(stop: StopRequests, built: BuiltEngine, bundle: Bundle, timeout_s: float) -> None:
+    """Warm up, unless that takes too long: what a graph does is known when it ends.
+
+    Raises:
+        _StoppedWhileLoading: a stop was requested meanwhile.
+        BundleError: it has not ended, or has shown something else.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await _unless_stopped(stop, built.warm_up)
+    except TimeoutError as error:
+        problem = f"its golden inputs and the warm-up have not ended within {timeout_s:g} s"
+        raise _StillWarmingUp(bundle.path, problem, f"give them more (warm_up_timeout_s), or {EXPORT_AGAIN}") from error
 
 
 def _in_a_thread(function: Callable[..., _Result], *arguments: object) -> asyncio.Future[_Result]:
@@ -320,13 +340,9 @@ def build(bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: Ste
     )
     engine = build_engine(bundle, options, deliver=deliver, observer=observer)
 
-    def warm_up(backend: Backend) -> None:
-        check_golden(bundle, backend)
-        exercise(bundle, backend, options)
-
     def warm_up_all() -> None:
         _make_loops_ready()
-        engine.warm_up(warm_up)
+        engine.warm_up(lambda backend: warm_up(bundle, backend, options))
         # The largest batch is not the usual one: a server holds its caches when its traffic needs them.
         give_back_freed()
 

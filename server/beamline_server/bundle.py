@@ -3,6 +3,7 @@
 A bundle is a folder:
 
     manifest.json           this module's `Manifest`
+    manifest.sha256         its checksum, as sha256sum writes it
     encoder.onnx            ids -> cross-attention keys and values
     decoder_step.onnx       one step of the decoder over packed rows; for CUDA (fp16, fp32)
     decoder_piece_….onnx    the same step cut at its attentions; for the CPU (int8, fp32): piece 0 before the first
@@ -10,26 +11,33 @@ A bundle is a folder:
     weights.bin             every weight once; all graphs point into it
     tokenizer files         as the manifest names them
 
-The server refuses what it cannot verify and says which file and why. It holds what it serves in memory: files that
-change later change nothing, so a file may be a link to wherever a store keeps the content. Files that it does not know
-are verified and ignored.
+The server refuses what it cannot verify and says which file, why, and what to do. The manifest has the checksums of
+all files, and one of its own beside it, so that no bit of a bundle can change unnoticed; that is against damage, and
+signatures are for who stores and ships bundles (docs/adr/0015-checksum-of-the-manifest.md). The server holds what it
+serves in memory: files that change later change nothing, so a file may be a link to wherever a store keeps the content.
+Files that it does not know are verified and ignored.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from beamline_server.engine.request import MAX_BEAMS, MAX_LENGTH_PENALTY
+from beamline_server import bounds
+from beamline_server.graph_file import read_graph
+from beamline_server.graphs import GraphSpec, decoder_piece_graph, decoder_step_graph, encoder_graph
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
+CHECKSUM = "manifest.sha256"
 ENCODER = "encoder.onnx"
 DECODER_STEP = "decoder_step.onnx"
 WEIGHTS = "weights.bin"
@@ -38,14 +46,17 @@ EXIT_BUNDLE = 3
 """Exit status of a command whose bundle cannot be served."""
 MOST_FOREIGN_TOLD = 8
 """Files that are no part of a bundle are named up to so many."""
-MOST_LAYERS = 1000
-"""Decoders of more layers are no models: it bounds how many files are looked for."""
-_LONGEST_MANIFEST = 16 * 1024 * 1024
+COPY_AGAIN = "copy the bundle again"
+EXPORT_AGAIN = "export the model again"
+
+_MOST_PROBLEMS_TOLD, _LONGEST_TOLD = 8, 100
 
 NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_VOLUME_BOOKKEEPING = re.compile(r"\.\.(data|data_tmp|\d{4}_\d\d_\d\d_.*)")
+"""What Kubernetes has beside the files of a volume: `..data`, and the folder with a time in its name behind it."""
+_CHUNK = 1 << 20
 
 Precision = Literal["fp32", "fp16", "int8"]
-TokenId = Annotated[int, Field(ge=0)]
 
 
 def decoder_pieces(layers: int) -> list[str]:
@@ -59,13 +70,35 @@ def decoder_graphs(precision: str, layers: int) -> list[str]:
     return {"fp16": whole, "int8": pieces, "fp32": [*whole, *pieces]}[precision]
 
 
-class BundleError(Exception):
-    """The bundle cannot be served; names the file and the reason."""
+def bundle_graphs(precision: str, *, layers: int, width: int, vocabulary: int) -> dict[str, GraphSpec]:
+    """The contracts of all graphs of a bundle, by the names of their files."""
+    cache: Literal["float16", "float32"] = "float16" if precision == "fp16" else "float32"
+    contracts = {
+        ENCODER: encoder_graph(layers, width, cache),
+        DECODER_STEP: decoder_step_graph(layers, width, vocabulary, cache),
+    }
+    for number, name in enumerate(decoder_pieces(layers)):
+        contracts[name] = decoder_piece_graph(number, layers, width, vocabulary)
+    return {name: contracts[name] for name in (ENCODER, *decoder_graphs(precision, layers))}
 
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
+
+class BundleError(Exception):
+    """The bundle cannot be served: a file or folder of it, what is wrong with it, and what to do, in one line."""
+
+    def __init__(self, path: Path, problem: str, remedy: str) -> None:
         self.path = path
-        self.problem = problem
+        self.problem = printable(problem)
+        super().__init__(f"{printable(str(path))}: {self.problem}; {remedy}")
+
+
+def printable(text: str) -> str:
+    """A text for a line of a terminal: what is no character to be seen is spelled out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def in_short(error: BaseException) -> str:
+    """What an error of a library says, in a line of bounded length."""
+    return " ".join(str(error).split())[: bounds.LONGEST_TEXT] or type(error).__name__
 
 
 class _Model(BaseModel):
@@ -76,19 +109,19 @@ class FileEntry(_Model):
     """Checksum and size of one file of the bundle."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0)
+    bytes: bounds.FileBytes
 
 
 class Dimensions(_Model):
     """The sizes of the model that the engine needs."""
 
-    d_model: int = Field(gt=0)
-    decoder_layers: int = Field(gt=0, le=MOST_LAYERS)
-    decoder_heads: int = Field(gt=0)
-    source_vocabulary: int = Field(gt=0)
-    target_vocabulary: int = Field(gt=1)
-    max_source_tokens: int = Field(gt=0)
-    max_target_tokens: int = Field(gt=0)
+    d_model: bounds.Width
+    decoder_layers: bounds.Layers
+    decoder_heads: bounds.Width
+    source_vocabulary: bounds.Vocabulary
+    target_vocabulary: Annotated[bounds.Vocabulary, Field(gt=1)]
+    max_source_tokens: bounds.Positions
+    max_target_tokens: bounds.Positions
 
 
 class SpecialTokens(_Model):
@@ -97,15 +130,15 @@ class SpecialTokens(_Model):
     A model without `eos` ends no output by itself: each has as many tokens as were asked for.
     """
 
-    decoder_start: TokenId
-    eos: tuple[TokenId, ...]
-    source_eos: TokenId | None = None
-    source_bos: TokenId | None = None
-    pad: TokenId | None = None
-    forced_bos: TokenId | None = None
-    forced_eos: TokenId | None = None
-    banned: tuple[TokenId, ...] = ()
-    banned_at_start: tuple[TokenId, ...] = ()
+    decoder_start: bounds.TokenId
+    eos: bounds.Ends
+    source_eos: bounds.TokenId | None = None
+    source_bos: bounds.TokenId | None = None
+    pad: bounds.TokenId | None = None
+    forced_bos: bounds.TokenId | None = None
+    forced_eos: bounds.TokenId | None = None
+    banned: bounds.Banned = ()
+    banned_at_start: bounds.Banned = ()
 
 
 class GenerationDefaults(_Model):
@@ -114,14 +147,14 @@ class GenerationDefaults(_Model):
     `not_supported` are settings of the checkpoint that would change answers and have no effect, with their values.
     """
 
-    beam_size: int = Field(default=1, ge=1, le=MAX_BEAMS)
-    length_penalty: float = Field(default=1.0, ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)
+    beam_size: bounds.Beams = 1
+    length_penalty: bounds.LengthPenalty = 1.0
     length_penalty_kind: Literal["power", "gnmt"] = "power"
     early_stopping: Literal["when_full", "heuristic", "never"] = "heuristic"
-    min_new_tokens: int = Field(default=0, ge=0)
-    max_new_tokens: int = Field(gt=0)
-    n_best: int = Field(default=1, ge=1, le=MAX_BEAMS)
-    not_supported: dict[str, str] = Field(default_factory=dict)
+    min_new_tokens: bounds.PositionsOrNone = 0
+    max_new_tokens: bounds.Positions
+    n_best: bounds.Beams = 1
+    not_supported: dict[bounds.Text, bounds.Text] = Field(default_factory=dict)
 
 
 class TokenizerEntry(_Model):
@@ -139,9 +172,9 @@ class TokenizerEntry(_Model):
     """
 
     kind: Literal["marian", "tokenizers", "sentencepiece", "none"]
-    files: tuple[str, ...] = ()
+    files: tuple[bounds.Text, ...] = ()
     clean_up_spaces: bool = False
-    special: tuple[TokenId, ...] | None = None
+    special: tuple[bounds.TokenId, ...] | None = None
 
 
 class Golden(_Model):
@@ -153,9 +186,9 @@ class Golden(_Model):
         top_logprob: The log-probability of the most probable token after each step.
     """
 
-    source: tuple[TokenId, ...]
-    forced: tuple[TokenId, ...]
-    top_logprob: tuple[float, ...]
+    source: tuple[bounds.TokenId, ...]
+    forced: tuple[bounds.TokenId, ...]
+    top_logprob: tuple[bounds.LogProbability, ...]
 
 
 class Activations(_Model):
@@ -168,30 +201,29 @@ class Activations(_Model):
     """
 
     scaled: Literal["per_row", "calibrated"]
-    sentences: int | None = Field(default=None, ge=1)
-    ranges: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    sentences: bounds.Sentences | None = None
+    ranges: dict[bounds.Text, bounds.Range] = Field(default_factory=dict)
 
 
 class Manifest(_Model):
-    """Everything the server needs to know about a bundle."""
+    """Everything the server needs to know about a bundle; `spec`, `parity` and `producers` are only told."""
 
-    format_version: Literal[3]
+    format_version: Literal[4]
     name: str = Field(pattern=NAME_PATTERN)
-    architecture: str
+    architecture: bounds.Text
     precision: Precision
     activations: Activations | None = None
-    created: str
+    created: bounds.Text
     dimensions: Dimensions
     special_tokens: SpecialTokens
     generation_defaults: GenerationDefaults
     tokenizer: TokenizerEntry
-    files: dict[str, FileEntry]
-    golden: tuple[Golden, ...]
-    golden_tolerance: float = Field(gt=0)
-    spec: dict[str, object]
-    graphs: dict[str, object]
-    parity: dict[str, object]
-    producers: dict[str, str]
+    files: Annotated[dict[str, FileEntry], Field(max_length=bounds.MOST_FILES)]
+    golden: Annotated[tuple[Golden, ...], Field(min_length=1)]
+    golden_tolerance: bounds.Tolerance
+    spec: bounds.Told
+    parity: bounds.Told
+    producers: dict[bounds.Text, bounds.Text]
 
     def problems(self) -> Iterator[str]:
         """What contradicts itself although each field is valid."""
@@ -214,9 +246,11 @@ class Manifest(_Model):
         for required in (*graphs, WEIGHTS, *self.tokenizer.files):
             if required not in self.files:
                 yield f"files: {required!r} is not listed"
-        for name in self.files:
-            if name in ("", "..", ".", MANIFEST) or not name.isprintable() or any(c in name for c in "/\\:"):
-                yield f"files: {name!r} is not a plain file name"
+        for name, entry in self.files.items():
+            if name in (MANIFEST, CHECKSUM) or not re.fullmatch(NAME_PATTERN, name):
+                yield f"files: {name[:_LONGEST_TOLD]!r} is not a plain file name"
+            elif entry.bytes > (most := bounds.MOST_WEIGHT_BYTES if name == WEIGHTS else bounds.MOST_FILE_BYTES):
+                yield f"files: {name!r} has {entry.bytes} bytes, more than {most}"
 
     def _token_problems(self) -> Iterator[str]:
         tokens, dimensions = self.special_tokens, self.dimensions
@@ -227,6 +261,9 @@ class Manifest(_Model):
         for token in (tokens.source_eos, tokens.source_bos):
             if token is not None and token >= dimensions.source_vocabulary:
                 yield f"special_tokens: {token} is outside the source vocabulary of {dimensions.source_vocabulary}"
+        never = {*tokens.banned, *tokens.banned_at_start, *tokens.eos}
+        if len(never.intersection(range(dimensions.target_vocabulary))) == dimensions.target_vocabulary:
+            yield "special_tokens: nothing can be generated first: every token is banned or ends the sequence"
 
     def _activation_problems(self) -> Iterator[str]:
         activations = self.activations
@@ -240,6 +277,9 @@ class Manifest(_Model):
 
     def _golden_problems(self) -> Iterator[str]:
         dimensions = self.dimensions
+        tokens, most = sum(len(each.source) + len(each.forced) for each in self.golden), bounds.MOST_GOLDEN_TOKENS
+        if tokens > most:
+            yield f"golden: {tokens} tokens are more than the {most} that a start computes"
         for golden in self.golden:
             if len(golden.forced) != len(golden.top_logprob):
                 yield "golden: forced and top_logprob differ in length"
@@ -247,9 +287,9 @@ class Manifest(_Model):
                 (golden.source, dimensions.max_source_tokens, dimensions.source_vocabulary),
                 (golden.forced, dimensions.max_target_tokens, dimensions.target_vocabulary),
             )
-            for tokens, most, vocabulary in sides:
-                if not 0 < len(tokens) <= most or max(tokens) >= vocabulary:
-                    yield f"golden: {list(tokens)} is nothing that this model reads"
+            for ids, longest, vocabulary in sides:
+                if not 0 < len(ids) <= longest or max(ids) >= vocabulary:
+                    yield f"golden: {str(list(ids))[:_LONGEST_TOLD]} is nothing that this model reads"
 
 
 class Bundle:
@@ -269,7 +309,7 @@ class Bundle:
     def file(self, name: str) -> Path:
         """Path of one of the files that the manifest lists."""
         if name not in self.manifest.files:
-            raise BundleError(self.path / name, "is not listed in the manifest")
+            raise BundleError(self.path / name, "is not listed in the manifest", EXPORT_AGAIN)
         return self.path / name
 
     def read(self, name: str) -> bytes:
@@ -279,90 +319,187 @@ class Bundle:
             BundleError: it is missing or damaged by now.
         """
         file = self.file(name)
-        with _opened(file, self.manifest.files[name]) as stream:
-            content = stream.read()
+        with _listed(file, self.manifest.files[name]) as stream:
+            content = stream.read(self.manifest.files[name].bytes)
         _check_digest(file, self.manifest.files[name], hashlib.sha256(content).hexdigest())
         return content
 
     def foreign_files(self) -> list[str]:
-        """Names beside the manifest that it does not list, as a fresh volume has one (lost+found).
-
-        But for names with a leading dot, which are the bookkeeping of ConfigMap and image volumes.
-        """
+        """Names beside the manifest that it does not list, as a fresh volume has one (lost+found)."""
         try:
             names = sorted(file.name for file in self.path.iterdir())
         except OSError:  # a folder may let its files be read and not be listed
             return []
-        return [n for n in names if n != MANIFEST and n not in self.manifest.files and not n.startswith(".")]
+        own = {MANIFEST, CHECKSUM, *self.manifest.files}
+        return [name for name in names if name not in own and not _VOLUME_BOOKKEEPING.fullmatch(name)]
+
+
+def checksum_line(manifest: bytes) -> str:
+    """What is in the file beside a manifest, as `sha256sum manifest.json` writes it."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n"
 
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:
     """Read and check a bundle's manifest alone; returns it with its fingerprint.
 
     Raises:
-        BundleError: it is missing, of another format, or contradicts itself.
+        BundleError: it is missing, damaged, of another format, or contradicts itself.
     """
     file = path / MANIFEST
-    hint = "is this a bundle? `beamline export` writes one"
-    try:
-        # Asked first: opening a pipe would wait for ever, and some devices never end.
-        if file.exists() and not file.is_file():
-            raise BundleError(file, f"is no file; {hint}")
-        with file.open("rb") as stream:
-            raw = stream.read(_LONGEST_MANIFEST + 1)
-    except OSError as error:
-        raise BundleError(file, f"cannot be read ({error.strerror}); {hint}") from error
-    if len(raw) > _LONGEST_MANIFEST:
-        raise BundleError(file, f"is longer than {_LONGEST_MANIFEST:,} bytes; {hint}")
+    raw = _content(file, bounds.LONGEST_MANIFEST, "is this a bundle? `beamline export` writes one")
+    summed = _is_summed(path, raw)
+    if summed is False:
+        raise BundleError(file, f"does not match {CHECKSUM}", f"{COPY_AGAIN}; if it was edited, {EXPORT_AGAIN}")
     try:
         data = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise BundleError(file, f"is not JSON ({error})") from error
+        raise BundleError(file, f"is not JSON ({in_short(error)})", COPY_AGAIN) from error
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
-        raise BundleError(
-            file, f"format version {version!r}; this server reads {FORMAT_VERSION}: export the model again"
-        )
+    if version != FORMAT_VERSION or isinstance(version, float):
+        told = f"is of format version {str(version)[:20]}, this server reads {FORMAT_VERSION}"
+        raise BundleError(file, told, EXPORT_AGAIN)
+    if summed is None:
+        raise BundleError(path / CHECKSUM, "is missing", COPY_AGAIN)
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise BundleError(file, found) from error
-    if problems := list(manifest.problems()):
-        raise BundleError(file, "; ".join(problems))
+        found = (f"{'.'.join(_in_words(e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors())
+        raise BundleError(file, _in_one_line(found), EXPORT_AGAIN) from error
+    if problem := _in_one_line(manifest.problems()):
+        raise BundleError(file, problem, EXPORT_AGAIN)
     return manifest, hashlib.sha256(raw).hexdigest()
 
 
+def _in_words(place: Iterable[str | int]) -> Iterator[str]:
+    return (str(key)[:_LONGEST_TOLD] for key in place)
+
+
+def _in_one_line(problems: Iterable[str]) -> str:
+    told = list(problems)
+    more = [f"and {len(told) - _MOST_PROBLEMS_TOLD} more"] if len(told) > _MOST_PROBLEMS_TOLD else []
+    return "; ".join([*told[:_MOST_PROBLEMS_TOLD], *more])
+
+
+def _is_summed(path: Path, manifest: bytes) -> bool | None:
+    """Whether the checksum beside a manifest is that of its bytes; None if there is none."""
+    file, expected = path / CHECKSUM, checksum_line(manifest).encode()
+    if not os.path.lexists(file):
+        return None
+    return _content(file, len(expected), COPY_AGAIN) == expected
+
+
 def load_bundle(path: Path) -> Bundle:
-    """Read a bundle and verify every file against the manifest.
+    """Read a bundle and verify every file against the manifest, the graphs' contracts included.
+
+    Nothing is computed, and nothing larger than a graph is held in memory.
 
     Raises:
-        BundleError: names the first file that is missing, damaged or no file.
+        BundleError: names the first file that is missing, damaged, no file, or not what the manifest makes of it.
     """
     manifest, fingerprint = read_manifest(path)
+    bundle = Bundle(path, manifest, fingerprint)
     for name, entry in manifest.files.items():
-        with _opened(path / name, entry) as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        _check_digest(path / name, entry, digest)
-    return Bundle(path, manifest, fingerprint)
+        with _listed(path / name, entry):
+            pass
+    _check_graphs(bundle)
+    for name, entry in manifest.files.items():
+        with _listed(path / name, entry) as stream:
+            _check_digest(path / name, entry, digest(stream, entry.bytes))
+    return bundle
+
+
+def _check_graphs(bundle: Bundle) -> None:
+    """Hold the graphs' files to what the manifest's dimensions make of them, and the weights' to what graphs take."""
+    dimensions = bundle.manifest.dimensions
+    contracts = bundle_graphs(
+        bundle.manifest.precision,
+        layers=dimensions.decoder_layers,
+        width=dimensions.d_model,
+        vocabulary=dimensions.target_vocabulary,
+    )
+    needed = 0
+    for name, contract in contracts.items():
+        try:
+            graph = read_graph(bundle.read(name))
+        except ValueError as error:
+            raise BundleError(bundle.path / name, str(error), EXPORT_AGAIN) from error
+        if problem := next(graph.problems(contract, _tables(name, dimensions), WEIGHTS), None):
+            raise BundleError(bundle.path / name, problem, EXPORT_AGAIN)
+        needed = max(needed, graph.ends_in(WEIGHTS))
+    if (size := bundle.manifest.files[WEIGHTS].bytes) != needed:
+        raise BundleError(bundle.path / WEIGHTS, f"has {size} bytes, the graphs take {needed} of it", EXPORT_AGAIN)
+
+
+def _tables(name: str, dimensions: Dimensions) -> dict[str, int]:
+    """What a graph looks up ids and positions in: rows of each table, by the end of its name."""
+    if name == ENCODER:
+        return {"_embedding": dimensions.source_vocabulary, "_positions": dimensions.max_source_tokens}
+    if name in (DECODER_STEP, decoder_pieces(1)[0]):
+        return {"_embedding": dimensions.target_vocabulary, "_positions": dimensions.max_target_tokens}
+    return {}
 
 
 @contextmanager
-def _opened(file: Path, entry: FileEntry) -> Iterator[BufferedReader]:
-    """The file, open; a link is followed, since what counts is the content."""
-    # Asked first: opening a pipe would wait for ever.
-    if not file.is_file():
-        raise BundleError(file, "is missing or no file; copy the bundle again")
+def _regular(file: Path) -> Iterator[tuple[BufferedReader, int]]:
+    """A regular file, open, with its size; a link is followed, since what counts is the content.
+
+    Raises:
+        OSError: it is none, or cannot be opened.
+    """
+    # Asked first, for opening a device may do something, and once more of what was opened.
+    _check_regular(os.stat(file))
+    # Without waiting, as one would for who writes into a pipe.
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as stream:
+        status = os.fstat(descriptor)
+        _check_regular(status)
+        yield stream, status.st_size
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(0, "no regular file")
+
+
+def _content(file: Path, most: int, remedy: str) -> bytes:
+    """Content of a file of unknown size, up to so many bytes."""
     try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size != entry.bytes:
-                raise BundleError(file, f"has {size} bytes, the manifest says {entry.bytes}; copy the bundle again")
-            yield stream
+        with _regular(file) as (stream, size):
+            if size > most:
+                raise BundleError(file, f"has {size:,} bytes, more than {most:,}", remedy)
+            return stream.read(size)
     except OSError as error:
-        raise BundleError(file, f"cannot be read ({error.strerror})") from error
+        raise _unreadable(file, error, remedy) from error
+
+
+@contextmanager
+def _listed(file: Path, entry: FileEntry) -> Iterator[BufferedReader]:
+    """A file that the manifest lists, open, of the size that it says."""
+    try:
+        with _regular(file) as (stream, size):
+            if size != entry.bytes:
+                raise BundleError(file, f"has {size} bytes, the manifest says {entry.bytes}", COPY_AGAIN)
+            yield stream
+    except FileNotFoundError as error:
+        raise BundleError(file, "is missing", COPY_AGAIN) from error
+    except OSError as error:
+        raise _unreadable(file, error, COPY_AGAIN) from error
+
+
+def _unreadable(file: Path, error: OSError, remedy: str) -> BundleError:
+    remedy = "let the server's user read it" if isinstance(error, PermissionError) else remedy
+    return BundleError(file, f"cannot be read ({error.strerror})", remedy)
+
+
+def digest(stream: BufferedIOBase, size: int) -> str:
+    """SHA-256 of so many bytes, however many follow by now."""
+    sum_so_far = hashlib.sha256()
+    while size > 0 and (chunk := stream.read(min(size, _CHUNK))):
+        sum_so_far.update(chunk)
+        size -= len(chunk)
+    return sum_so_far.hexdigest()
 
 
 def _check_digest(file: Path, entry: FileEntry, digest: str) -> None:
     if digest != entry.sha256:
-        raise BundleError(file, "does not match its checksum; copy the bundle again")
+        raise BundleError(file, "does not match its checksum", COPY_AGAIN)

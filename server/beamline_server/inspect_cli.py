@@ -13,6 +13,7 @@ from beamline_server.bundle import (
     BundleError,
     Manifest,
     load_bundle,
+    printable,
     read_manifest,
 )
 
@@ -87,7 +88,7 @@ def aligned(rows: Iterable[Row]) -> str:
     """Rows as text, their values in one column."""
     told = list(rows)
     width = max(len(name) for name, _ in told)
-    return "".join(f"{name:<{width}}  {value}".rstrip() + "\n" for name, value in told)
+    return "".join(printable(f"{name:<{width}}  {value}".rstrip()) + "\n" for name, value in told)
 
 
 def _indented(values: Mapping[str, object], depth: int = 1) -> Iterator[Row]:

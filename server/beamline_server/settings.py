@@ -90,6 +90,12 @@ class Settings(BaseModel):
         description="Metadata key whose value names the caller: callers share the engine fairly. Without it, a caller "
         "is a connection.",
     )
+    warm_up_timeout_s: float = Field(
+        default=240,
+        gt=0,
+        le=86400,
+        description="Longest time to compute what shows at the start that the bundle is well, in seconds.",
+    )
     lame_duck_s: float = Field(
         default=0, ge=0, le=3600, description="Time to go on accepting after SIGTERM, not ready, in seconds."
     )

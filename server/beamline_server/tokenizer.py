@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from beamline_server.bundle import Bundle, BundleError, Manifest
+from beamline_server.bundle import EXPORT_AGAIN, Bundle, BundleError, Manifest, in_short
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CLEAN_UP = {
@@ -75,14 +75,14 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
     except BundleError:  # a file has changed since it was verified; it says which
         raise
     except Exception as error:  # the libraries raise many kinds; all mean that the files are no such tokenizer
-        raise BundleError(bundle.path, f"its {kind} tokenizer cannot be read ({unreadable(error)})") from error
+        problem = f"its {kind} tokenizer cannot be read ({unreadable(error)})"
+        raise BundleError(bundle.path, problem, EXPORT_AGAIN) from error
     return CleanedUp(tokenizer) if bundle.manifest.tokenizer.clean_up_spaces else tokenizer
 
 
 def unreadable(error: Exception) -> str:
     """Why a tokenizer cannot be read, in one line."""
-    text = f"{error.args[0]} is not in the vocabulary" if isinstance(error, KeyError) else str(error)
-    return " ".join(text.split())[:300] or type(error).__name__
+    return f"{error.args[0]} is not in the vocabulary" if isinstance(error, KeyError) else in_short(error)
 
 
 def _special_ids(manifest: Manifest) -> frozenset[int]:

@@ -7,11 +7,13 @@ async with serving() as service:
 
 import asyncio
 import hashlib
+import json
 import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +23,20 @@ from google.rpc import status_pb2
 from prometheus_client import CollectorRegistry
 
 from beamline.v1.generation_pb2_grpc import GenerationServiceStub
-from beamline_server.bundle import FORMAT_VERSION, MANIFEST, Bundle, FileEntry, Manifest, decoder_graphs
+from beamline_server.bundle import (
+    CHECKSUM,
+    ENCODER,
+    FORMAT_VERSION,
+    MANIFEST,
+    WEIGHTS,
+    Bundle,
+    Dimensions,
+    FileEntry,
+    Manifest,
+    bundle_graphs,
+    checksum_line,
+    decoder_graphs,
+)
 from beamline_server.engine.errors import EngineError, EngineStopped, QueueFull, RequestCancelled, WouldBeLate
 from beamline_server.engine.request import (
     Completed,
@@ -106,10 +121,9 @@ def make_manifest(**changes: object) -> Manifest:
         "generation_defaults": {"beam_size": 4, "max_new_tokens": 128},
         "tokenizer": {"kind": "tokenizers", "files": []},
         "files": dict.fromkeys(files, entry),
-        "golden": [],
+        "golden": [{"source": [0], "forced": [0], "top_logprob": [-1.0]}],
         "golden_tolerance": 0.01,
         "spec": {},
-        "graphs": {},
         "parity": {},
         "producers": {},
     }
@@ -117,16 +131,50 @@ def make_manifest(**changes: object) -> Manifest:
 
 
 def write_bundle(folder: Path, **changes: object) -> Manifest:
-    """Write a bundle that passes verification; its graphs are empty, so it needs a `ScriptedEngine`."""
+    """Write a bundle that passes verification; its graphs have no nodes, so it needs a `ScriptedEngine`."""
     manifest = make_manifest(tokenizer={"kind": "none", "files": []}, **changes)
     files = {}
+    graphs = {ENCODER, *decoder_graphs(manifest.precision, manifest.dimensions.decoder_layers)}
     for name in manifest.files:
-        content = name.encode()
+        content = empty_graph(name, manifest.precision, manifest.dimensions) if name in graphs else name.encode()
         (folder / name).write_bytes(content)
         files[name] = FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
     manifest = manifest.model_copy(update={"files": files})
-    (folder / MANIFEST).write_text(manifest.model_dump_json(), "utf-8")
+    write_manifest(folder, manifest.model_dump(mode="json"))
     return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
+    """Write a manifest with its checksum, as whoever edits one has to."""
+    raw = json.dumps(manifest).encode()
+    (folder / MANIFEST).write_bytes(raw)
+    (folder / CHECKSUM).write_text(checksum_line(raw))
+
+
+@cache
+def empty_graph(name: str, precision: str, sizes: Dimensions) -> bytes:
+    """A graph with the inputs, outputs and tables of its contract, and one weight, all of `weights.bin`."""
+    from onnx import TensorProto, helper
+
+    types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+    types |= {"int64": TensorProto.INT64, "bool": TensorProto.BOOL}
+    spec = bundle_graphs(
+        precision, layers=sizes.decoder_layers, width=sizes.d_model, vocabulary=sizes.target_vocabulary
+    )[name]
+    inputs, outputs = (
+        [helper.make_tensor_value_info(key, types[value.element_type], value.axes) for key, value in side.items()]
+        for side in (spec.inputs, spec.outputs)
+    )
+    source = {"x_embedding": sizes.source_vocabulary, "x_positions": sizes.max_source_tokens}
+    target = {"x_embedding": sizes.target_vocabulary, "x_positions": sizes.max_target_tokens}
+    tables = source if name == ENCODER else target
+    weights = [TensorProto(name=key, data_type=1, dims=(rows, sizes.d_model)) for key, rows in tables.items()]
+    stored = TensorProto(name="all", data_type=TensorProto.INT8, dims=(len(WEIGHTS),), data_location=1)
+    for key, value in (("location", WEIGHTS), ("offset", "0"), ("length", str(len(WEIGHTS)))):
+        stored.external_data.add(key=key, value=value)
+    model = helper.make_model(helper.make_graph([], name, inputs, outputs, [*weights, stored]))
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
 
 
 def make_completed(number: RequestId, tokens: Iterable[int], *, n_best: int = 1) -> Completed:

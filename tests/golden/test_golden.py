@@ -14,7 +14,7 @@ from beamline_server.models.load import build_backend, check_golden, model_rules
 from beamline_server.tokenizer import load_tokenizer
 
 HERE = Path(__file__).parent
-ANSWERS: dict[str, Any] = json.loads((HERE / "format3.json").read_text("utf-8"))
+ANSWERS: dict[str, Any] = json.loads((HERE / "format4.json").read_text("utf-8"))
 TOLERANCE = {"fp32": 1e-4, "int8": 2e-2}
 
 
@@ -57,11 +57,11 @@ def test_the_tokenizer_reads_as_recorded(name: str) -> None:
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_the_manifest_says_what_it_said(name: str) -> None:
-    """Fields of format 3 keep their meaning."""
+    """Fields of format 4 keep their meaning."""
     manifest = load_bundle(HERE / name).manifest
-    assert manifest.format_version == 3
+    assert manifest.format_version == 4
     assert (manifest.name, manifest.architecture) == ("golden", "nn_transformer")
-    assert manifest.precision == name.removeprefix("format3-")
+    assert manifest.precision == name.removeprefix("format4-")
     tokens, defaults = manifest.special_tokens, manifest.generation_defaults
     assert (tokens.decoder_start, tokens.eos, tokens.source_eos, tokens.banned) == (2, (1,), 1, (0, 3))
     assert (defaults.beam_size, defaults.max_new_tokens, defaults.early_stopping) == (4, 24, "when_full")

@@ -15,6 +15,7 @@ from beamline.v1.generation_pb2_grpc import GenerationServiceStub
 from beamline_client import Client
 from beamline_server.bundle import MANIFEST, Bundle
 from beamline_server.process import ServerProcess
+from doubles.service import write_manifest
 
 HERE = Path(__file__).parent
 TEST_FILE = HERE.parents[1] / "models" / "fr-en" / "test.tsv.gz"
@@ -71,7 +72,7 @@ def slow_bundle(fr_en_int8: Bundle, tmp_path_factory: pytest.TempPathFactory) ->
     shutil.copytree(fr_en_int8.path, folder)
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["golden"] *= 40
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     return folder
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from beamline_server.bundle import MANIFEST
 from beamline_server.process import ProcessFailed, ServerProcess
+from doubles.service import write_manifest
 
 
 def test_a_server_that_cannot_start_fails_with_its_log(tmp_path: Path) -> None:
@@ -22,7 +23,7 @@ def test_a_server_that_ends_while_it_warms_up_fails_with_its_last_words(slow_bun
     shutil.copytree(slow_bundle, bundle)
     manifest = json.loads((bundle / MANIFEST).read_text("utf-8"))
     manifest["golden"][-1]["top_logprob"][0] -= 1.0
-    (bundle / MANIFEST).write_text(json.dumps(manifest), "utf-8")
+    write_manifest(bundle, manifest)
 
     with (
         ServerProcess(bundle) as server,

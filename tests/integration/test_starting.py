@@ -16,6 +16,7 @@ from beamline_server.bundle import MANIFEST, Bundle
 from beamline_server.engine.ort.c_api import available_providers
 from beamline_server.engine.ort.settings import CUDA
 from beamline_server.process import BEAMLINE, ServerProcess
+from doubles.service import write_manifest
 
 EXIT_SETTINGS = 2
 EXIT_BUNDLE = 3
@@ -78,7 +79,7 @@ def flip_a_byte(file: Path) -> None:
 def change_manifest(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, object]], object])
         pytest.param(MANIFEST, lambda folder: (folder / MANIFEST).write_text('{"a": 1'), id="half a manifest"),
         pytest.param(
             MANIFEST,
-            lambda folder: change_manifest(folder, lambda manifest: manifest.update(format_version=4)),
+            lambda folder: change_manifest(folder, lambda manifest: manifest.update(format_version=5)),
             id="a newer format",
         ),
     ],

@@ -3,12 +3,14 @@
 import logging
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
-from beamline_server.bundle import Bundle, BundleError, Golden, Manifest
+from beamline_server.bundle import EXPORT_AGAIN, Bundle, BundleError, Golden, Manifest, in_short
 from beamline_server.engine.admission import (
     DEFAULT_QUEUE_ROWS,
     DEFAULT_ROWS,
@@ -108,9 +110,9 @@ def build_backend(bundle: Bundle, device: str, threads: int) -> Backend:
         BundleError: a file has changed, or a graph cannot be loaded.
         DeviceError: the device does not start.
     """
-    # Each is imported where it is needed: CUDA's brings onnxruntime's Python interface, which the CPU's does without.
-    try:
-        # fp16 graphs are made for CUDA; on a CPU, where an export checks them, their backend goes with them.
+    with _telling(bundle, device, "loaded"):
+        # Each is imported where it is needed: CUDA's brings onnxruntime's Python interface, which the CPU's does
+        # without. fp16 graphs are made for CUDA; on a CPU, where an export checks them, their backend goes with them.
         if device == "cuda" or bundle.manifest.precision == "fp16":
             from beamline_server.engine.ort.cuda.backend import CudaBackend
 
@@ -118,13 +120,20 @@ def build_backend(bundle: Bundle, device: str, threads: int) -> Backend:
         from beamline_server.engine.ort.cpu import CpuBackend
 
         return CpuBackend(bundle, threads=threads)
-    except BundleError:  # a file that has changed since it was verified; it says which
+
+
+@contextmanager
+def _telling(bundle: Bundle, device: str, what: str) -> Iterator[None]:
+    """Turns what is raised within into one line about the bundle or the device."""
+    try:
+        yield
+    except (BundleError, DeviceError):  # a file that has changed since it was verified; it says which
         raise
     except Exception as error:  # onnxruntime raises many kinds; all mean that the graphs or the device are unusable
-        reason = str(error).splitlines()[0]
+        reason = in_short(error.__cause__ or error)
         if device == "cuda":
             raise DeviceError(f"device cuda cannot be used: {reason}") from error
-        raise BundleError(bundle.path, f"its graphs cannot be loaded ({reason}); export the model again") from error
+        raise BundleError(bundle.path, f"its graphs cannot be {what} ({reason})", EXPORT_AGAIN) from error
 
 
 def capacity(bundle: Bundle, options: EngineOptions) -> Capacity:
@@ -159,6 +168,18 @@ def build_engine(bundle: Bundle, options: EngineOptions, *, deliver: Deliver, ob
         observer=observer,
         admission=options.admission,
     )
+
+
+def warm_up(bundle: Bundle, backend: Backend, options: EngineOptions) -> None:
+    """Show that a backend computes what was exported, and compute the largest usual batch once.
+
+    Raises:
+        BundleError: it computes something else, or cannot compute it.
+        DeviceError: the device fails.
+    """
+    with _telling(bundle, backend.device, "computed"):
+        check_golden(bundle, backend)
+        exercise(bundle, backend, options)
 
 
 def exercise(bundle: Bundle, backend: Backend, options: EngineOptions) -> None:
@@ -197,11 +218,12 @@ def check_golden(bundle: Bundle, backend: Backend) -> None:
         _, logprobs = forced_decode(backend, golden.source, golden.forced)
         difference = _difference(golden, logprobs)
         if not difference <= bundle.manifest.golden_tolerance:
+            allowed = f"(allowed: {bundle.manifest.golden_tolerance:g})"
             raise BundleError(
                 bundle.path,
-                f"golden input {number} differs by {difference:.3g} on this machine (allowed: "
-                f"{bundle.manifest.golden_tolerance:g}); its processor computes {bundle.manifest.precision} "
-                "differently: export the model as fp32",
+                f"golden input {number} differs by {difference:.3g} on this machine {allowed}; its processor computes "
+                f"{bundle.manifest.precision} differently",
+                "export the model as fp32",
             )
 
 

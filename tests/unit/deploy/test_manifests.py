@@ -13,7 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from beamline_server.settings import SettingsError, read_command
+from beamline_server.settings import Settings, SettingsError, read_command
 
 Resource = dict[str, Any]
 Render = Callable[[Path], list[Resource]]
@@ -214,6 +214,8 @@ def test_probes_are_patient_with_starts_and_overload(manifests: list[Resource]) 
         return patience
 
     assert patience_s("startupProbe") >= 300
+    # So that a pod that is not ready in time says why.
+    assert patience_s("startupProbe") > Settings.model_fields["warm_up_timeout_s"].default
     assert patience_s("livenessProbe") >= 60
     assert patience_s("readinessProbe") <= 10
 

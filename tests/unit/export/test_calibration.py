@@ -25,7 +25,6 @@ from beamline_export.calibration import (
 )
 from beamline_export.families.registry import detect
 from beamline_export.graph_writer import GraphWriter, WeightsFile
-from beamline_export.graphs import GraphSpec, TensorSpec
 from beamline_export.parity import random_sources
 from beamline_export.progress import Progress
 from beamline_export.reference import HuggingFaceReference
@@ -34,6 +33,7 @@ from beamline_export.testing import DECODER_START, EOS, write_hugging_face
 from beamline_server.bundle import WEIGHTS, Bundle, FileEntry, GenerationDefaults, load_bundle
 from beamline_server.engine.ort.sessions import session_options
 from beamline_server.engine.request import EarlyStopping, SearchOptions
+from beamline_server.graphs import GraphSpec, TensorSpec
 from beamline_server.models.load import build_backend, model_rules
 from doubles.service import make_manifest, write_bundle
 

@@ -11,12 +11,11 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from beamline_export.build_graphs import build_graphs
+from beamline_export.build_graphs import build_graphs, contracts
 from beamline_export.bundle_writer import ExportOptions, export
 from beamline_export.calibration import RangeStore
 from beamline_export.families.registry import detect
 from beamline_export.graph_writer import WeightsFile
-from beamline_export.graphs import GraphSpec, TensorSpec, bundle_graphs, decoder_piece_graph
 from beamline_export.parity import TOLERANCES, check_contract, random_sources
 from beamline_export.precision import CalibratedInt8Store, Fp16Store, Fp32Store, Int8Store, WeightStore
 from beamline_export.progress import Progress
@@ -24,6 +23,7 @@ from beamline_export.spec import Array, ExportError, TransformerSpec
 from beamline_export.testing import EOS, nn_config, write_hugging_face, write_nn_transformer
 from beamline_server.bundle import DECODER_STEP, ENCODER, WEIGHTS, decoder_pieces
 from beamline_server.engine.ort.sessions import session_options
+from beamline_server.graphs import GraphSpec, TensorSpec, decoder_piece_graph
 
 Values = Mapping[str, NDArray[Any]]
 Write = Callable[[Path, float], Path]
@@ -270,7 +270,7 @@ def test_a_precision_has_the_graphs_that_its_devices_run(
     graphs = built(checkpoint, tmp_path / "graphs", store(), precision)
     wanted = [ENCODER, *([DECODER_STEP] if whole else []), *(decoder_pieces(3) if pieces else [])]
     assert sorted(graphs.sessions) == sorted(wanted)
-    assert list(bundle_graphs(graphs.spec, precision, store().cache)) == wanted
+    assert list(contracts(graphs.spec, precision)) == wanted
 
 
 def test_every_product_tells_its_range_in_exactly_one_piece(tmp_path: Path) -> None:

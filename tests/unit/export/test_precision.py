@@ -10,7 +10,6 @@ import pytest
 from numpy.typing import NDArray
 
 from beamline_export.graph_writer import GraphWriter, WeightsFile
-from beamline_export.graphs import GraphSpec, TensorSpec
 from beamline_export.precision import (
     STORES,
     CalibratedInt8Store,
@@ -23,8 +22,8 @@ from beamline_export.precision import (
     quantize_rows,
 )
 from beamline_export.spec import Array, ExportError
-from beamline_server.engine.ort.cuda.row_mover import row_parts
 from beamline_server.engine.ort.sessions import session_options
+from beamline_server.graphs import GraphSpec, TensorSpec, row_parts
 
 Build = Callable[[GraphWriter], dict[str, str]]
 

@@ -302,6 +302,20 @@ async def test_until_warm_up_is_done_it_listens_and_is_not_ready(tmp_path: Path)
         assert await task == 0
 
 
+async def test_a_warm_up_that_does_not_end_is_given_up(tmp_path: Path) -> None:
+    """A graph may turn in a loop for ever."""
+    ended = threading.Event()
+
+    def warm_up() -> None:
+        ended.wait()
+
+    command = command_of(tmp_path, warm_up_timeout_s=0.01)
+    told = r"its golden inputs and the warm-up have not ended within 0.01 s; give them more \(warm_up_timeout_s\), or "
+    with pytest.raises(BundleError, match=told):
+        await run(command, build=Builder(warm_up=warm_up), stop=StopRequests())
+    ended.set()
+
+
 def raising(error: Exception) -> Callable[[], None]:
     def warm_up() -> None:
         raise error
@@ -313,8 +327,8 @@ def raising(error: Exception) -> Callable[[], None]:
     ("builder", "changes", "error"),
     [
         (Builder(failure=DeviceError("no cuda here")), {}, DeviceError),
-        (Builder(failure=BundleError(Path("x"), "bad graph")), {}, BundleError),
-        (Builder(warm_up=raising(BundleError(Path("x"), "differs"))), {}, BundleError),
+        (Builder(failure=BundleError(Path("x"), "bad graph", "export again")), {}, BundleError),
+        (Builder(warm_up=raising(BundleError(Path("x"), "differs", "export again"))), {}, BundleError),
         (Builder(), {"max_new_tokens": 100_000}, SettingsError),
         (Builder(), {"host": "203.0.113.1"}, PortError),
     ],

@@ -10,7 +10,7 @@ from doubles.service import write_bundle
 
 
 def test_it_tells_what_is_in_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_bundle(
+    manifest = write_bundle(
         tmp_path,
         parity={"device": "cpu", "largest": {"logits": 1e-5}, "lengths": [1, 2]},
         producers={"torch": "2.13.0"},
@@ -30,8 +30,8 @@ def test_it_tells_what_is_in_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixt
         "logits 1e-05",
         "lengths 1 2",
         "torch 2.13.0",
-        "encoder.onnx 12 bytes",
-        "100 bytes in all",
+        f"encoder.onnx {manifest.files['encoder.onnx'].bytes:,} bytes",
+        f"{sum(file.bytes for file in manifest.files.values()):,} bytes in all",
         "files verified no; --verify",
     } <= lines
 

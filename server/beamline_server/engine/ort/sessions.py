@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime as ort
 
 from beamline_server.bundle import DECODER_STEP, ENCODER, WEIGHTS, Bundle
-from beamline_server.engine.ort.settings import CPU, settings
+from beamline_server.engine.ort.settings import settings
 
 _SILENT = 4
 """onnxruntime's own lines are plain text among the JSON of the log, and what is wrong comes as an exception as well."""
@@ -38,27 +38,6 @@ def open_session(
     options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
     # Without fallback: it would print, and compute on the CPU what was meant for the GPU.
     return ort.InferenceSession(bundle.read(name), options, providers=list(providers), enable_fallback=0)
-
-
-_ELEMENT_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(int64)": "int64",
-    "tensor(bool)": "bool",
-}
-
-Values = dict[str, tuple[str, list[str | int]]]
-"""Inputs or outputs of a graph: element type and axes by name."""
-
-
-def read_values(bundle: Bundle, name: str) -> tuple[Values, Values]:
-    """Inputs and outputs of one graph of a bundle, as onnxruntime reads them before it changes anything."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(str(bundle.file(name)), options, providers=[CPU])
-    sides = (session.get_inputs(), session.get_outputs())
-    inputs, outputs = ({v.name: (_ELEMENT_TYPES[v.type], list(v.shape)) for v in values} for values in sides)
-    return inputs, outputs
 
 
 class Sessions:

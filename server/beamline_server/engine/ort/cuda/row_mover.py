@@ -12,7 +12,6 @@ element: therefore rows are put in small parts, and fp16 graphs of bundles do so
 """
 
 from collections.abc import Sequence
-from math import gcd
 from typing import Any
 
 import numpy as np
@@ -21,17 +20,11 @@ from numpy.typing import NDArray
 
 from beamline_server.engine.ort.sessions import session_options
 from beamline_server.engine.table import IntArray
+from beamline_server.graphs import row_parts
 
-LARGEST_PART = 8
 _ELEMENT: dict[type[np.generic], int] = {np.float32: 1, np.float16: 10}
 _INT64 = 7
 _IR_VERSION, _OPSET = 10, 18
-
-
-def row_parts(width: int) -> tuple[int, int]:
-    """How a row is cut: number of parts, elements of one."""
-    part = gcd(width, LARGEST_PART)
-    return width // part, part
 
 
 class RowMover:

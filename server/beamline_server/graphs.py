@@ -1,8 +1,8 @@
 """The graph contract as data: names, types and symbolic axes of what goes in and comes out.
 
-`bundle_graphs` says which graphs there are. The decoder is one graph where attention is a node of it (CUDA), and where
-the engine computes attention itself (CPU), the pieces between the attentions: each computes row by row, and takes what
-the attention before it gave, and the residual of the piece before.
+`bundle.bundle_graphs` says which graphs there are. The decoder is one graph where attention is a node of it (CUDA), and
+where the engine computes attention itself (CPU), the pieces between the attentions: each computes row by row, and takes
+what the attention before it gave, and the residual of the piece before.
 
 Axes: S sentences, N rows, Q query length of the attention rectangle, P slots of the self-attention pool, R source
 length of the cross-attention rectangle, D width, C candidates per row.
@@ -16,14 +16,12 @@ the buffers of the inputs and nothing is copied.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
-
-from beamline_export.spec import TransformerSpec
-from beamline_server.bundle import DECODER_STEP, ENCODER, decoder_graphs, decoder_pieces
-from beamline_server.engine.ort.cuda.row_mover import row_parts
 
 Axis = str | int
 ElementType = Literal["float32", "float16", "int64", "bool"]
+LARGEST_PART = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,32 +38,6 @@ class GraphSpec:
 
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
-
-    def as_json(self) -> dict[str, dict[str, list[object]]]:
-        """For the manifest: name -> [element type, axis, axis, …]."""
-        sides = {"inputs": self.inputs, "outputs": self.outputs}
-        return {
-            side: {name: [tensor.element_type, *tensor.axes] for name, tensor in tensors.items()}
-            for side, tensors in sides.items()
-        }
-
-
-def bundle_graphs(spec: TransformerSpec, precision: str, cache: ElementType) -> dict[str, GraphSpec]:
-    """The contracts of all graphs of a bundle, by the names of their files.
-
-    Args:
-        spec: The architecture.
-        precision: The bundle's.
-        cache: Element type of keys and values.
-    """
-    layers, width, vocabulary = spec.decoder_layers, spec.d_model, spec.target_vocabulary
-    contracts = {
-        ENCODER: encoder_graph(layers, width, cache),
-        DECODER_STEP: decoder_step_graph(layers, width, vocabulary, cache),
-    }
-    for number, name in enumerate(decoder_pieces(layers)):
-        contracts[name] = decoder_piece_graph(number, layers, width, vocabulary)
-    return {name: contracts[name] for name in (ENCODER, *decoder_graphs(precision, layers))}
 
 
 def encoder_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:
@@ -132,3 +104,9 @@ def decoder_piece_graph(number: int, layers: int, width: int, vocabulary: int) -
     if number % 2:
         return GraphSpec(inputs, {"residual": rows, "query": rows})
     return GraphSpec(inputs, {"residual": rows, "query_key_value": TensorSpec("float32", ("N", 3 * width))})
+
+
+def row_parts(width: int) -> tuple[int, int]:
+    """How a row of a pool is cut where it is moved in parts: number of parts, elements of one."""
+    part = gcd(width, LARGEST_PART)
+    return width // part, part
