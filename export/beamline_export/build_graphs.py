@@ -8,7 +8,7 @@ from beamline_export.layers import Layers, Rectangle
 from beamline_export.precision import WeightStore
 from beamline_export.spec import Checkpoint, TransformerSpec
 from beamline_server.bundle import DECODER_STEP, ENCODER, bundle_graphs, decoder_pieces
-from beamline_server.graphs import GraphSpec
+from beamline_server.graphs import ElementType, GraphSpec
 
 _ATTENTION_RECTANGLE = Rectangle("row_of", "back")
 
@@ -19,7 +19,7 @@ def build_graphs(
     """All graphs of a bundle of this precision, by the names of their files."""
     pieces = decoder_pieces(checkpoint.spec.decoder_layers)
     graphs = {}
-    for name, contract in contracts(checkpoint.spec, precision).items():
+    for name, contract in contracts(checkpoint.spec, precision, store.cache).items():
         layers = Layers(GraphWriter(weights), checkpoint, store)
         if name == ENCODER:
             _encoder(layers, contract)
@@ -31,9 +31,10 @@ def build_graphs(
     return graphs
 
 
-def contracts(spec: TransformerSpec, precision: str) -> dict[str, GraphSpec]:
+def contracts(spec: TransformerSpec, precision: str, cache: ElementType) -> dict[str, GraphSpec]:
     """What the graphs of a bundle of this precision promise, by the names of their files."""
-    return bundle_graphs(precision, layers=spec.decoder_layers, width=spec.d_model, vocabulary=spec.target_vocabulary)
+    sizes = {"layers": spec.decoder_layers, "width": spec.d_model, "vocabulary": spec.target_vocabulary}
+    return bundle_graphs(precision, cache, **sizes)
 
 
 def _encoder(layers: Layers, contract: GraphSpec) -> None:

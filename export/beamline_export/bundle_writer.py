@@ -154,7 +154,7 @@ def export_checkpoint(
         with progress.step("load the exported model"):
             backend = _load_backend(draft)
             backends = [backend, *_whole_step(draft)]
-            check_contract(draft, contracts(checkpoint.spec, options.precision))
+            check_contract(draft, contracts(checkpoint.spec, options.precision, store.cache))
         with progress.step("load the PyTorch model"):
             reference = family.reference(source, checkpoint)
         figures = check_parity(draft, backends, reference, _probe(draft), progress.iterate)

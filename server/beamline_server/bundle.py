@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from beamline_server import bounds
 from beamline_server.graph_file import read_graph
-from beamline_server.graphs import GraphSpec, decoder_piece_graph, decoder_step_graph, encoder_graph
+from beamline_server.graphs import ElementType, GraphSpec, decoder_piece_graph, decoder_step_graph, encoder_graph
 
 FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
@@ -70,9 +70,10 @@ def decoder_graphs(precision: str, layers: int) -> list[str]:
     return {"fp16": whole, "int8": pieces, "fp32": [*whole, *pieces]}[precision]
 
 
-def bundle_graphs(precision: str, *, layers: int, width: int, vocabulary: int) -> dict[str, GraphSpec]:
-    """The contracts of all graphs of a bundle, by the names of their files."""
-    cache: Literal["float16", "float32"] = "float16" if precision == "fp16" else "float32"
+def bundle_graphs(
+    precision: str, cache: ElementType, *, layers: int, width: int, vocabulary: int
+) -> dict[str, GraphSpec]:
+    """The contracts of all graphs of a bundle, by the names of their files; keys and values are of type `cache`."""
     contracts = {
         ENCODER: encoder_graph(layers, width, cache),
         DECODER_STEP: decoder_step_graph(layers, width, vocabulary, cache),
@@ -413,6 +414,7 @@ def _check_graphs(bundle: Bundle) -> None:
     dimensions = bundle.manifest.dimensions
     contracts = bundle_graphs(
         bundle.manifest.precision,
+        "float16" if bundle.manifest.precision == "fp16" else "float32",
         layers=dimensions.decoder_layers,
         width=dimensions.d_model,
         vocabulary=dimensions.target_vocabulary,

@@ -270,7 +270,7 @@ def test_a_precision_has_the_graphs_that_its_devices_run(
     graphs = built(checkpoint, tmp_path / "graphs", store(), precision)
     wanted = [ENCODER, *([DECODER_STEP] if whole else []), *(decoder_pieces(3) if pieces else [])]
     assert sorted(graphs.sessions) == sorted(wanted)
-    assert list(contracts(graphs.spec, precision)) == wanted
+    assert list(contracts(graphs.spec, precision, store().cache)) == wanted
 
 
 def test_every_product_tells_its_range_in_exactly_one_piece(tmp_path: Path) -> None:
@@ -302,9 +302,9 @@ def test_pieces_that_break_their_contract_are_named(tmp_path: Path, silent: Prog
     check_contract(bundle, right)
     half = TensorSpec("float16", ("N", 32))
     for piece, wrong, named in (
-        (FIRST, right[AFTER_CROSS], "attended, ids, positions, residual_in"),  # inputs come first
+        (FIRST, right[AFTER_CROSS], "attended, ids, positions, residual_in"),
         (AFTER_SELF, right[AFTER_CROSS], "query, query_key_value"),
-        (AFTER_CROSS, decoder_piece_graph(2, 2, 16, 120), "attended, residual_in"),
+        (AFTER_CROSS, decoder_piece_graph(2, 2, 16, 120), "attended, query_key_value, residual, residual_in"),
         (AFTER_SELF, with_output(right[AFTER_SELF], "residual", half), "residual"),
         (LAST, right[AFTER_CROSS], "logits, query_key_value, residual"),
         (LAST, decoder_piece_graph(4, 2, 32, 121), "logits"),
