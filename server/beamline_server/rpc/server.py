@@ -142,9 +142,11 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         # Callers that live long connect again now and then, and so find new replicas (gRFC A9).
         ("grpc.max_connection_age_ms", 180_000),
         ("grpc.max_connection_age_grace_ms", longest_ms + 10_000),
-        # A peer that is gone would otherwise hold its connection for two hours.
+        # A peer that is gone would otherwise hold its connection for two hours. gRPC gives up by its timeout for pings,
+        # and takes the one for keepalive as TCP_USER_TIMEOUT.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.ping_timeout_ms", 20_000),
         # Who connects and says nothing, not even that it speaks HTTP/2, would hold a descriptor for two minutes.
         ("grpc.server_handshake_timeout_ms", 10_000),
         # Without a descriptor, neither metrics nor anything else could be read.

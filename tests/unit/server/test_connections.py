@@ -25,6 +25,10 @@ GRPC_FLOOR_MS = 300_000
 """What gRPC bears if it is told nothing."""
 HANDSHAKE = "grpc.server_handshake_timeout_ms"
 GRPC_HANDSHAKE_MS = 120_000
+KEEPALIVE = ("grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms")
+"""When the server pings a connection, and how long it waits for the answer."""
+DOCUMENTED_SILENCE_S = 60 + 20
+"""Both together, as docs/api.md has them."""
 DOCUMENTED_INTERVAL_MS = 20_000
 """How often clients may ping, as docs/api.md has it."""
 SCALE = 100
@@ -54,7 +58,7 @@ async def goaway_to_pings_every(connection: Connection, interval_s: float) -> by
 async def streams_to_a_server() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A connection to a server with the options of production, but for times that the tests await, which are scaled."""
     options = {HANDSHAKE: GRPC_HANDSHAKE_MS, FLOOR: GRPC_FLOOR_MS} | dict(server_options(Settings()))
-    options |= {name: options[name] // SCALE for name in (HANDSHAKE, FLOOR)}
+    options |= {name: options[name] // SCALE for name in (HANDSHAKE, FLOOR, *KEEPALIVE) if name in options}
     server = grpc.aio.server(options=[*options.items()])
     health_pb2_grpc.add_HealthServicer_to_server(Health(Metrics(CollectorRegistry())), server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -99,6 +103,13 @@ async def test_who_does_not_begin_to_speak_is_closed_within_seconds(sent: bytes)
     async with streams_to_a_server() as (reader, writer):
         writer.write(sent)
         async with asyncio.timeout(LONGEST_SILENCE_S / SCALE * 10):  # ten times as long, for slow machines
+            await reader.read()
+
+
+async def test_who_does_not_answer_pings_is_closed() -> None:
+    async with streams_to_a_server() as (reader, writer):
+        Connection(reader, writer).begin()
+        async with asyncio.timeout(DOCUMENTED_SILENCE_S / SCALE * 10):  # ten times as long, for slow machines
             await reader.read()
 
 
