@@ -151,8 +151,8 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.server_handshake_timeout_ms", 10_000),
         # Without a descriptor, neither metrics nor anything else could be read.
         ("grpc.max_allowed_incoming_connections", most_callers()),
-        # Callers may ping every 20 s, also while they wait; by default that would cost them the connection (gRFC A8).
+        # Callers may ping every second, also while they wait; by default that would cost them the connection (gRFC A8).
         # Half of it is borne, since pings that the network holds up arrive close together.
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 500),
         ("grpc.keepalive_permit_without_calls", 1),
     ]

@@ -13,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from beamline_client.channel import channel_options
 from beamline_server.metrics import Metrics
 from beamline_server.metrics_server import MOST_CONNECTIONS
 from beamline_server.rpc.health import Health
@@ -29,7 +30,7 @@ KEEPALIVE = ("grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms")
 """When the server pings a connection, and how long it waits for the answer."""
 DOCUMENTED_SILENCE_S = 60 + 20
 """Both together, as docs/api.md has them."""
-DOCUMENTED_INTERVAL_MS = 20_000
+DOCUMENTED_INTERVAL_MS = 1_000
 """How often clients may ping, as docs/api.md has it."""
 SCALE = 100
 """So many times faster than in production, or the tests would take minutes."""
@@ -83,6 +84,11 @@ async def connected() -> AsyncIterator[Connection]:
 def test_the_floor_leaves_room_for_pings_that_arrive_close_together() -> None:
     """A ping that was held up on its way comes close to the next one."""
     assert dict(server_options(Settings())).get(FLOOR, GRPC_FLOOR_MS) <= DOCUMENTED_INTERVAL_MS / 2
+
+
+def test_the_client_pings_no_more_often_than_documented() -> None:
+    options = dict(channel_options("localhost:8001"))
+    assert options["grpc.keepalive_time_ms"] == DOCUMENTED_INTERVAL_MS
 
 
 @pytest.mark.parametrize("calling", [False, True], ids=["idle", "watching"])
