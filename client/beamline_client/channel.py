@@ -24,12 +24,29 @@ SERVICE_CONFIG: Mapping[str, Any] = {
             },
         }
     ],
-    # No retries while failures outweigh successes: they would keep an overloaded server overloaded (gRFC A6).
-    "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.1},
+    # No retries while failures outweigh successes: they would keep an overloaded server overloaded (gRFC A6). Half of
+    # the tokens are free, since a replica that is lost takes all calls on its connection with it at once. With many
+    # more, callers would learn of an overload at their deadlines.
+    "retryThrottling": {"maxTokens": 200, "tokenRatio": 0.1},
 }
 """The gRPC service config, as documented in grpc/service_config.proto."""
 
 _MAX_RECONNECT_BACKOFF_MS = 5_000  # gRPC's own 120 s would notice a restarted server late
+_LONGEST_SILENCE_MS = 1_000
+"""When a connection without a word from the server is pinged: as often as gRPC can, and Beamline's server bears it."""
+_LONGEST_ANSWER_MS = 2_000
+"""How long the answer to a ping may take; that of an overloaded server takes some 30 ms."""
+_KEEPALIVE = (
+    ("grpc.keepalive_time_ms", _LONGEST_SILENCE_MS),
+    # Also while no call is open, and without a limit: who calls seldom should not find out by a call.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # gRPC's core gives up by its timeout for pings, a minute by default. The one for keepalive, which should be it,
+    # becomes the connection's TCP_USER_TIMEOUT and no more.
+    ("grpc.http2.ping_timeout_ms", _LONGEST_ANSWER_MS),
+    ("grpc.keepalive_timeout_ms", _LONGEST_ANSWER_MS),
+)
+"""A replica that says nothing and keeps its connections, frozen or cut off, is left, and its calls are UNAVAILABLE."""
 
 
 def channel_options(target: str, *, retries: bool = True) -> list[tuple[str, str | int]]:
@@ -38,7 +55,7 @@ def channel_options(target: str, *, retries: bool = True) -> list[tuple[str, str
     Args:
         target: Where it will connect. What is on this machine is reached directly, whatever proxies the environment
             names: they would look for it on theirs.
-        retries: Whether gRPC sends refused calls again, as `SERVICE_CONFIG` says.
+        retries: Whether gRPC sends refused calls again, as `SERVICE_CONFIG` says, and leaves servers that are silent.
     """
     # An answer is as large as what was asked for; gRPC's own limit of 4 MiB would lose it once it is there.
     options: list[tuple[str, str | int]] = [("grpc.max_receive_message_length", -1)]
@@ -48,6 +65,7 @@ def channel_options(target: str, *, retries: bool = True) -> list[tuple[str, str
         return [*options, ("grpc.enable_retries", 0)]
     return [
         *options,
+        *_KEEPALIVE,
         ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
         ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
     ]

@@ -36,7 +36,7 @@ class AsyncClient:
     Create it inside a running event loop, use it from that loop only, and share it: any number of calls may run at
     once. Connecting happens in the background, at the first call. Every call has a deadline. A call that fails with
     UNAVAILABLE or RESOURCE_EXHAUSTED is retried up to two times within its deadline, if there are several replicas on
-    another one.
+    another one. A server that is silent for three seconds, pings included, is UNAVAILABLE.
 
     All methods raise a `BeamlineError`, by what the caller should do (see `beamline_client.errors`), and TypeError for
     values that are of no use at all.

@@ -36,6 +36,11 @@ from beamline.v1.generation_pb2_grpc import GenerationServiceServicer, add_Gener
 
 _THREADS = 16
 _LONGEST_HANG_S = 60.0  # so that a test that forgets to stop the server ends
+_OPTIONS = [
+    # The client's pings are borne, as by a real server.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+]
 _STOP_GRACE_S = 5.0  # for calls to end once `stopping` is set; with none left the server stops at once
 
 Generate = Callable[[pb.GenerateRequest, grpc.ServicerContext], pb.GenerateResponse]
@@ -160,7 +165,7 @@ class FakeServer:
 
     def __post_init__(self) -> None:
         self._failures: deque[Failure] = deque()
-        self._server = grpc.server(ThreadPoolExecutor(_THREADS))
+        self._server = grpc.server(ThreadPoolExecutor(_THREADS), options=_OPTIONS)
         self.stopping = threading.Event()
         """Set when the server stops, for handlers that are to hang until then."""
 

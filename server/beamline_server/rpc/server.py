@@ -150,15 +150,17 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         # Callers that live long connect again now and then, and so find new replicas (gRFC A9).
         ("grpc.max_connection_age_ms", 180_000),
         ("grpc.max_connection_age_grace_ms", longest_ms + 10_000),
-        # A peer that is gone would otherwise hold its connection for two hours.
+        # A peer that is gone would otherwise hold its connection for two hours. gRPC gives up by its timeout for pings,
+        # and takes the one for keepalive as TCP_USER_TIMEOUT.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.ping_timeout_ms", 20_000),
         # Who connects and says nothing, not even that it speaks HTTP/2, would hold a descriptor for two minutes.
         ("grpc.server_handshake_timeout_ms", 10_000),
         # Without a descriptor, neither metrics nor anything else could be read.
         ("grpc.max_allowed_incoming_connections", most_callers()),
-        # Callers may ping every 20 s, also while they wait; by default that would cost them the connection (gRFC A8).
+        # Callers may ping every second, also while they wait; by default that would cost them the connection (gRFC A8).
         # Half of it is borne, since pings that the network holds up arrive close together.
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 500),
         ("grpc.keepalive_permit_without_calls", 1),
     ]

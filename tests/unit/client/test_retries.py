@@ -83,15 +83,20 @@ def test_a_stream_that_has_begun_is_not_retried(server: FakeServer) -> None:
 
 
 def test_retries_stop_while_failures_outweigh_successes(server: FakeServer) -> None:
-    """The throttle starts with 20 tokens, each failure costs one, and below 10 nothing is retried."""
-    server.fail(*[UNAVAILABLE] * 100)
+    """Half of the tokens can be spent on them, and each failure costs one."""
+    spent = SERVICE_CONFIG["retryThrottling"]["maxTokens"] // 2
+    at_once = Failure(grpc.StatusCode.UNAVAILABLE, "draining", trailers=[("grpc-retry-pushback-ms", "1")])
+    server.fail(*[at_once] * spent * 2)
 
     with Client(server.target) as client:
-        for _ in range(10):
+        while len(server.calls) < spent:
             with pytest.raises(Unavailable):
                 client.generate_one("x")
+        before = len(server.calls)
+        with pytest.raises(Unavailable):
+            client.generate_one("x")
 
-    assert len(server.calls) < 20
+    assert len(server.calls) == before + 1
 
 
 def test_an_invalid_request_is_refused_once(server: FakeServer) -> None:

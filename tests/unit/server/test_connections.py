@@ -13,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from beamline_client.channel import channel_options
 from beamline_server.metrics import Metrics
 from beamline_server.metrics_server import MOST_CONNECTIONS
 from beamline_server.rpc.health import Health
@@ -25,7 +26,11 @@ GRPC_FLOOR_MS = 300_000
 """What gRPC bears if it is told nothing."""
 HANDSHAKE = "grpc.server_handshake_timeout_ms"
 GRPC_HANDSHAKE_MS = 120_000
-DOCUMENTED_INTERVAL_MS = 20_000
+KEEPALIVE = ("grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms")
+"""When the server pings a connection, and how long it waits for the answer."""
+DOCUMENTED_SILENCE_S = 60 + 20
+"""Both together, as docs/api.md has them."""
+DOCUMENTED_INTERVAL_MS = 1_000
 """How often clients may ping, as docs/api.md has it."""
 SCALE = 100
 """So many times faster than in production, or the tests would take minutes."""
@@ -54,7 +59,7 @@ async def goaway_to_pings_every(connection: Connection, interval_s: float) -> by
 async def streams_to_a_server() -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """A connection to a server with the options of production, but for times that the tests await, which are scaled."""
     options = {HANDSHAKE: GRPC_HANDSHAKE_MS, FLOOR: GRPC_FLOOR_MS} | dict(server_options(Settings()))
-    options |= {name: options[name] // SCALE for name in (HANDSHAKE, FLOOR)}
+    options |= {name: options[name] // SCALE for name in (HANDSHAKE, FLOOR, *KEEPALIVE) if name in options}
     server = grpc.aio.server(options=[*options.items()])
     health_pb2_grpc.add_HealthServicer_to_server(Health(Metrics(CollectorRegistry())), server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -81,6 +86,11 @@ def test_the_floor_leaves_room_for_pings_that_arrive_close_together() -> None:
     assert dict(server_options(Settings())).get(FLOOR, GRPC_FLOOR_MS) <= DOCUMENTED_INTERVAL_MS / 2
 
 
+def test_the_client_pings_no_more_often_than_documented() -> None:
+    options = dict(channel_options("localhost:8001"))
+    assert options["grpc.keepalive_time_ms"] == DOCUMENTED_INTERVAL_MS
+
+
 @pytest.mark.parametrize("calling", [False, True], ids=["idle", "watching"])
 async def test_pings_as_often_as_documented_are_answered(calling: bool) -> None:
     async with connected() as connection:
@@ -99,6 +109,13 @@ async def test_who_does_not_begin_to_speak_is_closed_within_seconds(sent: bytes)
     async with streams_to_a_server() as (reader, writer):
         writer.write(sent)
         async with asyncio.timeout(LONGEST_SILENCE_S / SCALE * 10):  # ten times as long, for slow machines
+            await reader.read()
+
+
+async def test_who_does_not_answer_pings_is_closed() -> None:
+    async with streams_to_a_server() as (reader, writer):
+        Connection(reader, writer).begin()
+        async with asyncio.timeout(DOCUMENTED_SILENCE_S / SCALE * 10):  # ten times as long, for slow machines
             await reader.read()
 
 
