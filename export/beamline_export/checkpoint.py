@@ -55,7 +55,7 @@ def check_file(file: Path, most_bytes: int | None = MOST_BYTES) -> None:
         return
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a device")
-        raise ExportError(f"{file} is {kind}, not a file; put the file in its place, or remove it")
+        raise ExportError(f"{file} is {kind}, not a file; put a file in its place")
     if most_bytes is not None and status.st_size > most_bytes:
         raise ExportError(
             f"{file} has {status.st_size:,} bytes, more than any such file needs ({most_bytes:,}); download it again"
@@ -101,10 +101,10 @@ def read_state_dict(folder: Path) -> dict[str, Array]:
 
 def _weight_files(folder: Path) -> list[Path]:
     for name in WEIGHT_FILES:
-        if (folder / name).exists():
+        if _is_there(folder / name):
             return [folder / name]
         index = folder / f"{name}.index.json"
-        if index.exists():
+        if _is_there(index):
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
                 raise ExportError(f"{index} has no weight_map of file names")
@@ -115,6 +115,11 @@ def _weight_files(folder: Path) -> list[Path]:
     like = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
     hint = f"; if {like[0]} holds them, call it model{Path(like[0]).suffix}" if like else ""
     raise ExportError(f"{folder} holds no weights; one of {', '.join(WEIGHT_FILES)} is expected{hint}")
+
+
+def _is_there(file: Path) -> bool:
+    """Whether there is such a file, or a link that leads nowhere, which its reader will name."""
+    return file.exists() or file.is_symlink()
 
 
 def weight_files_not_read(folder: Path) -> Iterator[str]:

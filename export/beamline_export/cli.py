@@ -59,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
     from beamline_export.bundle_writer import ExportOptions, export
     from beamline_export.progress import Progress
     from beamline_export.spec import ExportError
@@ -67,7 +69,8 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.precision, arguments.name, arguments.replace, arguments.calibrate, arguments.expect
     )
     try:
-        bundle = export(arguments.source, arguments.output, options, Progress())
+        with np.errstate(all="ignore"):  # the comparison with PyTorch tells in words what is no number
+            bundle = export(arguments.source, arguments.output, options, Progress())
     except ExportError as error:
         return _failed(str(error))
     except OSError as error:

@@ -22,6 +22,7 @@ _CLEAN_UP = "clean_up_tokenization_spaces"
 _FORCED = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 _PREFIX_SPACE = "add_prefix_space"
 _PROBE = "a"
+_MOST_OF_A_LETTER = 1000
 _STDERR = 2
 _OTHER_KIND = (
     "tokenizer.json is read as it is; transformers' BartTokenizer would make byte pairs of it, without a normalizer: "
@@ -161,10 +162,19 @@ def load_json_tokenizer(file: Path) -> Any:
     try:
         with _panics_as_errors():
             tokenizer = read_json_tokenizer(file.read_bytes())
-            tokenizer.encode(_PROBE)
+            _read_a_letter(tokenizer)
             return tokenizer
     except Exception as error:  # the library raises its own kinds; all mean the same to the user
         raise unreadable_tokenizer(file, error) from error
+
+
+def _read_a_letter(tokenizer: Any) -> None:
+    """Raise some error where it cannot, or where the letter becomes a book."""
+    made = 0 if tokenizer.normalizer is None else len(tokenizer.normalizer.normalize_str(_PROBE))
+    if made <= _MOST_OF_A_LETTER:
+        made = len(tokenizer.encode(_PROBE).ids)
+    if made > _MOST_OF_A_LETTER:
+        raise ValueError(f"it makes {made:,} characters or tokens of one letter")
 
 
 @contextmanager

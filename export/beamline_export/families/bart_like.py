@@ -32,6 +32,12 @@ def read_spec(fields: Fields, architecture: str, target_vocabulary: int | None, 
     """The spec, but for what `more` says; the target vocabulary is by default the source's."""
     d_model, vocabulary = fields.integer("d_model"), fields.integer("vocab_size", least=2)
     positions = fields.integer("max_position_embeddings", most=MOST_POSITIONS)
+    # Whatever generation_config.json says: transformers make the embedding with it.
+    if (pad := fields.optional_id("pad_token_id")) is not None and pad >= vocabulary and not fields.problems:
+        fields.problems.append(
+            f"pad_token_id {pad} is outside the source vocabulary of {vocabulary} (0 to {vocabulary - 1}); "
+            "correct or remove it"
+        )
     return TransformerSpec(
         architecture=architecture,
         d_model=d_model,

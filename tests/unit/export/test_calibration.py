@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def test_a_file_without_sentences_is_refused(
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"none\.txt cannot be read \(No such file or directory\)"):
         read_sentences(tmp_path / "none.txt")
-    with pytest.raises(ExportError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(ExportError, match=r"is a folder, not a file; put a file in its place"):
         read_sentences(tmp_path)
 
 
@@ -257,3 +258,12 @@ def test_a_model_whose_own_values_are_not_finite_is_refused(
     with pytest.raises(ExportError, match=problem):
         export(spoil(checkpoint), tmp_path / "bundle", options, silent)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "sentences.txt"}
+
+
+def test_what_is_no_file_of_sentences_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ExportError, match=r"pipe is a pipe, not a file"):
+        read_sentences(tmp_path / "pipe")
+    (tmp_path / "long.txt").write_bytes(b"short\n" + b"x" * (1 << 21))
+    with pytest.raises(ExportError, match=r"long\.txt: line 2 is longer than 1,048,576 bytes; leave it out"):
+        read_sentences(tmp_path / "long.txt")

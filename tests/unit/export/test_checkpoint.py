@@ -167,7 +167,7 @@ KINDS: list[Any] = [
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
 def test_what_is_no_file_is_not_opened(file: str, make: Callable[[Path], None], kind: str, tmp_path: Path) -> None:
     make(tmp_path / file)
-    with pytest.raises(ExportError, match=rf"{file} is {kind}, not a file; put the file in its place, or remove it"):
+    with pytest.raises(ExportError, match=rf"{file} is {kind}, not a file; put a file in its place"):
         read_state_dict(tmp_path)
 
 
@@ -175,6 +175,12 @@ def test_a_shard_that_is_no_file_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
     os.mkfifo(tmp_path / "one.safetensors")
     with pytest.raises(ExportError, match=r"one\.safetensors is a pipe"):
+        read_state_dict(tmp_path)
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("gone")
+    with pytest.raises(ExportError, match=r"model\.safetensors cannot be read as a weights file"):
         read_state_dict(tmp_path)
 
 

@@ -413,8 +413,20 @@ def test_a_source_has_the_models_own_ids_around_it(token: str, number: int, nn_f
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}},
         {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
         {"model": {"type": "WordLevel", "vocab": {"b": 5}, "unk_token": "<unk>"}},
+        {"normalizer": {"type": "Prepend", "prepend": "x " * 1000}},
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [
+                    {"Sequence": {"id": "A", "type_id": 0}},
+                    *1000 * [{"SpecialToken": {"id": "x", "type_id": 0}}],
+                ],
+                "pair": [],
+                "special_tokens": {"x": {"id": "x", "ids": [0], "tokens": ["x"]}},
+            }
+        },
     ],
-    ids=["panics-normalizing", "panics-splitting", "knows-no-letter"],
+    ids=["panics-normalizing", "panics-splitting", "knows-no-letter", "much-text", "many-tokens"],
 )
 def test_a_tokenizer_that_reads_no_letter_is_named(
     change: dict[str, Any], nn_folder: Callable[..., Path], capfd: pytest.CaptureFixture[str]
