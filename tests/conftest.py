@@ -20,9 +20,12 @@ for _name in ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy"):
     os.environ.pop(_name, None)
     os.environ.pop(_name.upper(), None)
 
-# Started in the background, a shell leaves SIGINT ignored, and the processes that tests interrupt would inherit that.
+# Started in the background, a shell leaves SIGINT ignored, nohup SIGHUP, and the processes that tests interrupt would
+# inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The same examples in every run; `--hypothesis-profile=explore` looks for new ones, `quick` has few.
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None, database=None)

@@ -81,10 +81,10 @@ def _what_to_serve(setting: Setting) -> tuple[Path, list[str]]:
     """The bundle, and where its sentences are; a random model has no tokenizer, so an old small bundle stands in."""
     if setting.scale.embedded:
         return setting.bundle(FR_EN, "fp16").path, []
-    texts = json.loads((_GOLDEN / "format3.json").read_text("utf-8"))["format3-fp32"]["texts"]
+    texts = json.loads((_GOLDEN / "format4.json").read_text("utf-8"))["format4-fp32"]["texts"]
     file = setting.work / "sentences.txt"
     file.write_text("\n".join(case["text"] for case in texts if case["text"].strip()), "utf-8")
-    return _GOLDEN / "format3-fp32", ["--sentences", str(file)]
+    return _GOLDEN / "format4-fp32", ["--sentences", str(file)]
 
 
 def _command(setting: Setting, arguments: Sequence[str], *, torch: bool = True) -> list[str]:

@@ -170,7 +170,7 @@ def test_a_flood_of_violations_fits_into_the_answer(refuse: Refuse) -> None:
         pytest.param(b"\xff\xff\xff\xff", id="no tag"),
         pytest.param(b"\x0a\x05ab", id="shorter than it says"),
         pytest.param(b"\x12\xff\xff\xff\xff\x0f", id="length of 4 GiB"),
-        pytest.param(b"\x12" * 100_000, id="100,000 tags"),
+        pytest.param(b"\x1a" * 100_000, id="100,000 tags"),
         pytest.param(b"\x0a\x02\xc3\x28", id="model that is not UTF-8"),
         pytest.param(b"\x12\x04\x0a\x02\xc3\x28", id="text that is not UTF-8"),
         pytest.param(b"\x12\x05\x0a\x03\xed\xa0\x80", id="text with a lone surrogate"),
@@ -181,6 +181,14 @@ def test_malformed_bytes_are_refused_without_internals(refuse_raw: Refuse, metho
     refused = refuse_raw(method, raw)
 
     assert (refused.code(), refused.details()) == (grpc.StatusCode.INVALID_ARGUMENT, "malformed protobuf message")
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+def test_half_a_million_inputs_are_refused_unread(refuse_raw: Refuse, method: str) -> None:
+    refused = refuse_raw(method, b"\x12\x00" * 500_000)
+
+    assert refused.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.details() == "inputs: has more than 256 entries; send fewer at once"
 
 
 def test_malformed_bytes_for_get_info_are_refused(refuse_raw: Refuse) -> None:

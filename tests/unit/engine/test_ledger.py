@@ -89,7 +89,7 @@ def test_nobody_waits_for_what_it_goes_before() -> None:
     ledger = Ledger([known_pace()], 4, 64, 0.0)
     for number in range(4):
         ledger.hold(replace(asked(number, 4, "a"), priority=Priority.BATCH), 0)
-    normal, batch = asked(8, 1, "b", deadline=4.0), replace(asked(9, 1, "b", deadline=4.0), priority=Priority.BATCH)
+    normal, batch = asked(8, 1, "b", deadline=5.0), replace(asked(9, 1, "b", deadline=5.0), priority=Priority.BATCH)
     assert ledger.foreseen(0, "b", 4.0, 0, 0.0) is None
     ledger.hold(normal, 0)
     assert ledger.late([normal], 0.0) is None
