@@ -52,10 +52,23 @@ def test_what_a_burst_has_left_is_given_back_once() -> None:
     assert (memory.trims, memory.resident) == (1, 250 * MIB)
 
 
-def test_what_is_in_use_is_looked_for_once_and_again_when_it_was_less_meanwhile() -> None:
+def test_what_is_in_use_is_looked_for_ever_more_seldom_until_it_is_free() -> None:
     memory = Memory()
     trimmer = Trimmer(lambda: memory.resident, memory.give_back)
-    for resident, trims in [(900, 1), (900, 1), (1000, 1), (1200, 2), (300, 2), (900, 3)]:
-        memory.resident = resident * MIB
+    memory.resident = 900 * MIB
+    tried = []
+    for look in range(100):
+        before = memory.trims
         trimmer.look()
-        assert memory.trims == trims
+        if memory.trims > before:
+            tried.append(look)
+    assert tried == [0, 2, 5, 10, 19, 36, 69]
+    memory.free = 600 * MIB
+    for _ in range(40):
+        trimmer.look()
+    assert memory.resident == 300 * MIB
+    trims = memory.trims
+    trimmer.look()
+    memory.resident = 900 * MIB
+    trimmer.look()
+    assert memory.trims == trims + 1
