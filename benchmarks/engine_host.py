@@ -43,6 +43,7 @@ class FreeBackend:
     """
 
     device = "cpu"
+    encode_tokens = 1024
 
     def __init__(self) -> None:
         self.seconds = 0.0

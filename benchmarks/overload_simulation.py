@@ -58,6 +58,7 @@ class CostlyModel:
     """
 
     device = "cpu"
+    encode_tokens = 256
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -85,8 +86,8 @@ class _Cache:
     def leave(self, index: int) -> None:
         del self._lengths[index]
 
-    def place(self, table: Table) -> Sequence["_Cache"]:
-        self.members = np.array(list(self._lengths), np.int64)
+    def place(self, table: Table, going: Sequence[int] | None = None) -> Sequence["_Cache"]:
+        self.members = np.array(list(self._lengths) if going is None else going, np.int64)
         self.needed = extent(table, self.members)
         return [self] if len(self.members) else []
 
@@ -208,7 +209,7 @@ def plot(curves: dict[str, dict[float, float]], target: Path) -> None:
     axes.set_xscale("log")
     axes.set_xticks(LOADS, [f"{load:g} ×" for load in LOADS])
     axes.minorticks_off()
-    axes.set_ylim(0, 110)
+    axes.set_ylim(0, 200)
     axes.set_xlabel("offered load, of what the server can bear")
     axes.set_ylabel("answered in time, % of that")
     axes.legend(fontsize="small", ncols=2)

@@ -14,7 +14,6 @@ from beamline_server.engine.ort.cuda.fixed_run import DeviceBuffer, FixedRun, co
 from beamline_server.engine.ort.cuda.memory import CudaMemory, pack_run
 from beamline_server.engine.ort.cuda.shapes import LEAST_SOURCE_WIDTH, StepShape, batch_size, step_shape
 from beamline_server.engine.pack import Extent, extent
-from beamline_server.engine.step import ENCODE_TOKENS
 from beamline_server.engine.table import IntArray, SequenceTable, Table
 from beamline_server.models.load import model_rules
 from gpu_parts.setting import Setting, Tokens
@@ -71,7 +70,7 @@ def busy_step(bundle: Bundle, rows: int, beams: int, source_tokens: int) -> Busy
 def filled(backend: CudaBackend, sources: Sequence[Tokens]) -> CudaMemory:
     """A memory with these sentences in it."""
     width = max(map(len, sources))
-    at_once = max(1, ENCODE_TOKENS // width)
+    at_once = max(1, backend.encode_tokens // width)
     origins: list[Origin] = []
     for first in range(0, len(sources), at_once):
         part = sources[first : first + at_once]

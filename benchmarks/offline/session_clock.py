@@ -66,7 +66,7 @@ class TimedBackend:
 
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
-        self.device = inner.device
+        self.device, self.encode_tokens = inner.device, inner.encode_tokens
         self.encodes: list[Call] = []
         self.placings: list[Call] = []
         self.runs: list[Call] = []
@@ -99,8 +99,8 @@ class _TimedCache:
     def leave(self, index: int) -> None:
         self._inner.leave(index)
 
-    def place(self, table: Table) -> Sequence[Bucket]:
-        return [_TimedBucket(bucket, self._clock) for bucket in self._place(table)]
+    def place(self, table: Table, going: Sequence[int] | None = None) -> Sequence[Bucket]:
+        return [_TimedBucket(bucket, self._clock) for bucket in self._place(table, going)]
 
 
 class _TimedBucket:

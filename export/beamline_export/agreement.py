@@ -94,6 +94,7 @@ class _Recorder:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.device = backend.device
+        self.encode_tokens = backend.encode_tokens
         self.beams: list[list[Tokens]] = []
 
     def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
@@ -118,12 +119,12 @@ class _RecordingCache:
     def leave(self, index: int) -> None:
         self._cache.leave(index)
 
-    def place(self, table: Table) -> Sequence[Bucket]:
+    def place(self, table: Table, going: Sequence[int] | None = None) -> Sequence[Bucket]:
         sequence = table.sequences[self._index]
         length = int(sequence.length)
         if length == len(self._beams):  # a long prefix takes several steps, which continue nothing
             self._beams.append([self._tokens(table, length, k) for k in range(sequence.live)])
-        return self._cache.place(table)
+        return self._cache.place(table, going)
 
     def _tokens(self, table: Table, length: int, hypothesis: int) -> Tokens:
         tokens, totals = np.empty(length, np.int64), np.empty(length, np.float32)

@@ -153,6 +153,8 @@ class TableBackend:
         trace: The decoder steps.
     """
 
+    encode_tokens = 1024
+
     def __init__(
         self,
         table: LogprobTable,

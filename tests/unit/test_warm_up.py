@@ -14,6 +14,8 @@ from doubles.service import make_manifest
 class Failing:
     """A backend that computes nothing."""
 
+    encode_tokens = 1024
+
     def __init__(self, device: str, failure: Exception) -> None:
         self.device = device
         self._failure = failure

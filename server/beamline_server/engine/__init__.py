@@ -27,7 +27,7 @@ The step
 `step.EngineCore.step`, but for what goes wrong:
 
     admit(queue, room)                                  who starts: encode the sources, write requests into the table
-    for bucket in cache.place(table):                   room for every row, where the backend wants it
+    for bucket in cache.place(table, going):            room for every row, where the backend wants it
         result = bucket.run(table)                      one run of the decoder: the best C continuations of each row
         decide(table, bucket.members, result)           per sequence: rank, finish, continue; rows of the next step
     deliver(table)                                      pieces, answers; who is done leaves
@@ -38,6 +38,7 @@ Where things are
     workers.py                         threads, each with a core; the engine that others see
     ledger.py pace.py                  who holds how much and how fast workers are: who is refused, and until when
     queue.py shares.py admission.py    who waits, who starts: fair shares, deadlines, cost in rows and slots
+    turns.py                           who goes in a step
     step.py                            the step
     table.py                           the running sequences as arrays
     search.py processors.py            one step of one search; what may change its candidates

@@ -78,15 +78,28 @@ class Cache(Protocol):
         """A sequence goes; its index may be taken by another one."""
         ...
 
-    def place(self, table: Table) -> Sequence[Bucket]:
-        """Give every sequence room for the rows that the table has of it; each is in one of these buckets."""
+    def place(self, table: Table, going: Sequence[int] | None = None) -> Sequence[Bucket]:
+        """Give sequences room for the rows that the table has of them; each that goes is in one of these buckets.
+
+        Args:
+            table: The running sequences.
+            going: Indices of those that go in the next step; None for all. Where a step of few takes as long as one of
+                many, all may go nevertheless.
+        """
         ...
 
 
 class Backend(Protocol):
-    """Computes. One object serves all workers; each method may be called from several threads at once."""
+    """Computes. One object serves all workers; each method may be called from several threads at once.
+
+    Attributes:
+        device: Where.
+        encode_tokens: Source tokens of an encoder call at most, padding included: as many as do not hold up for long
+            those who run. A source that is longer is encoded nevertheless.
+    """
 
     device: str
+    encode_tokens: int
 
     def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
         """Encode sources, each a sequence of token ids, none empty."""

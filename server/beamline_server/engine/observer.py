@@ -11,7 +11,7 @@ class StepObserver(Protocol):
         ...
 
     def stepped(self, seconds: float, rows: int, sentences: int) -> None:
-        """A decode step of all that run has ended, host work included."""
+        """A decode step of so many has ended, host work included."""
         ...
 
     def released(self, steps: int) -> None:

@@ -25,7 +25,8 @@ class Shares:
 
     def __init__(self, rows: int) -> None:
         self._most = rows - rows // _LEFT
-        self._rows: dict[str, int] = {}
+        self.held: dict[str, int] = {}
+        """Rows of each caller who has any."""
         self._came: dict[
             str, float
         ] = {}  # when the last callers came, the latest last; two tell whether others are about
@@ -33,7 +34,7 @@ class Shares:
     @property
     def rows(self) -> int:
         """Rows that all of them hold."""
-        return sum(self._rows.values())
+        return sum(self.held.values())
 
     def came(self, caller: str, now: float) -> None:
         """A caller asks for something."""
@@ -44,17 +45,17 @@ class Shares:
 
     def start(self, request: GenerationRequest) -> None:
         """A request takes its rows."""
-        self._rows[request.caller] = self._rows.get(request.caller, 0) + cost(request).rows
+        self.held[request.caller] = self.held.get(request.caller, 0) + cost(request).rows
 
     def end(self, request: GenerationRequest) -> None:
         """A request gives its rows back."""
-        self._rows[request.caller] -= cost(request).rows
-        if not self._rows[request.caller]:
-            del self._rows[request.caller]
+        self.held[request.caller] -= cost(request).rows
+        if not self.held[request.caller]:
+            del self.held[request.caller]
 
     def startable(self, queue: Iterable[GenerationRequest], now: float) -> Iterator[GenerationRequest]:
         """Those of a queue who may start now, in its order, each supposing that those before it do."""
-        held, total = dict(self._rows), self.rows
+        held, total = dict(self.held), self.rows
         for request in queue:
             own, rows = held.get(request.caller, 0), cost(request).rows
             counted = own if request.priority is Priority.NORMAL else total

@@ -21,8 +21,8 @@ from beamline_server.engine.request import Completed, Event, Failed, GenerationR
 from beamline_server.engine.search import decide, start
 from beamline_server.engine.shares import Shares
 from beamline_server.engine.table import SequenceTable
+from beamline_server.engine.turns import Turns, callers_with_few
 
-ENCODE_TOKENS = 1024
 SURE = 0.7
 """Part of the time that an answer is expected to take, for which there must be time when its request starts."""
 _STEPS_REMEMBERED = 16
@@ -63,7 +63,7 @@ class EngineCore:
         capacity: Rows and cache slots at a time.
         clock: Monotonic seconds.
         observer: Is told what each step did.
-        encode_tokens: Source tokens to encode per step at most, so that newcomers don't stall the running.
+        encode_tokens: Source tokens to encode per step at most; by default what the backend says.
         admission: When requests may start.
     """
 
@@ -75,7 +75,7 @@ class EngineCore:
         *,
         clock: Clock,
         observer: StepObserver,
-        encode_tokens: int = ENCODE_TOKENS,
+        encode_tokens: int | None = None,
         admission: Admission = Continuous(),  # noqa: B008 - a frozen value
     ) -> None:
         self._backend = backend
@@ -83,13 +83,18 @@ class EngineCore:
         self._capacity = capacity
         self._clock = clock
         self._observer = observer
-        self._encode_tokens = encode_tokens
+        self._encode_tokens = encode_tokens or backend.encode_tokens
         self._admission = admission
         self._search = rules.search.arrays()
         self._queue = Queue()
         self._encoded: dict[RequestId, tuple[Encoded, int]] = {}  # ahead of their start
         self._room = Room(capacity.rows, capacity.slots)
         self._shares = Shares(capacity.rows)
+        self._turns = Turns()
+        self._few: list[int] | None = None
+        """Indices of the sequences whose callers have few rows; None while that is not known."""
+        self._aside_s = 0.0
+        """Seconds that steps have taken since the last one in which all went."""
         self._table = SequenceTable(capacity.rows, rules.search.eos)
         self._cache = backend.new_cache()
         self._free = list(range(capacity.rows - 1, -1, -1))
@@ -184,13 +189,14 @@ class EngineCore:
         now = self._clock()
         events = [*self._drop_cancelled(), *self._drop_late(now), *self._drop_hopeless(now), *self._admit(now)]
         if not self._running:
-            self._goes_on = False
+            self._goes_on, self._aside_s = False, 0.0
             return events
-        began, rows, over = self._clock(), 0, 0
-        for bucket in self._place(events):
+        began, running, rows, went, over = self._clock(), len(self._running), 0, 0, 0
+        for bucket in self._place(self._going(), events):
+            went += len(bucket.members)
             ran, done = self._advance(bucket, events)
             rows, over = rows + ran, over + done
-        self._note(began, rows)
+        self._note(began, rows, went, all_went=went == running)
         events += self._deliver(over)
         self._goes_on = bool(self._running)
         return events
@@ -237,12 +243,13 @@ class EngineCore:
         """Start as many from the head of the queue as there is room for."""
         if not self._queue or now < self._opens_at():
             return []
-        startable = self._shares.startable(self._queue, now)
+        candidates = self._candidates()
+        startable = self._shares.startable(candidates, now)
         starters = self._admission.starters(startable, self._room, encode_tokens=self._encode_tokens)
         if not starters:
             return []
         starting = self._queue.take(starters)
-        failure = self._encode([request for request, _ in starting], now)
+        failure = self._encode(starters, candidates, now)
         encode_s = self._clock() - now
         events: list[Event] = []
         for request, queued_at in starting:
@@ -253,12 +260,24 @@ class EngineCore:
                 events.append(Failed(request.id, failure))
         return events
 
-    def _encode(self, starting: Sequence[GenerationRequest], now: float) -> StepFailed | None:
+    def _candidates(self) -> Iterable[GenerationRequest]:
+        """Who may start, in order: where others want to go first, nobody who has half of the rows already."""
+        if self._turns.of_few:
+            many = {caller for caller, rows in self._shares.held.items() if 2 * rows >= self._capacity.rows}
+            others = [request for request in self._queue if request.caller not in many] if many else []
+            if others or (many and self._of_few()):
+                return others
+        return self._queue
+
+    def _encode(
+        self, starting: Sequence[GenerationRequest], candidates: Iterable[GenerationRequest], now: float
+    ) -> StepFailed | None:
         """Encode who starts, unless that has been done, and a few who wait; returns what went wrong."""
         needed = [request for request in starting if request.id not in self._encoded]
         if not needed:
             return None
-        following = (request for request in self._queue if request.id not in self._encoded)
+        started = {request.id for request in starting}
+        following = (r for r in candidates if r.id not in self._encoded and r.id not in started)
         needed += self._admission.encoded_with(needed, following, encode_tokens=self._encode_tokens)
         sources = [request.source for request in needed]
         try:
@@ -286,6 +305,7 @@ class EngineCore:
         self._table.enter(index, request, self._rules.decoder_start)
         start(self._table.arrays, index)
         self._cache.enter(index, encoded, number)
+        self._few = None
 
     def _leave(self, index: int) -> _Running:
         self._cache.leave(index)
@@ -299,12 +319,24 @@ class EngineCore:
         self._table.leave(index)
         self._room = self._room.more(running.cost)
         self._shares.end(running.request)
+        self._few = None
         return running
 
-    def _place(self, events: list[Event]) -> Sequence[Bucket]:
-        """Give every sequence room for its rows, in the buckets that are to run."""
+    def _going(self) -> Sequence[int] | None:
+        """Indices of the sequences that the next step computes; None for all."""
+        return (self._of_few() or None) if self._turns.of_few else None
+
+    def _of_few(self) -> Sequence[int]:
+        """Indices of the sequences whose callers have few rows."""
+        if self._few is None:
+            callers = callers_with_few(self._shares.held)
+            self._few = [index for index, running in self._running.items() if running.request.caller in callers]
+        return self._few
+
+    def _place(self, going: Sequence[int] | None, events: list[Event]) -> Sequence[Bucket]:
+        """Give the sequences that go room for their rows, in the buckets that are to run."""
         try:
-            return self._cache.place(self._table.arrays)
+            return self._cache.place(self._table.arrays, going)
         except Exception as error:  # whatever it was, every waiter must hear of it
             failure = self._failed(error, "placing")
             self._cache = self._backend.new_cache()
@@ -329,14 +361,20 @@ class EngineCore:
         self.failures += 1
         return logged_failure(error, phase)
 
-    def _note(self, began: float, rows: int) -> None:
+    def _note(self, began: float, rows: int, went: int, *, all_went: bool) -> None:
         before, self.last_step_at = self.last_step_at, self._clock()
         self._ends.append(self.last_step_at)
-        # Of steps of few rows nothing follows for many. What stands between two steps counts, above all encoding.
-        if 2 * rows >= self._capacity.rows:
-            self.pace.stepped(rows, self.last_step_at - (began if before is None or not self._goes_on else before))
+        # What stands between two steps counts, above all encoding.
+        seconds = self.last_step_at - (began if before is None or not self._goes_on else before)
+        self._turns.took(seconds, all_went=all_went)
+        self._aside_s += seconds
+        if all_went:
+            # Of steps of few rows nothing follows for many.
+            if 2 * rows >= self._capacity.rows:
+                self.pace.stepped(rows, self._aside_s)
+            self._aside_s = 0.0
         if rows:
-            self._observer.stepped(self.last_step_at - began, rows, len(self._running))
+            self._observer.stepped(self.last_step_at - began, rows, went)
 
     def _deliver(self, over: int) -> list[Event]:
         """What the running sequences have to tell after a step; those that are over leave."""

@@ -197,6 +197,13 @@ class SequenceTable:
         return tuple(tokens[known : certain(self.arrays, index, known, tokens, totals)].tolist())
 
 
+def table_bytes(size: int, *, slots: int, steps: int) -> int:
+    """The memory of a table of so many sequences, each of which has so many slots and steps, and as long a prefix."""
+    slots, steps = slots + _CHUNK, steps + _CHUNK
+    of_each = _SEQUENCE.itemsize + MOST_ROWS * (slots + 12 * steps) + 8 * steps
+    return size * of_each + MOST_ROWS * slots
+
+
 def bounded_exponent(exponent: float, longest: int) -> float:
     """The length penalty, or the nearest one whose divisors fp32 can divide by for up to `longest` tokens.
 

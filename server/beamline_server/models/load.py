@@ -24,7 +24,7 @@ from beamline_server.engine.backend import Backend
 from beamline_server.engine.observer import NullObserver, StepObserver
 from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import MAX_BEAMS, Deliver, Failed, GenerationRequest, RequestId, SearchOptions
-from beamline_server.engine.step import ENCODE_TOKENS, EngineCore, ModelRules
+from beamline_server.engine.step import EngineCore, ModelRules
 from beamline_server.engine.workers import Engine
 from beamline_server.models.forced import forced_decode
 
@@ -147,6 +147,16 @@ def capacity(bundle: Bundle, options: EngineOptions) -> Capacity:
     return Capacity(options.rows, max(sentences * WIDTHS[number_of(longest)], WIDTHS[number_of(widest)]))
 
 
+def most_bytes(bundle: Bundle, options: EngineOptions, device: str) -> int:
+    """The most memory of the host that all workers take beside the weights; a GPU has its own."""
+    from beamline_server.engine.ort.cpu import most_bytes as most_of_a_worker
+
+    if device == "cuda":
+        return 0
+    workers = options.workers or usable_cores()
+    return workers * most_of_a_worker(bundle.manifest.dimensions, capacity(bundle, options))
+
+
 def build_engine(bundle: Bundle, options: EngineOptions, *, deliver: Deliver, observer: StepObserver) -> Engine:
     """An engine for a bundle, not started.
 
@@ -196,7 +206,7 @@ def _largest_batch(bundle: Bundle, backend: Backend, rows: int) -> None:
     """Two steps of as many default searches as there are rows, sources as long as an encoder call takes."""
     defaults, dimensions = bundle.manifest.generation_defaults, bundle.manifest.dimensions
     sentences = max(1, rows // defaults.beam_size)
-    length = max(1, min(ENCODE_TOKENS // sentences, dimensions.max_source_tokens))
+    length = max(1, min(backend.encode_tokens // sentences, dimensions.max_source_tokens))
     steps = min(2, dimensions.max_target_tokens)
     search = SearchOptions(beam_size=defaults.beam_size, min_new_tokens=steps, max_new_tokens=steps)
     capacity = Capacity(sentences * defaults.beam_size, 1 << 40)

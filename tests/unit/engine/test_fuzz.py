@@ -103,14 +103,14 @@ class DecidedTwice:
         self._inner.leave(index)
         self._left.add(index)
 
-    def place(self, table: Table) -> Sequence[Bucket]:
+    def place(self, table: Table, going: Sequence[int] | None = None) -> Sequence[Bucket]:
         for index in self._new:
             again = copied(table, like=table)
             PLAIN_SEARCH.start(again, index)
             assert_same(again, table, index)
         if self._before is not None:
             self._decide_again(copied(self._before, like=table), table)
-        buckets = self._inner.place(table)
+        buckets = self._inner.place(table, going)
         self._before, self._results = copied(table, like=table), []
         self._new.clear()
         self._left.clear()

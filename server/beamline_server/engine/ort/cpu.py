@@ -10,16 +10,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from beamline_server.bundle import ENCODER, WEIGHTS, Bundle, decoder_pieces
+from beamline_server.bundle import ENCODER, WEIGHTS, Bundle, Dimensions, decoder_pieces
+from beamline_server.engine.admission import ENCODE_TOGETHER, Capacity
 from beamline_server.engine.backend import Cache, Encoded, StepResult
 from beamline_server.engine.ort.attention import TOGETHER
 from beamline_server.engine.ort.c_api import Binding, NativeSession
-from beamline_server.engine.ort.pages import PagedMemory, lacking, widened
+from beamline_server.engine.ort.pages import PagedMemory, lacking, whole_pages, widened
 from beamline_server.engine.ort.pieces import Lists, Note, Pieces, beyond, pack_rows, take_in, tell
 from beamline_server.engine.ort.settings import ENCODER_INPUTS, settings
 from beamline_server.engine.pack import LEAST_QUERIES, EncoderInputs, Extent, extent, flat, pack_encoder
-from beamline_server.engine.table import IntArray, Table
+from beamline_server.engine.request import MAX_BEAMS
+from beamline_server.engine.table import IntArray, Table, table_bytes
 
+_FLOAT = 4
+_ROW_WIDTHS = 24
+"""Numbers that a layer computes for a row, in widths of the model: a feed-forward part that is four times as wide, and
+what stands around it, twice."""
+_SCORES = 3
+"""Copies of the scores of the encoder's attention."""
 _GRANULE = 8
 """Source positions of an encoder call are a multiple of this: few distinct shapes."""
 
@@ -34,6 +42,7 @@ class CpuBackend:
     """
 
     device = "cpu"
+    encode_tokens = 256
 
     def __init__(self, bundle: Bundle, *, threads: int, note: Note | None = None) -> None:
         dimensions = bundle.manifest.dimensions
@@ -70,6 +79,24 @@ class CpuBackend:
         return Pieces(self._decoder, width=self.width, heads=self._heads, vocabulary=self._vocabulary, note=self._note)
 
 
+def most_bytes(sizes: Dimensions, capacity: Capacity) -> int:
+    """The most memory that a worker takes beside the weights: keys and values, what steps and encoder calls compute in.
+
+    What grows is copied, so that it is there twice for a moment.
+    """
+    slot = 2 * sizes.decoder_layers * sizes.d_model * _FLOAT
+    own = min(capacity.slots, capacity.rows * whole_pages(sizes.max_target_tokens))
+    cross = min(capacity.slots, capacity.rows * whole_pages(sizes.max_source_tokens))
+    widest = max(MAX_BEAMS * (sizes.max_target_tokens + 1), sizes.max_source_tokens)
+    row = 2 * widest + _ROW_WIDTHS * sizes.d_model + sizes.target_vocabulary
+    tokens = max(CpuBackend.encode_tokens, sizes.max_source_tokens)
+    scores = _SCORES * sizes.decoder_heads * sizes.max_source_tokens**2
+    encoder = (tokens * _ROW_WIDTHS * sizes.d_model + scores) * _FLOAT + (ENCODE_TOGETHER + 1) * tokens * slot
+    table = table_bytes(capacity.rows, slots=widest, steps=sizes.max_target_tokens)
+    pages = (own + cross) * slot + max(own, cross) * slot // 2
+    return pages + 2 * capacity.rows * row * _FLOAT + encoder + 2 * table
+
+
 def _encoder_inputs(rows: int, sources: int, width: int) -> EncoderInputs:
     ids, positions, unpad_index = (np.empty(rows, np.int64) for _ in range(3))
     return EncoderInputs(ids, positions, np.empty((sources, width), np.int64), unpad_index, np.empty(sources, np.int64))
@@ -89,6 +116,7 @@ class CpuCache:
         self._own, self._cross = PagedMemory(layers, width), PagedMemory(layers, width)
         self._sources = Lists(np.zeros((0, TOGETHER), np.int32), np.zeros(0, np.int32))
         self._present: dict[int, None] = {}
+        self._all: IntArray = np.zeros(0, np.int64)
         self._newcomers: dict[int, tuple[Encoded, int]] = {}
         self._changed = False
         self.members: IntArray = np.zeros(0, np.int64)
@@ -110,14 +138,15 @@ class CpuCache:
                 memory.clear()
         self._changed = True
 
-    def place(self, table: Table) -> Sequence["CpuCache"]:
+    def place(self, table: Table, going: Sequence[int] | None = None) -> Sequence["CpuCache"]:
         """As `Cache.place`."""
         if self._changed:
-            self.members = np.fromiter(self._present, np.int64, len(self._present))
+            self._all = np.fromiter(self._present, np.int64, len(self._present))
             for index, (encoded, number) in self._newcomers.items():
                 self._take_in(index, int(table.sequences[index].source_length), encoded, number)
             self._newcomers.clear()
             self._changed = False
+        self.members = self._all if going is None else np.array(going, np.int64)
         self.needed = extent(table, self.members)
         for index in lacking(table, self.members, self._own.pages.held).tolist():
             self._own.give(index, int(table.sequences[index].slots_end))

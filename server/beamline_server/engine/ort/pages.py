@@ -75,13 +75,22 @@ class PagedMemory:
             self.pages = _without_pages(layers, width)
 
     def _grow(self) -> None:
-        """Twice as many pages. Their memory is taken from the system when it is written to."""
+        """Twice as many pages. Their memory is taken from the system when it is written to.
+
+        Keys go before values, so that no more than half of what there is is there twice.
+        """
         layers, slots, width = self.pages.keys.shape
-        larger = [np.zeros((layers, 2 * slots or _FEWEST * PAGE, width), np.float32) for _ in range(2)]
-        for old, new in zip(self.pages[:2], larger, strict=True):
-            new[:, :slots] = old
-        self._free[:0] = range(larger[0].shape[1] // PAGE - 1, slots // PAGE - 1, -1)
-        self.pages = self.pages._replace(keys=larger[0], values=larger[1])
+        more = 2 * slots or _FEWEST * PAGE
+        for name in ("keys", "values"):
+            larger = np.zeros((layers, more, width), np.float32)
+            larger[:, :slots] = getattr(self.pages, name)
+            self.pages = self.pages._replace(**{name: larger})
+        self._free[:0] = range(more // PAGE - 1, slots // PAGE - 1, -1)
+
+
+def whole_pages(slots: int) -> int:
+    """As many slots as the pages have that hold so many."""
+    return -(-slots // PAGE) * PAGE
 
 
 def _without_pages(layers: int, width: int) -> Pages:

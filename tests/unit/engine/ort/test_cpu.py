@@ -1,6 +1,8 @@
 """The backend for the CPU: what runs together gets what it would get alone, wherever its slots are."""
 
 import gc
+import time
+import tracemalloc
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,13 +11,19 @@ import numpy as np
 import pytest
 
 from beamline_server.bundle import Bundle, decoder_pieces
+from beamline_server.engine.admission import Capacity
 from beamline_server.engine.backend import StepResult
+from beamline_server.engine.observer import NullObserver
 from beamline_server.engine.ort import pieces
 from beamline_server.engine.ort.c_api import Binding, NativeError
-from beamline_server.engine.ort.cpu import CpuBackend, CpuCache
+from beamline_server.engine.ort.cpu import CpuBackend, CpuCache, most_bytes
 from beamline_server.engine.ort.cuda.backend import CudaBackend
 from beamline_server.engine.ort.pages import PAGE
+from beamline_server.engine.request import MAX_BEAMS, GenerationRequest, RequestId, SearchOptions
+from beamline_server.engine.step import EngineCore
 from beamline_server.engine.table import FloatArray
+from beamline_server.models.load import model_rules
+from doubles.engine import run_until_idle
 from doubles.fed import FedSequences, Tokens, logprobs_alone
 
 SOURCES: list[Tokens] = [(5, 6, 7, 1), (8, 1), tuple(range(3, 3 + 2 * PAGE)), (6, 6, 1)]
@@ -54,9 +62,16 @@ class Fed:
         self.cache.leave(index)
         del self.fed[index]
 
-    def step(self, alone: Sequence[FloatArray], *, candidates: int = 3, logprobs: bool = False) -> StepResult:
-        """A step of all that are there, each of whose rows is as alone."""
-        (bucket,) = self.cache.place(self.table.arrays)
+    def step(
+        self,
+        alone: Sequence[FloatArray],
+        *,
+        going: Sequence[int] | None = None,
+        candidates: int = 3,
+        logprobs: bool = False,
+    ) -> StepResult:
+        """A step of all that are there, or of some, each of whose rows is as alone."""
+        (bucket,) = self.cache.place(self.table.arrays, going)
         found = bucket.run(self.table.arrays, candidates, logprobs=logprobs)
         expected = np.stack([alone[index][self.fed[index]] for index in bucket.members.tolist()])
         best = np.argsort(-expected, axis=1, kind="stable")[:, :candidates]
@@ -64,9 +79,10 @@ class Fed:
         assert np.array_equal(found.top_logprob, np.take_along_axis(expected, best, axis=1))
         assert (found.logprob is not None) == logprobs
         assert found.logprob is None or np.array_equal(found.logprob, expected)
-        for index in self.fed:
+        assert set(bucket.members.tolist()) == set(self.fed if going is None else going)
+        for index in bucket.members.tolist():
             self.fed[index] += 1
-        self.table.feed(list(self.fed))
+        self.table.feed(bucket.members.tolist())
         return found
 
 
@@ -92,6 +108,42 @@ def test_a_sequence_keeps_its_past_when_others_come_and_go(backend: CpuBackend, 
     fed.enter(2)
     for _ in range(PAGE + 2):
         fed.step(alone)
+
+
+def test_some_go_while_others_stay_where_they_are(backend: CpuBackend, alone: list[FloatArray]) -> None:
+    """Also past the end of a page, and beside one that comes and does not go at once."""
+    fed = Fed(backend)
+    fed.enter(0, 1, 2)
+    for _ in range(PAGE + 2):
+        fed.step(alone, going=[1])
+    fed.step(alone)
+    fed.enter(3)
+    for _ in range(PAGE):
+        fed.step(alone, going=[2, 0])
+    fed.step(alone, going=[3])
+    fed.leave(2)
+    for _ in range(PAGE - 4):
+        fed.step(alone)
+
+
+def test_no_more_memory_is_taken_than_was_foreseen(tiny: Callable[[str], Bundle]) -> None:
+    """By the widest and longest searches that fit, beside what runs the graphs."""
+    bundle = tiny("fp32")
+    sizes, room = bundle.manifest.dimensions, Capacity(48, 1 << 14)
+    backend, rules = CpuBackend(bundle, threads=1), model_rules(bundle.manifest)
+    longest = SearchOptions(
+        beam_size=MAX_BEAMS, min_new_tokens=sizes.max_target_tokens, max_new_tokens=sizes.max_target_tokens
+    )
+    source = (5,) * sizes.max_source_tokens
+    tracemalloc.start()
+    try:
+        core = EngineCore(backend, rules, room, clock=time.monotonic, observer=NullObserver())
+        core.accept(GenerationRequest(RequestId(number), source, longest) for number in range(6))
+        run_until_idle(core)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < most_bytes(sizes, room)
 
 
 def test_who_leaves_before_it_has_run_leaves_nothing(backend: CpuBackend, alone: list[FloatArray]) -> None:

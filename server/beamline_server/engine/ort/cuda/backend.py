@@ -35,6 +35,8 @@ class CudaBackend:
         graphs: Whether CUDA graphs are captured.
     """
 
+    encode_tokens = 1024
+
     def __init__(self, bundle: Bundle, *, device: str = "cuda", threads: int = 1, graphs: bool = True) -> None:
         self.device = device
         if device == "cuda":

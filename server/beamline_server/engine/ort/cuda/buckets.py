@@ -125,8 +125,9 @@ class Buckets:
             present[present.index(index)] = None
         self._changed = True
 
-    def place(self, table: Table) -> Sequence[MemoryBucket]:
-        """As `Cache.place`: each sequence in the narrowest bucket that holds its slots and its source."""
+    def place(self, table: Table, going: Sequence[int] | None = None) -> Sequence[MemoryBucket]:
+        """As `Cache.place`: each sequence in the narrowest bucket that holds its slots and its source. All go."""
+        del going
         buckets = [bucket for bucket in self._buckets if len(bucket.members)]
         fits = [bucket.measure(table) for bucket in buckets] if not self._changed else [False]
         if not all(fits):

@@ -1,0 +1,138 @@
+"""Callers with few rows also go in steps of their own, and everybody gets the answer that they would get alone."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beamline_server.engine.backend import Bucket, Cache, Encoded
+from beamline_server.engine.request import Completed, Failed, GenerationRequest, RequestId
+from beamline_server.engine.table import Table
+from beamline_server.engine.turns import Turns, callers_with_few
+from doubles.core import Bench, assert_as_alone, bench, outcomes, request
+from doubles.engine import TableBackend
+
+
+class ApartCache:
+    """A cache in which every sequence is in a bucket of its own, so that just those go who are to go."""
+
+    def __init__(self, backend: "ApartBackend") -> None:
+        self._backend = backend
+        self._of: dict[int, Cache] = {}
+
+    def enter(self, index: int, encoded: Encoded, number: int) -> None:
+        self._of[index] = self._backend.cache_of_one()
+        self._of[index].enter(index, encoded, number)
+
+    def leave(self, index: int) -> None:
+        self._of.pop(index).leave(index)
+
+    def place(self, table: Table, going: Sequence[int] | None = None) -> Sequence[Bucket]:
+        return [bucket for index in (self._of if going is None else going) for bucket in self._of[index].place(table)]
+
+
+class ApartBackend(TableBackend):
+    """A backend with such a cache."""
+
+    def new_cache(self) -> Cache:
+        return ApartCache(self)
+
+    def cache_of_one(self) -> Cache:
+        return super().new_cache()
+
+
+def of(caller: str, asked: GenerationRequest) -> GenerationRequest:
+    return replace(asked, caller=caller)
+
+
+def apart() -> Bench:
+    return bench(make_backend=ApartBackend)
+
+
+HEAVY = [of("heavy", request(number, beams=16, tokens=20)) for number in range(3)]
+POLITE = of("polite", request(9, beams=4, tokens=8))
+
+
+def test_who_has_few_rows_goes_alone_as_long_as_there_is_credit() -> None:
+    running = apart()
+    running.core.accept(HEAVY)
+    running.core.step()
+    running.core.accept([POLITE])
+    before, steps = len(running.backend.trace), 0
+    while POLITE.id not in outcomes(running.core.step()):
+        steps += 1
+    assert steps == 7
+    assert [step.sources for step in running.backend.trace[before:]] == 8 * [(POLITE.source,)]
+    for number, outcome in running.finish().items():
+        assert_as_alone(outcome, HEAVY[number])
+
+
+def test_in_the_long_run_they_have_half_of_the_time() -> None:
+    turns, seconds = Turns(), {True: 0.0, False: 0.0}
+    for _ in range(1000):
+        few = turns.of_few
+        took = 0.0015 if few else 0.012
+        turns.took(took, all_went=not few)
+        seconds[few] += took
+    assert seconds[True] < seconds[False] + 0.12
+    assert seconds[True] > 0.9 * seconds[False]
+
+
+def test_credit_is_saved_up_to_a_bound() -> None:
+    turns = Turns()
+    for _ in range(100):
+        turns.took(1.0, all_went=True)
+    turns.took(0.11, all_went=False)
+    assert not turns.of_few
+    turns.took(0.02, all_went=True)
+    assert turns.of_few
+
+
+def test_all_go_where_nobody_has_far_more_than_others() -> None:
+    assert callers_with_few({}) == frozenset()
+    assert callers_with_few({"a": 128}) == frozenset()
+    assert callers_with_few({"a": 16, "b": 16, "c": 16}) == frozenset()
+    assert callers_with_few({"a": 4, "b": 8, "c": 16, "d": 32}) == frozenset()
+    assert callers_with_few({"a": 4, "b": 15}) == frozenset()
+
+
+def test_who_has_a_quarter_of_what_others_have_has_few() -> None:
+    assert callers_with_few({"a": 4, "b": 16}) == {"a"}
+    assert callers_with_few({"a": 112, "b": 4, "c": 5}) == {"b", "c"}
+    assert callers_with_few({"a": 58, "b": 58, "c": 4}) == {"c"}
+    # Together they would have more than a quarter: a step of theirs would be no short one.
+    assert callers_with_few({"heavy": 56, **{str(number): 4 for number in range(5)}}) == frozenset()
+
+
+@given(st.dictionaries(st.text(max_size=2), st.integers(1, 128), max_size=12))
+def test_whoever_has_few_has_less_than_all_others(held: dict[str, int]) -> None:
+    few = callers_with_few(held)
+    others = [rows for caller, rows in held.items() if caller not in few]
+    if few:
+        assert 4 * sum(held[caller] for caller in few) <= sum(held.values())
+        assert 4 * max(held[caller] for caller in few) <= min(others)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(1, 16), st.integers(1, 12), st.integers(0, 6)),
+        min_size=1,
+        max_size=8,
+    ),
+    st.sampled_from([0.0, 0.01, 0.05, 1.0]),
+)
+def test_answers_do_not_depend_on_turns(coming: list[tuple[str, int, int, int]], seconds_of_a_step: float) -> None:
+    running = apart()
+    found: dict[RequestId, Completed | Failed] = {}
+    asked = [of(caller, request(i, beams=beams, tokens=tokens)) for i, (caller, beams, tokens, _) in enumerate(coming)]
+    step = 0
+    while step <= 6 or not running.core.idle:
+        running.core.accept([one for one, (*_, at) in zip(asked, coming, strict=True) if at == step])
+        found |= outcomes(running.core.step())
+        running.core.check()
+        running.clock.advance(seconds_of_a_step)
+        step += 1
+    assert len(found) == len(asked)
+    for one in asked:
+        assert_as_alone(found[one.id], one)
