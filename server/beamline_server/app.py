@@ -18,7 +18,7 @@ from typing import Any, Never, Protocol, TypeVar
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from beamline_server import logs
-from beamline_server.allocator import Trimmer, give_back_freed
+from beamline_server.allocator import Trimmer, give_back_freed, resident_bytes
 from beamline_server.bundle import EXIT_BUNDLE, EXPORT_AGAIN, MOST_FOREIGN_TOLD, Bundle, BundleError, load_bundle
 from beamline_server.engine.admission import Admission, Continuous, RequestLevel
 from beamline_server.engine.compiled import is_off, keeping_folder, make_ready
@@ -26,15 +26,17 @@ from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.request import Deliver
 from beamline_server.engine.workers import WORKER_THREADS
 from beamline_server.listening import PortError, allow_most_descriptors
+from beamline_server.memory import require_memory
 from beamline_server.metrics import Metrics
 from beamline_server.metrics_server import MetricsServer
 from beamline_server.models.load import DeviceError, EngineOptions, build_engine, choose_device, warm_up
+from beamline_server.models.load import most_bytes as most_engine_bytes
 from beamline_server.rpc.aio_server import AioServer
 from beamline_server.rpc.desk import Desk, EngineLike
 from beamline_server.rpc.health import EngineWatch, Health, watch_engine
 from beamline_server.rpc.info import ServedModel, versions
-from beamline_server.rpc.server import Service, bind, build_server
-from beamline_server.rpc.servicer import TextWork
+from beamline_server.rpc.server import Service, bind, build_server, most_bytes
+from beamline_server.rpc.text_work import TextWork
 from beamline_server.settings import Command, Settings, SettingsError, read_command
 from beamline_server.tokenizer import load_tokenizer
 
@@ -57,11 +59,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """An engine, not started; where it computes; and what shows that it computes right, or raises BundleError."""
+    """An engine, not started.
+
+    Attributes:
+        engine: Itself.
+        device: Where it computes.
+        warm_up: Shows that it computes right, or raises BundleError.
+        most_bytes: Memory that it takes at most, beside what it has when it is warm.
+    """
 
     engine: EngineLike
     device: str
     warm_up: Callable[[], None]
+    most_bytes: int = 0
 
 
 class BuildEngine(Protocol):
@@ -168,6 +178,8 @@ async def _serve(command: Command, build: BuildEngine, stop: StopRequests, liste
             _log.info("listening", extra={"event": "listening", "host": settings.host, **_fields(ports)})
             listening(ports)
             await _warmed_up(stop, built, bundle, settings.warm_up_timeout_s)
+            parts = {"when warm": resident_bytes(), "caches": built.most_bytes, **most_bytes(settings)}
+            metrics.memory_bound.set(require_memory(parts, _number(settings.memory_limit)))
             built.engine.start()
             gc.collect()
             gc.freeze()  # what is there now stays: no collection needs to walk through it again
@@ -346,7 +358,7 @@ def build(bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: Ste
         # The largest batch is not the usual one: a server holds its caches when its traffic needs them.
         give_back_freed()
 
-    return BuiltEngine(engine, device, warm_up_all)
+    return BuiltEngine(engine, device, warm_up_all, most_engine_bytes(bundle, options, device))
 
 
 def _make_loops_ready() -> None:

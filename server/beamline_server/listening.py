@@ -6,9 +6,12 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 
+from beamline_server.settings import SettingsError
+
 _OWN_DESCRIPTORS = 128
 """For the server's own files, and for the connections of those who read the metrics."""
 _UNLIMITED = 2**31 - 1
+_USUAL_CONNECTIONS = 4096
 _ADVICE = {
     errno.EADDRINUSE: "is another server running? Stop it, or choose another port",
     errno.EADDRNOTAVAIL: "it is no address of this machine; 0.0.0.0 and :: stand for all that it has",
@@ -83,7 +86,22 @@ def allow_most_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def most_callers() -> int:
+def connections(wanted: int | None) -> int:
+    """How many connections there may be at a time: as many as are wanted, or else a usual number, as far as it goes.
+
+    Raises:
+        SettingsError: there are no descriptors for those that are wanted.
+    """
+    most = _most_connections()
+    if wanted is None:
+        return min(_USUAL_CONNECTIONS, most)
+    if wanted > most:
+        problem = f"{wanted} connections need {wanted + _OWN_DESCRIPTORS} descriptors (ulimit -n)"
+        raise SettingsError([f"max_connections: {problem}; expected at most {most}"])
+    return wanted
+
+
+def _most_connections() -> int:
     """Connections for which this process has descriptors, besides its own."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = allowed == resource.RLIM_INFINITY

@@ -98,6 +98,7 @@ class Metrics:
         self.ready = gauge("beamline_ready", "Whether the server is ready for requests (1) or not (0).")
         self.draining = gauge("beamline_draining", "Whether the server has been asked to stop (1) or not (0).")
         self.model_load_seconds = gauge("beamline_model_load_seconds", "Time from start to ready for requests.")
+        self.memory_bound = gauge("beamline_memory_bound_bytes", "The most memory that the server comes to.")
 
     def _make_request_series(self) -> None:
         requests = self._counter("beamline_requests", "Requests for generation that have ended.", "outcome")

@@ -78,6 +78,14 @@ class Settings(BaseModel):
     )
     max_text_bytes: Count = Field(default=65536, description="Most bytes of UTF-8 in one text.")
     max_message_bytes: Bytes = Field(default=1024 * 1024, description="Most bytes in one request message.")
+    max_connections: Count | Auto = Field(
+        default="auto", description="Most connections at a time; auto is 4096, or what there are descriptors for."
+    )
+    memory_limit: Annotated[int, Field(ge=1024 * 1024)] | Auto = Field(
+        default="auto",
+        description="Bytes of memory that there are: the server does not start with settings that may need more; auto "
+        "takes the container's limit, and only warns.",
+    )
     max_duration_s: float = Field(
         default=30,
         gt=0,

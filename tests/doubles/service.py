@@ -56,7 +56,7 @@ from beamline_server.rpc.desk import Desk
 from beamline_server.rpc.health import Health
 from beamline_server.rpc.info import ServedModel
 from beamline_server.rpc.server import Service, bind, build_server
-from beamline_server.rpc.servicer import TextWork
+from beamline_server.rpc.text_work import TextWork
 from beamline_server.settings import Settings
 from beamline_server.tokenizer import Tokenizer, whole_characters
 

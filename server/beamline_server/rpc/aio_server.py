@@ -4,8 +4,12 @@ grpcio (seen with 1.85.1) decodes the name of an unknown method in the loop that
 no UTF-8 raises there, and nobody is answered any more. Here that loop takes the calls of known methods alone, whose
 names it need not read. Calls of all others are taken by a loop that does not ask for their name, and answered alike.
 
-grpcio takes a call of each method at a time, reads it and makes some tasks for it. Here several are taken at a time,
-and those that a gate refuses are answered at once: nothing is read, and no task of grpcio's is made.
+grpcio takes a call of each method at a time, reads it and makes some tasks for it. Here many are taken at a time, and
+those that a gate refuses are answered at once: nothing is read, and no task of grpcio's is made.
+
+To answer is what costs most of a refusal. Where more calls come than can be answered, the newest are decided first,
+which have most of their time left; those whose time is over need no answer any more. First come, first served would
+spend all time on calls that are nearly late, and let in none in time.
 
 Both are made of grpcio's own parts, private ones: where another version has none of them, its server is taken as it is,
 and the log says so.
@@ -14,14 +18,15 @@ and the log says so.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import grpc
 from grpc._cython import cygrpc
 from grpc.aio import _server
 
+from beamline_server.rpc.call import end_call
 from beamline_server.rpc.errors import RpcStatus
 
 UNKNOWN_METHOD_PATH = "/unknown/unknown"
@@ -33,14 +38,55 @@ _PARTS = {
     _Core.AioServer: ("_request_call", "_request_registered_call", "_make_request_call_future"),
 }
 """What is needed of grpcio, and where."""
-_TAKEN_AT_A_TIME = 128
-Gate = Callable[[bytes | None, Any], RpcStatus | None]
-"""Says how to end a call of a path (None: of no method that there is), given its context; or None to let it in."""
+_TAKEN_AT_A_TIME = 256
+_DECIDED_AT_A_TIME = 32
+MOST_UNDECIDED = 4096
+_OLDEST_EVERY = 8
+"""One of so many that are decided is the oldest, so that those without a deadline have their turn, too."""
 _log = logging.getLogger(__name__)
+_grpcio_log = logging.getLogger("grpc._cython.cygrpc")
 
 
-def _let_in(path: bytes | None, context: Any) -> None:
-    del path, context
+def _is_no_fault(record: logging.LogRecord) -> bool:
+    """Whether grpcio tells of something else than that its handler does not know who has ended the call: a gate has."""
+    return not str(record.msg).startswith("Abort error unexpectedly suppressed")
+
+
+class Gate(Protocol):
+    """What calls come to first."""
+
+    def __call__(self, path: bytes | None, context: Any) -> RpcStatus | None:
+        """How to end a call of a path (None: of no method that there is), given its context; or None to let it in."""
+        ...
+
+    def is_to_decide(self, path: bytes) -> bool:
+        """Whether calls of a path may be refused for what comes at the same time."""
+        ...
+
+    def too_late(self, path: bytes) -> None:
+        """A call has not been decided by its deadline."""
+        ...
+
+    async def place(self, path: bytes, context: Any) -> None:
+        """Wait until a call that was let in may send its message."""
+        ...
+
+
+class _OpenGate:
+    """Lets everybody in."""
+
+    def __call__(self, path: bytes | None, context: Any) -> None:
+        del path, context
+
+    def is_to_decide(self, path: bytes) -> bool:
+        del path
+        return False
+
+    def too_late(self, path: bytes) -> None:
+        del path
+
+    async def place(self, path: bytes, context: Any) -> None:
+        del path, context
 
 
 class AioServer(_Server):  # type: ignore[misc]  # grpc has no type information
@@ -49,16 +95,17 @@ class AioServer(_Server):  # type: ignore[misc]  # grpc has no type information
     Args:
         interceptors: What calls go through.
         options: The transport's options.
-        gate: What calls come to first.
+        gate: What calls come to first; by default all are let in.
     """
 
     def __init__(
-        self, interceptors: Sequence[Any] = (), options: Sequence[tuple[str, int]] = (), gate: Gate = _let_in
+        self, interceptors: Sequence[Any] = (), options: Sequence[tuple[str, int]] = (), gate: Gate | None = None
     ) -> None:
         if all(hasattr(where, part) for where, parts in _PARTS.items() for part in parts):
             self._loop = _Core.get_working_loop()
             self._server = _Tolerant(self._loop, None, (), tuple(interceptors), tuple(options), None)
-            self._server.guards, self._server.gate = tuple(interceptors), gate
+            _grpcio_log.addFilter(_is_no_fault)
+            self._server.guards, self._server.gate = tuple(interceptors), gate or _OpenGate()
             return
         super().__init__(None, (), interceptors, options, None, None)
         message = "grpcio has other parts than expected: a call whose path is no UTF-8 can end the server"
@@ -70,9 +117,25 @@ class AioServer(_Server):  # type: ignore[misc]  # grpc has no type information
             await asyncio.sleep(_LOOK_EVERY_S)
 
 
-async def _refuse(context: Any, status: RpcStatus) -> None:
-    with suppress(grpc.aio.AbortError, _Core.InternalError, _Core.ExecuteBatchError):  # it is over, or the caller gone
-        await context.abort(status.code, status.text, status.trailers)
+@dataclass(slots=True)
+class _Call:
+    """A call that has come.
+
+    Attributes:
+        method: Its path.
+        state: What grpcio has of it.
+        context: What handlers see of it.
+    """
+
+    method: bytes
+    state: Any
+    context: Any
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its deadline has come."""
+        remaining_s = self.context.time_remaining()
+        return remaining_s is not None and remaining_s <= 0
 
 
 class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
@@ -92,6 +155,8 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
         self._waiting: dict[bytes, asyncio.Future[Any] | None] = {}
         self._broken: dict[bytes, Exception] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._undecided: deque[_Call] = deque()
+        self._deciding = self._decided = 0
 
     def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[Any]:
         """The next call of a method that is let in; for None, one that never comes."""
@@ -116,30 +181,60 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
         """Take calls of a method; hand those that are let in to grpcio's loop, with what ends this one."""
         try:
             while True:
-                state = await self._request_registered_call(method)
-                if self._is_refused(method, state):
-                    continue
-                if (waiting := self._waiting[method]) is not None and not waiting.done():
-                    self._waiting[method] = None
-                    waiting.set_result(state)
-                else:
-                    self._let_in[method].append(state)
+                await self._take_one(method)
         except Exception as error:  # grpcio's loop knows which ones belong to its end
             self._broken[method] = error
             if (waiting := self._waiting[method]) is not None and not waiting.done():
                 waiting.set_exception(error)
 
-    def _is_refused(self, method: bytes | None, state: Any) -> bool:
+    async def _take_one(self, method: bytes) -> None:
+        """Take a call. A coroutine of its own, of which nothing stays: it would keep all that the call has brought."""
+        state = await self._request_registered_call(method)
+        call = _Call(method, state, _Core._ServicerContext(state, None, None, asyncio.get_running_loop()))
+        if not self.gate.is_to_decide(method):
+            await self._decide(call)
+        elif self._deciding >= _DECIDED_AT_A_TIME and len(self._undecided) < MOST_UNDECIDED:
+            self._drop_late()
+            self._undecided.append(call)
+        else:
+            self._deciding += 1
+            try:
+                await self._decide(call)
+                del call
+                while self._undecided:
+                    await self._decide(self._next())
+            finally:
+                self._deciding -= 1
+
+    def _next(self) -> "_Call":
+        self._decided += 1
+        return self._undecided.pop() if self._decided % _OLDEST_EVERY else self._undecided.popleft()
+
+    def _drop_late(self) -> None:
+        """Forget the oldest calls whose time is over: their callers have ended them."""
+        while self._undecided and self._undecided[0].is_late:
+            self.gate.too_late(self._undecided.popleft().method)
+
+    async def _decide(self, call: "_Call") -> None:
+        """Refuse a call, or hand it to grpcio's loop."""
+        if await self._is_refused(call.method, call.context):
+            return
+        await self.gate.place(call.method, call.context)
+        if (waiting := self._waiting[call.method]) is not None and not waiting.done():
+            self._waiting[call.method] = None
+            waiting.set_result(call.state)
+        else:
+            self._let_in[call.method].append(call.state)
+
+    async def _is_refused(self, method: bytes | None, context: Any) -> bool:
         """Whether the gate refuses a call; if so, it is answered."""
-        loop = asyncio.get_running_loop()
-        context = _Core._ServicerContext(state, None, None, loop)
         try:
             status = self.gate(method, context)
         except Exception:  # a fault of the gate refuses nobody
             _log.exception("the gate has failed", extra={"event": "gate_failed"})
             return False
         if status is not None:
-            self._keep(loop.create_task(_refuse(context, status)))
+            await end_call(context, status.code, status.text, status.trailers)
         return status is not None
 
     def _keep(self, task: asyncio.Task[None]) -> None:
@@ -148,14 +243,16 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
 
     async def _take_others(self, ended: asyncio.Future[Any]) -> None:
         """Take calls of methods that there are not, whatever they are called; tell grpcio's loop what ends this one."""
-        loop, nobody = asyncio.get_running_loop(), _Core._MethodResolver([], {})
         try:
             while True:
-                state = await self._request_call()
-                if self._is_refused(None, state):
-                    continue
-                answer = _Core._handle_rpc(UNKNOWN_METHOD_PATH, nobody, self.guards, state, loop, False)
-                self._keep(loop.create_task(_Core._schedule_rpc_coro(answer, state, loop, UNKNOWN_METHOD_PATH)))
+                await self._take_other()
         except Exception as error:  # as above
             if not ended.done():
                 ended.set_exception(error)
+
+    async def _take_other(self) -> None:
+        loop, nobody = asyncio.get_running_loop(), _Core._MethodResolver([], {})
+        state = await self._request_call()
+        if not await self._is_refused(None, _Core._ServicerContext(state, None, None, loop)):
+            answer = _Core._handle_rpc(UNKNOWN_METHOD_PATH, nobody, self.guards, state, loop, False)
+            self._keep(loop.create_task(_Core._schedule_rpc_coro(answer, state, loop, UNKNOWN_METHOD_PATH)))

@@ -10,6 +10,7 @@ RequestError
 ├── MethodNotFound        there is no such method
 ├── ModelNotFound         another model is asked for
 ├── NotAccepting          the server is loading or draining
+├── ServerFull            there is no room for the call or its bytes
 └── UnexpectedFailure     a fault of ours; the log has the cause under its id
 """
 
@@ -114,6 +115,17 @@ class NotAccepting(RequestError):
 
 
 @dataclass
+class ServerFull(RequestError):
+    """There is no room for the call, or for its bytes; `full` says what there is too much of."""
+
+    full: str
+    retry_after_s: float
+
+    def __str__(self) -> str:
+        return self.full
+
+
+@dataclass
 class UnexpectedFailure(RequestError):
     """A fault of ours; `error_id` finds the log entry with the cause."""
 
@@ -134,6 +146,7 @@ class RpcStatus:
 
 
 _Code = grpc.StatusCode
+_Later = QueueFull | WouldBeLate | ServerFull
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +173,7 @@ def rpc_status_of(error: Exception, *, stretch: float) -> RpcStatus:
     Raises:
         KeyError: the error is none that callers are told of.
     """
-    if isinstance(error, QueueFull | WouldBeLate):
+    if isinstance(error, _Later):
         delay_s = min(max(error.retry_after_s * stretch, SHORTEST_PUSHBACK_S), LONGEST_PUSHBACK_S)
         error = replace(error, retry_after_s=delay_s)
     rule = STATUSES[type(error)]
@@ -201,18 +214,18 @@ def _because(reason: str) -> Callable[[Any], Sequence[Message]]:
 
 
 def _later(reason: str) -> _Rule:
-    def details(error: QueueFull | WouldBeLate) -> Sequence[Message]:
+    def details(error: _Later) -> Sequence[Message]:
         delay = Duration()
         delay.FromMilliseconds(_milliseconds(error))
         return (*_because(reason)(error), error_details_pb2.RetryInfo(retry_delay=delay))
 
-    def trailers(error: QueueFull | WouldBeLate) -> tuple[tuple[str, str], ...]:
+    def trailers(error: _Later) -> tuple[tuple[str, str], ...]:
         return ((PUSHBACK_KEY, str(_milliseconds(error))),)
 
     return _Rule(_Code.RESOURCE_EXHAUSTED, Outcome.QUEUE_FULL, details, trailers)
 
 
-def _milliseconds(error: QueueFull | WouldBeLate) -> int:
+def _milliseconds(error: _Later) -> int:
     return round(error.retry_after_s * 1000)
 
 
@@ -233,6 +246,7 @@ STATUSES: Mapping[type[Exception], _Rule] = {
     # Come back later.
     QueueFull: _later("QUEUE_FULL"),
     WouldBeLate: _later("DEADLINE_UNREACHABLE"),
+    ServerFull: _later("QUEUE_FULL"),
     # Try another replica: the request was not executed, or not to its end.
     NotAccepting: _Rule(_Code.UNAVAILABLE, Outcome.UNAVAILABLE, lambda e: _because(e.reason)(e)),
     EngineStopped: _Rule(_Code.UNAVAILABLE, Outcome.UNAVAILABLE, _because("DRAINING")),

@@ -11,8 +11,7 @@ import random
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -20,12 +19,11 @@ from google.protobuf.message import DecodeError
 from beamline_server import logs
 from beamline_server.engine.errors import DeadlineExceeded
 from beamline_server.metrics import UNKNOWN_METHOD, Clock, MethodMetrics, MethodName, Metrics, Outcome
-from beamline_server.rpc.call import Call, current_call, does_generate
+from beamline_server.rpc.call import Call, CallIsDead, current_call, does_generate, end_call
 from beamline_server.rpc.errors import (
     STATUSES,
     MalformedMessage,
     MethodNotFound,
-    RequestError,
     RpcStatus,
     UnexpectedFailure,
     rpc_status_of,
@@ -49,21 +47,24 @@ _LEVELS = dict.fromkeys(Outcome, logging.INFO) | dict.fromkeys(
 Behaviour = Callable[[Any, Any], Awaitable[Any]]
 
 _ServerInterceptor: Any = grpc.aio.ServerInterceptor
-_CallIsDead: Any = grpc.aio.InternalError
-"""What sending raises when the caller is gone and gRPC has not cancelled the handler yet."""
 _ids = random.Random()
 _log = logging.getLogger(__name__)
 
 
-class _Unreadable:
-    """Takes the place of a request message that could not be read.
+class Doorway(Protocol):
+    """What calls have passed when they come to be handled."""
 
-    Args:
-        error: Why.
-    """
+    def entered(self, path: str, context: Any) -> float:
+        """A call has sent its message and is now being handled; returns when it came."""
+        ...
 
-    def __init__(self, error: RequestError) -> None:
-        self.error = error
+    def left(self, path: str) -> None:
+        """A call is being handled no more."""
+        ...
+
+
+_UNREADABLE = object()
+"""Takes the place of a request message that could not be read."""
 
 
 class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type information
@@ -73,26 +74,23 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         metrics: Counts the calls.
         max_duration_s: Longest time for a request for generation, in seconds.
         caller_key: Metadata key whose value names the caller.
-        refused: Tells why the bytes of a request for generation are not to be read, if they are not.
-        entered: Given the context of a request for generation that begins to be handled, tells when it came.
+        doorway: Is told of calls that are handled; by default they have just come.
         clock: Monotonic seconds.
         jitter: Spreads the delays that refused callers are advised.
     """
 
-    def __init__(  # noqa: PLR0913 - what it counts by, and what it lets in
+    def __init__(
         self,
         metrics: Metrics,
         *,
         max_duration_s: float,
         caller_key: str | None = None,
-        refused: Callable[[bytes], RequestError | None] = lambda _: None,
-        entered: Callable[[Any], float] | None = None,
+        doorway: Doorway | None = None,
         clock: Clock = time.monotonic,
         jitter: random.Random | None = None,
     ) -> None:
         self._metrics = metrics
-        self._entered = entered
-        self._refused = refused
+        self._doorway = doorway
         self._caller_key = caller_key
         self._max_duration_s = max_duration_s
         self._clock = clock
@@ -123,8 +121,10 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         series = self._metrics.method(_method_name(path, handler))
         method = _GuardedMethod(path, series, self._metrics, generates=does_generate(function))
         deserialize, serialize = handler.request_deserializer, handler.response_serializer
-        if deserialize is not None and not handler.request_streaming:
-            deserialize = _tolerant(deserialize, self._refused if method.generates else lambda _: None)
+        if method.generates:
+            deserialize = None  # it reads for itself, when there is time for it
+        elif deserialize is not None and not handler.request_streaming:
+            deserialize = _tolerant(deserialize)
         make = _MAKE_HANDLER[handler.request_streaming, handler.response_streaming]
         behaviour = self._around(method, _written(function))
         return make(behaviour, request_deserializer=deserialize, response_serializer=serialize)
@@ -133,7 +133,8 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         clock = self._clock
 
         async def call(request: Any, context: Any) -> Any:
-            began = self._entered(context) if method.generates and self._entered else clock()
+            doorway = self._doorway
+            began = clock() if doorway is None else doorway.entered(method.path, context)
             method.metrics.started()
             own: tuple[tuple[str, str], ...] = ()
             try:
@@ -141,10 +142,10 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
                 logs.request_id.set(own[0][1])
                 logs.peer.set(printable(context.peer()))
                 context.set_trailing_metadata(own)
-                if isinstance(request, _Unreadable):
-                    raise request.error
+                if request is _UNREADABLE:
+                    raise MalformedMessage
                 response = await self._handled(method, behaviour, request, context, began)
-            except (asyncio.CancelledError, _CallIsDead):
+            except (asyncio.CancelledError, CallIsDead):
                 method.count(*self._why_cancelled(context, began), clock() - began)
                 raise
             except grpc.aio.AbortError:  # the handler has ended the call by itself
@@ -154,11 +155,15 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
                 status = self._status_of(error, method)
                 # Counted first: whoever has the answer finds it counted, and a stopping server cannot drop it.
                 method.count(status.code, status.outcome, clock() - began)
-                with suppress(_CallIsDead):
-                    await context.abort(status.code, status.text, (*own, *status.trailers))
             else:
                 method.count(grpc.StatusCode.OK, Outcome.OK, clock() - began)
                 return response
+            finally:
+                if doorway is not None:
+                    doorway.left(method.path)
+            # Not where the error is being handled: what is raised there would refer to it.
+            await end_call(context, status.code, status.text, (*own, *status.trailers))
+            return None
 
         return call
 
@@ -316,17 +321,13 @@ def _written(function: Any) -> Behaviour:
     return write_all
 
 
-def _tolerant(
-    deserialize: Callable[[bytes], Any], refused: Callable[[bytes], RequestError | None]
-) -> Callable[[bytes], Any]:
+def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     """A deserializer that does not raise: gRPC would tell the caller the exception's text."""
 
     def read(raw: bytes) -> Any:
-        if (error := refused(raw)) is not None:
-            return _Unreadable(error)
         try:
             return deserialize(raw)
         except DecodeError:
-            return _Unreadable(MalformedMessage())
+            return _UNREADABLE
 
     return read

@@ -10,28 +10,39 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from beamline.v1 import generation_pb2
 from beamline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
-from beamline_server.listening import PortError, address_of, listening_sockets, most_callers
+from beamline_server.listening import PortError, address_of, connections, listening_sockets
 from beamline_server.metrics import Clock, MethodName, Metrics
-from beamline_server.rpc.aio_server import AioServer
+from beamline_server.rpc.aio_server import MOST_UNDECIDED, AioServer
 from beamline_server.rpc.call import does_generate
 from beamline_server.rpc.converters import RequestReader, default_search, limits_of
 from beamline_server.rpc.desk import Desk
-from beamline_server.rpc.gate import Gate
+from beamline_server.rpc.gate import PLACES, Gate
 from beamline_server.rpc.health import Health
 from beamline_server.rpc.info import ServedModel, info_message
 from beamline_server.rpc.interceptors import Guard
-from beamline_server.rpc.reflection import add_reflection
-from beamline_server.rpc.servicer import GenerationServicer, TextWork
-from beamline_server.rpc.unread import refused_request
+from beamline_server.rpc.reflection import SERVICE_V1, SERVICE_V1ALPHA, add_reflection
+from beamline_server.rpc.servicer import GenerationServicer
+from beamline_server.rpc.text_work import THREADS, TextWork
+from beamline_server.rpc.unread import MOST_METADATA_BYTES, RequestMemory
 from beamline_server.settings import Settings
 from beamline_server.tokenizer import Tokenizer
 
 _UNLIMITED = -1
-_MANY_TIMES = 4
-"""Of some inputs too many all that is wrong is told; of so many times as many as there may be, nothing is read."""
-_STREAM_WINDOW = 64 * 1024
-_MOST_PENDING = 32_768
+_STREAM_WINDOW = 16 * 1024
+_MOST_PENDING = 4096
+_MOST_OPEN = 4096
+_FEWER_OPEN = {
+    f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/Watch".encode(): 1024,
+    # Their messages are read one by one, whatever comes.
+    **{f"/{service}/ServerReflectionInfo".encode(): 16 for service in (SERVICE_V1, SERVICE_V1ALPHA)},
+}
+"""Calls that may be open at a time: of most methods, beside those that wait for the engine, and of others."""
 _LONGEST_PENDING_S = 3600
+
+
+_SENDING, _PARSED = 3, 16
+"""Bytes that gRPC and Python hold for each of a message that is being sent; those that a parsed one may take."""
+_CALL_BYTES, _PENDING_BYTES, _CONNECTION_BYTES = 24 * 1024, 12 * 1024 + MOST_METADATA_BYTES + _STREAM_WINDOW, 32 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +79,7 @@ def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | No
         tokenizer=tokenizer,
         info=info_message(model, settings, limits, defaults),
         text=service.text,
+        memory=RequestMemory(PLACES * settings.max_message_bytes),
         metrics=service.metrics,
         clock=service.clock,
     )
@@ -75,6 +87,8 @@ def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | No
         service.desk,
         {_path(name): service.metrics.method(name) for name in _generating(servicer)},
         service.metrics,
+        most_open=_MOST_OPEN + settings.max_queue_rows,
+        except_for=_FEWER_OPEN,
         max_duration_s=settings.max_duration_s,
         caller_key=settings.caller_metadata,
         jitter=service.jitter or random.Random(),
@@ -84,8 +98,7 @@ def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | No
         service.metrics,
         max_duration_s=settings.max_duration_s,
         caller_key=settings.caller_metadata,
-        refused=lambda raw: refused_request(raw, _MANY_TIMES * limits.max_inputs),
-        entered=gate.entered,
+        doorway=gate,
         clock=service.clock,
         jitter=service.jitter,
     )
@@ -138,7 +151,7 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.http.overload_protection", 0),
         # Calls that have arrived and not been looked at: above the first limit (1000 by default) gRPC cancels some,
         # above the second all, without a word that tells callers to come back. What a server is full with, it must say
-        # itself, so only the memory that they take limits them: some 11 KB each.
+        # itself, so only the memory that they take limits them: some 11 KB each, and what they send unasked.
         ("grpc.server.max_pending_requests", _MOST_PENDING),
         ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
         ("grpc.server_max_unrequested_time_in_server", _LONGEST_PENDING_S),
@@ -158,9 +171,25 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         # Who connects and says nothing, not even that it speaks HTTP/2, would hold a descriptor for two minutes.
         ("grpc.server_handshake_timeout_ms", 10_000),
         # Without a descriptor, neither metrics nor anything else could be read.
-        ("grpc.max_allowed_incoming_connections", most_callers()),
+        ("grpc.max_allowed_incoming_connections", connections(_number(settings.max_connections))),
         # Callers may ping every second, also while they wait; by default that would cost them the connection (gRFC A8).
         # Half of it is borne, since pings that the network holds up arrive close together.
         ("grpc.http2.min_ping_interval_without_data_ms", 500),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
+
+
+def most_bytes(settings: Settings) -> dict[str, int]:
+    """The most memory that callers make a server hold, by what it is for (docs/deploy.md tells how it adds up)."""
+    message = settings.max_message_bytes
+    calls = _MOST_OPEN + settings.max_queue_rows + sum(_FEWER_OPEN.values())
+    return {
+        "requests that come": PLACES * _SENDING * message,
+        "requests that are handled": (PLACES + THREADS * _PARSED) * message,
+        "calls": calls * _CALL_BYTES + (_MOST_PENDING + MOST_UNDECIDED) * _PENDING_BYTES,
+        "connections": connections(_number(settings.max_connections)) * _CONNECTION_BYTES,
+    }
+
+
+def _number(setting: int | str) -> int | None:
+    return None if isinstance(setting, str) else setting

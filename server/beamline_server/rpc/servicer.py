@@ -1,10 +1,7 @@
 """The methods of GenerationService: convert, ask the engine, convert. Errors and counting are the guard's."""
 
-import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, TypeVar
 
 from beamline.v1 import generation_pb2 as pb
 from beamline.v1.generation_pb2_grpc import GenerationServiceServicer
@@ -15,38 +12,14 @@ from beamline_server.rpc.converters import Order, RequestReader
 from beamline_server.rpc.desk import Desk
 from beamline_server.rpc.responses import ResponseWriter
 from beamline_server.rpc.streaming import PieceWriter
+from beamline_server.rpc.text_work import TextWork
+from beamline_server.rpc.unread import RequestMemory, refused_request
 from beamline_server.tokenizer import Tokenizer
 
-_THREADS = 2
-_INLINE_BYTES = 4096
 _BYTES_PER_TOKEN = 4  # about, in text
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-class TextWork:
-    """Runs tokenizing and detokenizing: at once where it is little, else in one of few threads.
-
-    A kilobyte takes some hundred microseconds, less than handing it over; a megabyte would hold up every other call.
-    """
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="text")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._threads.shutdown(cancel_futures=True)
-
-    async def run(self, size_bytes: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of this work on about so many bytes of text."""
-        if size_bytes <= _INLINE_BYTES:
-            return work(*args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **kwargs))
+_MANY_TIMES = 4
+"""Of some inputs too many all that is wrong is told; of so many times as many as there may be, nothing is read."""
+MessageT = TypeVar("MessageT", pb.GenerateRequest, pb.GenerateStreamRequest)
 
 
 class GenerationServicer(GenerationServiceServicer):
@@ -60,6 +33,7 @@ class GenerationServicer(GenerationServiceServicer):
         tokenizer: Tokenizer | None,
         info: pb.GetInfoResponse,
         text: TextWork,
+        memory: RequestMemory,
         metrics: Metrics,
         clock: Clock,
     ) -> None:
@@ -69,23 +43,34 @@ class GenerationServicer(GenerationServiceServicer):
         self._tokenizer = tokenizer
         self._info = info
         self._text = text
+        self._memory = memory
         self._metrics = metrics
         self._clock = clock
 
     @generates
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:  # noqa: N802 - gRPC's
+    async def Generate(self, raw: bytes, context: Any) -> pb.GenerateResponse:  # noqa: N802 - gRPC's
         """See the proto."""
         del context
-        order = await self._text.run(request.ByteSize(), self._reader.generate, request)
-        answers = await self._desk.ask(order.sources, current_call.get())
-        self._count(order, answers)
-        return await self._text.run(_text_bytes(order, answers), self._writer.response, order, answers)
+        with self._memory.held(len(raw)):
+            order = await self._order(raw, pb.GenerateRequest, self._reader.generate)
+            answers = await self._desk.ask(order.sources, current_call.get())
+            self._count(order, answers)
+            return await self._text.run(_text_bytes(order, answers), self._writer.response, order, answers)
 
     @generates
-    async def GenerateStream(self, request: pb.GenerateStreamRequest, context: Any) -> None:  # noqa: N802 - gRPC's
+    async def GenerateStream(self, raw: bytes, context: Any) -> None:  # noqa: N802 - gRPC's
         """See the proto."""
+        with self._memory.held(len(raw)):
+            await self._stream(await self._order(raw, pb.GenerateStreamRequest, self._reader.stream), context)
+
+    async def _order(self, raw: bytes, kind: type[MessageT], read: Callable[[MessageT], Order]) -> Order:
+        """Read a request. It is parsed when there is time for its text: a parsed one takes many times its bytes."""
+        if error := refused_request(raw, _MANY_TIMES * self._info.limits.max_inputs):
+            raise error
+        return await self._text.run(len(raw), lambda: read(kind.FromString(raw)))
+
+    async def _stream(self, order: Order, context: Any) -> None:
         call = current_call.get()
-        order = await self._text.run(request.ByteSize(), self._reader.stream, request)
         (source,) = order.sources
         pieces = PieceWriter(self._tokenizer, source.target_prefix, token_ids=order.output.token_ids)
         first = True

@@ -3,10 +3,11 @@
 A parser makes a kilobyte of what two bytes may say, and takes whatever comes. So whoever means harm is known here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from beamline_server.engine.errors import Violation
-from beamline_server.rpc.errors import InvalidRequest, MalformedMessage, MetadataTooLarge
+from beamline_server.rpc.errors import InvalidRequest, MalformedMessage, MetadataTooLarge, ServerFull
 
 MOST_METADATA_BYTES = 16 * 1024
 """As gRPC's own limit, which callers can do without: until they acknowledge a connection's settings, there is none."""
@@ -16,8 +17,36 @@ _INPUTS_FIELD = 2
 """Of GenerateRequest; GenerateStreamRequest has its one input there."""
 _OTHER_FIELDS = 64
 """More fields than a request has beside its inputs."""
+_COME_AGAIN_S = 1.0
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _LONGEST_VARINT = 10
+
+
+class RequestMemory:
+    """The bytes of all requests that are being handled.
+
+    Args:
+        most_bytes: There may be.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+
+    @contextmanager
+    def held(self, size_bytes: int) -> Iterator[None]:
+        """Within it, a request of this size is held.
+
+        Raises:
+            ServerFull: there are too many bytes already.
+        """
+        if self._bytes + size_bytes > self._most_bytes:
+            raise ServerFull("the requests that are being handled have too many bytes", _COME_AGAIN_S)
+        self._bytes += size_bytes
+        try:
+            yield
+        finally:
+            self._bytes -= size_bytes
 
 
 def refused_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> MetadataTooLarge | None:

@@ -184,9 +184,14 @@ def test_the_server_would_refuse_the_variables_of_a_service_link(gpu: list[Resou
         read_command(["/models/bundle"], {"BEAMLINE_SERVICE_HOST": "10.0.0.1"})
 
 
-def test_the_server_gets_no_environment_variable_that_reads_as_a_setting(manifests: list[Resource]) -> None:
+def test_the_server_gets_one_setting_by_its_environment_and_none_by_accident(manifests: list[Resource]) -> None:
     assert pod(manifests)["spec"]["enableServiceLinks"] is False
-    assert "env" not in server(manifests)
+    [limit] = server(manifests)["env"]
+    assert limit["name"] == "BEAMLINE_MEMORY_LIMIT"
+    assert limit["valueFrom"]["resourceFieldRef"] == {"containerName": "server", "resource": "limits.memory"}
+    bytes_granted = mebibytes(server(manifests)["resources"]["limits"]["memory"]) << 20
+    command = read_command(["/models/bundle"], {limit["name"]: str(bytes_granted)})
+    assert command.settings.memory_limit == bytes_granted
     assert "envFrom" not in server(manifests)
 
 

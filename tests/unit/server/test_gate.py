@@ -1,6 +1,7 @@
 """Calls that the engine could not take are refused before they are read, and told and counted as any other."""
 
 import asyncio
+import logging
 import random
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from google.rpc import error_details_pb2
 from beamline.v1 import generation_pb2 as pb
 from beamline_server.engine.errors import QueueFull, WouldBeLate
 from beamline_server.metrics import MethodName, Outcome
-from beamline_server.rpc.gate import Gate
+from beamline_server.rpc.gate import PLACES, Gate
 from beamline_server.settings import Settings
 from doubles.service import ManualClock, RunningService, failure_of, serving, silent
 
@@ -19,6 +20,7 @@ CODE = grpc.StatusCode
 REQUEST = pb.GenerateRequest(inputs=[pb.Input(text="ab")])
 UNREAD = b"\xff" * 100
 """No message at all."""
+MOST_OPEN = 300
 FORESEEN = [(QueueFull(9, 8, 0.5), "QUEUE_FULL"), (WouldBeLate(2.0, 1.0, 0.5), "DEADLINE_UNREACHABLE")]
 
 
@@ -97,16 +99,32 @@ def gate_of(service: RunningService, clock: ManualClock) -> Gate:
     """A gate in front of a method "/x"."""
     methods = {b"/x": service.metrics.method(MethodName("a", "b", "unary"))}
     jitter = random.Random(0)
-    return Gate(service.desk, methods, service.metrics, max_duration_s=30, caller_key=None, jitter=jitter, clock=clock)
+    return Gate(
+        service.desk,
+        methods,
+        service.metrics,
+        most_open=MOST_OPEN,
+        except_for={b"/few": 1},
+        max_duration_s=30,
+        caller_key=None,
+        jitter=jitter,
+        clock=clock,
+    )
 
 
 class At:
     """A context of a call with so much time."""
 
-    def __init__(self, remaining_s: float, metadata: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(self, remaining_s: float, metadata: Sequence[tuple[str, str]] = (), *, caller: int = 1) -> None:
+        self._caller = caller
         self._remaining_s = remaining_s
         self._metadata = metadata
         self._trailers: tuple[tuple[str, str], ...] = ()
+        self.ended_with: tuple[grpc.StatusCode, str] | None = None
+
+    async def abort(self, code: grpc.StatusCode, text: str, trailers: object) -> None:
+        del trailers
+        self.ended_with = (code, text)
 
     def time_remaining(self) -> float:
         return self._remaining_s
@@ -115,7 +133,7 @@ class At:
         return self._metadata
 
     def peer(self) -> str:
-        return "ipv4:10.0.0.1:1"
+        return f"ipv4:10.0.0.1:{self._caller}"
 
     def set_trailing_metadata(self, trailers: tuple[tuple[str, str], ...]) -> None:
         self._trailers = trailers
@@ -134,10 +152,10 @@ async def test_who_is_in_the_doorway_counts_as_ahead_and_how_long_the_last_one_w
             assert gate(b"/x", call) is None
             came.append(clock.now)
             clock.now += 0.25
-        assert gate.entered(calls[0]) == came[0]
+        assert gate.entered("/x", calls[0]) == came[0]
         assert gate(b"/x", calls[3]) is None
         clock.now += 0.25
-        assert gate.entered(calls[1]) == came[1]
+        assert gate.entered("/x", calls[1]) == came[1]
         assert gate(b"/x", calls[4]) is None
         clock.now += 100
         assert gate(b"/x", calls[5]) is None
@@ -158,8 +176,8 @@ async def test_who_never_enters_takes_nobodys_time() -> None:
             clock.now += 1
             call = At(1)
             assert gate(b"/x", call) is None
-            assert gate.entered(call) == clock.now
-        assert gate.entered(slow) == clock.now
+            assert gate.entered("/x", call) == clock.now
+        assert gate.entered("/x", slow) == clock.now
         assert service.engine.ahead == [0, 1, 2, 0, 0]
         assert service.engine.remaining_s == pytest.approx([10, 10, 1, 1, 1])
 
@@ -167,7 +185,7 @@ async def test_who_never_enters_takes_nobodys_time() -> None:
 async def test_who_has_not_come_by_the_gate_comes_when_it_enters() -> None:
     clock = ManualClock()
     async with serving() as service:
-        assert gate_of(service, clock).entered(At(1)) == clock.now
+        assert gate_of(service, clock).entered("/x", At(1)) == clock.now
 
 
 async def test_a_call_that_sends_nothing_leaves_no_trace_for_the_next() -> None:
@@ -179,6 +197,87 @@ async def test_a_call_that_sends_nothing_leaves_no_trace_for_the_next() -> None:
         for _ in range(3):
             assert len((await service.stub.Generate(REQUEST, timeout=5)).results) == 1
         assert service.engine.ahead == [0, 1, 0, 0]
+
+
+async def at_places(gate: Gate, calls: Sequence[At]) -> None:
+    """Let some calls in, up to where they may send."""
+    for call in calls:
+        assert gate(b"/x", call) is None
+        await gate.place(b"/x", call)
+
+
+async def test_as_many_as_there_are_places_send_at_a_time() -> None:
+    clock = ManualClock()
+    async with serving() as service:
+        gate = gate_of(service, clock)
+        sending = [At(10, caller=number) for number in range(PLACES)]
+        await at_places(gate, sending)
+        coming = asyncio.create_task(at_places(gate, [At(10), At(10)]))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not coming.done()
+        gate.entered("/x", sending[7])
+        gate.entered("/x", sending[1])
+        await coming
+        assert {call.ended_with for call in sending} == {None}
+
+
+@pytest.mark.parametrize(("callers", "time_to_send_s"), [(PLACES, 5.0), (2, 1.0)])
+async def test_who_has_taken_long_gives_its_place_up_to_others(callers: int, time_to_send_s: float) -> None:
+    clock = ManualClock()
+    async with serving() as service:
+        gate = gate_of(service, clock)
+        sending = [At(100, caller=number % callers) for number in range(PLACES)]
+        await at_places(gate, sending[:1])
+        clock.now += 0.5
+        await at_places(gate, sending[1:])
+        clock.now += time_to_send_s - 0.5
+        await at_places(gate, [At(100, caller=99)])
+        clock.now += 0.49
+        coming = asyncio.create_task(at_places(gate, [At(100, caller=99)]))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert [call.ended_with is not None for call in sending] == [True] + [False] * (PLACES - 1)
+        assert sending[0].ended_with == (
+            CODE.RESOURCE_EXHAUSTED,
+            "the request has taken too long to come, and others wait to send theirs",
+        )
+        assert counted(service, "beamline_requests_total", outcome=Outcome.QUEUE_FULL) == 1
+        assert not coming.done()
+        gate.entered("/x", sending[1])
+        await coming
+
+
+async def test_calls_that_send_nothing_hold_others_up_for_a_moment_only(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as service:
+        method = service.channel.stream_unary("/beamline.v1.GenerationService/Generate")
+        silent_ones = [method(timeout=30) for _ in range(PLACES)]
+        while len(service.engine.ahead) < PLACES:  # noqa: ASYNC110 - the gate has no event
+            await asyncio.sleep(0)
+        assert len((await service.stub.Generate(REQUEST, timeout=20)).results) == 1
+        [ended] = [call for call in silent_ones if call.done()]
+        error = await failure_of(ended)
+        assert error.code == CODE.RESOURCE_EXHAUSTED
+        assert error.detail(error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
+        for call in silent_ones:
+            call.cancel()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_of_each_method_so_many_calls_are_open_at_a_time() -> None:
+    async with serving() as service:
+        gate = gate_of(service, ManualClock())
+        for path, most in ((b"/x", MOST_OPEN), (b"/y", MOST_OPEN), (b"/few", 1)):
+            calls = [At(10) for _ in range(most)]
+            for call in calls:
+                assert gate(path, call) is None
+                gate.entered(path.decode(), call)
+            status = gate(path, At(10))
+            assert status is not None
+            assert status.code == CODE.RESOURCE_EXHAUSTED
+            assert status.text == "too many calls of this method are open"
+            gate.left(path.decode())
+            assert gate(path, At(10)) is None
 
 
 LARGE = [(f"k{number}", "v" * 1000) for number in range(20)]

@@ -325,7 +325,6 @@ async def test_a_request_that_comes_too_late_is_not_begun() -> None:
     guard = Guard(Metrics(CollectorRegistry()), max_duration_s=30, clock=ManualClock())
     handler = await guard.intercept_service(continuation, SimpleNamespace(method=GENERATE))
     context = Context(remaining_s=0.0)
-    with pytest.raises(grpc.aio.AbortError):
-        await handler.unary_unary(REQUEST, context)
+    await handler.unary_unary(REQUEST, context)
     assert context.aborted[0] == CODE.DEADLINE_EXCEEDED
     assert not begun

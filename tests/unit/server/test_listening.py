@@ -1,5 +1,6 @@
 """Where a server listens, both ports alike, and what an operator is told where it cannot."""
 
+import resource
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,10 +11,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from beamline_server.app import main
-from beamline_server.listening import address_of, listening_sockets
+from beamline_server.listening import address_of, connections, listening_sockets
 from beamline_server.metrics_server import MetricsServer
 from beamline_server.rpc.server import bind
-from beamline_server.settings import read_command
+from beamline_server.settings import SettingsError, read_command
 
 REACHED = [
     ("127.0.0.1", ["127.0.0.1"]),
@@ -62,6 +63,17 @@ def test_a_name_is_refused_if_its_port_is_taken_on_one_of_its_addresses() -> Non
 @pytest.mark.parametrize(("given", "meant"), [("[::1]", "::1"), ("[::]", "::"), ("::1", "::1"), ("[x]", "[x]")])
 def test_an_address_may_be_written_as_in_a_url(given: str, meant: str) -> None:
     assert read_command(["bundle", "--host", given], {}).settings.host == meant
+
+
+def test_there_are_no_more_connections_than_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    assert connections(None) == 1024 - 128
+    assert connections(500) == 500
+    with pytest.raises(SettingsError, match=r"max_connections: 1000 connections need 1128 descriptors \(ulimit -n\)"):
+        connections(1000)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert connections(None) == 4096
+    assert connections(100_000) == 100_000
 
 
 ON_NAMES = "expected an address of this machine"

@@ -24,6 +24,7 @@ NAMES = {
     "beamline_engine_last_step_timestamp_seconds": "gauge",
     "beamline_model_info": "gauge",
     "beamline_model_load_seconds": "gauge",
+    "beamline_memory_bound_bytes": "gauge",
     "beamline_padding_tokens": "counter",
     "beamline_phase_duration_seconds": "histogram",
     "beamline_queue_limit_rows": "gauge",

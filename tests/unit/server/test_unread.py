@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beamline.v1 import generation_pb2 as pb
-from beamline_server.rpc.errors import InvalidRequest, MalformedMessage
-from beamline_server.rpc.unread import MOST_METADATA_BYTES, refused_metadata, refused_request
+from beamline_server.rpc.errors import InvalidRequest, MalformedMessage, ServerFull
+from beamline_server.rpc.unread import MOST_METADATA_BYTES, RequestMemory, refused_metadata, refused_request
 
 MOST = 8
 EMPTY_INPUT = b"\x12\x00"
@@ -85,3 +85,16 @@ def test_metadata_counts_as_http2_counts_it() -> None:
     assert (
         str(too_large) == f"the metadata has {MOST_METADATA_BYTES + 33} bytes; expected at most {MOST_METADATA_BYTES}"
     )
+
+
+def test_requests_are_held_up_to_a_number_of_bytes() -> None:
+    memory = RequestMemory(100)
+    with memory.held(60):
+        with memory.held(40), pytest.raises(ServerFull, match="too many bytes"), memory.held(1):
+            raise AssertionError("there is no room")
+        with pytest.raises(ZeroDivisionError), memory.held(40):
+            raise ZeroDivisionError
+        with memory.held(40):
+            pass
+    with memory.held(100):
+        pass
