@@ -16,6 +16,7 @@ and the log says so.
 """
 
 import asyncio
+import itertools
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -138,6 +139,29 @@ class _Call:
         return remaining_s is not None and remaining_s <= 0
 
 
+class Undecided:
+    """Calls that wait to be decided: the newest is next, but for every eighth, which is the oldest."""
+
+    def __init__(self) -> None:
+        self._calls: deque[_Call] = deque()
+        self._turns = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def add(self, call: _Call) -> list[_Call]:
+        """One more has come; returns the oldest ones whose time is over, which are here no more."""
+        late = []
+        while self._calls and self._calls[0].is_late:
+            late.append(self._calls.popleft())
+        self._calls.append(call)
+        return late
+
+    def next(self) -> _Call:
+        """The one to decide, which is here no more."""
+        return self._calls.pop() if next(self._turns) % _OLDEST_EVERY else self._calls.popleft()
+
+
 class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
     """What is inside of it.
 
@@ -155,8 +179,8 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
         self._waiting: dict[bytes, asyncio.Future[Any] | None] = {}
         self._broken: dict[bytes, Exception] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._undecided: deque[_Call] = deque()
-        self._deciding = self._decided = 0
+        self._undecided = Undecided()
+        self._deciding = 0
 
     def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[Any]:
         """The next call of a method that is let in; for None, one that never comes."""
@@ -194,26 +218,17 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
         if not self.gate.is_to_decide(method):
             await self._decide(call)
         elif self._deciding >= _DECIDED_AT_A_TIME and len(self._undecided) < MOST_UNDECIDED:
-            self._drop_late()
-            self._undecided.append(call)
+            for late in self._undecided.add(call):
+                self.gate.too_late(late.method)
         else:
             self._deciding += 1
             try:
                 await self._decide(call)
                 del call
-                while self._undecided:
-                    await self._decide(self._next())
+                while len(self._undecided):
+                    await self._decide(self._undecided.next())
             finally:
                 self._deciding -= 1
-
-    def _next(self) -> "_Call":
-        self._decided += 1
-        return self._undecided.pop() if self._decided % _OLDEST_EVERY else self._undecided.popleft()
-
-    def _drop_late(self) -> None:
-        """Forget the oldest calls whose time is over: their callers have ended them."""
-        while self._undecided and self._undecided[0].is_late:
-            self.gate.too_late(self._undecided.popleft().method)
 
     async def _decide(self, call: "_Call") -> None:
         """Refuse a call, or hand it to grpcio's loop."""
@@ -233,9 +248,13 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
         except Exception:  # a fault of the gate refuses nobody
             _log.exception("the gate has failed", extra={"event": "gate_failed"})
             return False
-        if status is not None:
+        if status is None:
+            return False
+        try:
             await end_call(context, status.code, status.text, status.trailers)
-        return status is not None
+        except Exception:  # one call that cannot be ended ends no other
+            _log.exception("a call could not be refused", extra={"event": "refusal_failed"})
+        return True
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)

@@ -2,16 +2,18 @@
 
 import asyncio
 import logging
+from typing import Any, cast
 
 import grpc
 import pytest
 from grpc._cython import cygrpc
 
 from beamline.v1 import generation_pb2 as pb
+from beamline_server.engine.errors import QueueFull
 from beamline_server.rpc import aio_server
-from beamline_server.rpc.aio_server import AioServer
+from beamline_server.rpc.aio_server import AioServer, Undecided
 from doubles.http2 import DATA, HEADERS, Connection
-from doubles.service import EOS, RunningService, make_completed, serving, silent
+from doubles.service import EOS, RunningService, failure_of, make_completed, serving, silent
 
 REQUEST = pb.GenerateRequest(inputs=[pb.Input(text="ab")])
 PATHS = [b"/\xff", b"/beamline.v1.GenerationService/Generate\xff", b"\xc3\x28", b"/" + b"\xf0" * 100]
@@ -125,3 +127,61 @@ async def test_another_grpcio_is_taken_as_it_is_and_told(
         assert len((await service.stub.Generate(REQUEST)).results) == 1
     [record] = [vars(record) for record in caplog.records if record.levelno == logging.WARNING]
     assert (record["event"], record["grpcio"]) == ("grpc_as_it_is", grpc.__version__)
+
+
+class Coming:
+    """A call of a number, as the server keeps it."""
+
+    def __init__(self, number: int, *, is_late: bool = False) -> None:
+        self.number, self.is_late = number, is_late
+
+
+def numbers(undecided: Undecided) -> list[int]:
+    return [cast(Coming, undecided.next()).number for _ in range(len(undecided))]
+
+
+def test_the_newest_is_decided_first_and_every_eighth_is_the_oldest() -> None:
+    undecided = Undecided()
+    for number in range(16):
+        assert undecided.add(cast(Any, Coming(number))) == []
+    assert numbers(undecided) == [15, 14, 13, 12, 11, 10, 9, 0, 8, 7, 6, 5, 4, 3, 2, 1]
+
+
+def test_the_oldest_are_dropped_when_their_time_is_over() -> None:
+    undecided = Undecided()
+    calls = [Coming(number) for number in range(5)]
+    for call in calls[:4]:
+        undecided.add(cast(Any, call))
+    for call in (calls[0], calls[1], calls[3]):
+        call.is_late = True
+    assert [cast(Coming, late).number for late in undecided.add(cast(Any, calls[4]))] == [0, 1]
+    assert numbers(undecided) == [4, 3, 2]
+
+
+async def test_each_of_many_calls_at_once_has_one_outcome_refused_or_late() -> None:
+    """Of so many some are decided late: those with no time left are dropped, and counted as the others."""
+    async with serving() as service:
+        service.engine.foreseen = QueueFull(9, 8, 0.5)
+        calls = [service.stub.Generate(REQUEST, timeout=0.03 if number % 2 else 20) for number in range(600)]
+        codes = [error.code for error in await asyncio.gather(*map(failure_of, calls))]
+        assert set(codes) <= {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED}
+        assert set(codes[::2]) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert len((await service.stub.GetInfo(pb.GetInfoRequest())).model.name)
+
+
+async def test_a_call_that_cannot_be_refused_harms_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as service:
+        service.engine.foreseen = QueueFull(9, 8, 0.5)
+
+        async def failing(*_: object) -> None:
+            raise ValueError("no metadata")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(aio_server, "end_call", failing)
+            lost = service.stub.Generate(REQUEST, timeout=30)
+            while "refusal_failed" not in [vars(record).get("event") for record in caplog.records]:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        lost.cancel()
+        assert (await failure_of(service.stub.Generate(REQUEST))).code == grpc.StatusCode.RESOURCE_EXHAUSTED
