@@ -40,15 +40,23 @@ class Pace:
     _rows: float = 0.0
     _steps: float = 0.0
     _seconds: float = 0.0
+    _aside_s: float = 0.0
 
-    def stepped(self, rows: int, seconds: float) -> None:
-        """A step took so long, of so many rows that it tells how long a full one takes."""
-        kept = math.exp(-seconds / _MEMORY_S)
+    def stepped(self, rows: int, seconds: float, aside_s: float = 0.0) -> None:
+        """A step took so long, of so many rows that it tells how long a full one takes.
+
+        Args:
+            rows: Of the step.
+            seconds: That it took.
+            aside_s: That steps of few others took before it.
+        """
+        kept = math.exp(-(seconds + aside_s) / _MEMORY_S)
         self._rows = kept * self._rows + rows
         self._steps = kept * self._steps + 1.0
         self._seconds = kept * self._seconds + seconds
+        self._aside_s = kept * self._aside_s + aside_s
         if self._seconds > 0:
-            self.row_steps_per_s = self._rows / self._seconds
+            self.row_steps_per_s = self._rows / (self._seconds + self._aside_s)
             self.step_s = self._seconds / self._steps
 
     def answered(self, steps: int, source_tokens: int, beams: int) -> None:

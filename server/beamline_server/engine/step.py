@@ -10,14 +10,33 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from beamline_server.engine.admission import MOST_ROWS, Admission, Capacity, Continuous, Cost, Room, Waiting, cost
+from beamline_server.engine.admission import (
+    ENCODE_TOGETHER,
+    MOST_ROWS,
+    Admission,
+    Capacity,
+    Continuous,
+    Cost,
+    Room,
+    Waiting,
+    cost,
+)
 from beamline_server.engine.backend import Backend, Bucket, Encoded
 from beamline_server.engine.errors import DeadlineExceeded, EngineError, RequestCancelled, StepFailed
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.pace import Pace
 from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.queue import Queue
-from beamline_server.engine.request import Completed, Event, Failed, GenerationRequest, Piece, RequestId, Timing
+from beamline_server.engine.request import (
+    Completed,
+    Event,
+    Failed,
+    GenerationRequest,
+    Piece,
+    Priority,
+    RequestId,
+    Timing,
+)
 from beamline_server.engine.search import decide, start
 from beamline_server.engine.shares import Shares
 from beamline_server.engine.table import SequenceTable
@@ -94,7 +113,7 @@ class EngineCore:
         self._few: list[int] | None = None
         """Indices of the sequences whose callers have few rows; None while that is not known."""
         self._aside_s = 0.0
-        """Seconds that steps have taken since the last one in which all went."""
+        """Seconds that steps of few have taken since the last one in which all went."""
         self._table = SequenceTable(capacity.rows, rules.search.eos)
         self._cache = backend.new_cache()
         self._free = list(range(capacity.rows - 1, -1, -1))
@@ -192,11 +211,12 @@ class EngineCore:
             self._goes_on, self._aside_s = False, 0.0
             return events
         began, running, rows, went, over = self._clock(), len(self._running), 0, 0, 0
-        for bucket in self._place(self._going(), events):
+        going = self._going()
+        for bucket in self._place(going, events):
             went += len(bucket.members)
             ran, done = self._advance(bucket, events)
             rows, over = rows + ran, over + done
-        self._note(began, rows, went, all_went=went == running)
+        self._turns.took(self._note(began, rows, went, all_went=went == running), was_of_few=going is not None)
         events += self._deliver(over)
         self._goes_on = bool(self._running)
         return events
@@ -264,7 +284,7 @@ class EngineCore:
         """Who may start, in order: where others want to go first, nobody who has half of the rows already."""
         if self._turns.of_few:
             many = {caller for caller, rows in self._shares.held.items() if 2 * rows >= self._capacity.rows}
-            others = [request for request in self._queue if request.caller not in many] if many else []
+            others = [r for r in self._queue if r.caller not in many and r.priority is Priority.NORMAL] if many else []
             if others or (many and self._of_few()):
                 return others
         return self._queue
@@ -276,9 +296,10 @@ class EngineCore:
         needed = [request for request in starting if request.id not in self._encoded]
         if not needed:
             return None
-        started = {request.id for request in starting}
-        following = (r for r in candidates if r.id not in self._encoded and r.id not in started)
-        needed += self._admission.encoded_with(needed, following, encode_tokens=self._encode_tokens)
+        if len(self._encoded) < ENCODE_TOGETHER:  # or more and more would be encoded of whom nobody may start
+            started = {request.id for request in starting}
+            following = (r for r in candidates if r.id not in self._encoded and r.id not in started)
+            needed += self._admission.encoded_with(needed, following, encode_tokens=self._encode_tokens)
         sources = [request.source for request in needed]
         try:
             encoded = self._backend.encode(sources)
@@ -330,7 +351,8 @@ class EngineCore:
         """Indices of the sequences whose callers have few rows."""
         if self._few is None:
             callers = callers_with_few(self._shares.held)
-            self._few = [index for index, running in self._running.items() if running.request.caller in callers]
+            requests = ((index, running.request) for index, running in self._running.items())
+            self._few = [i for i, r in requests if r.caller in callers and r.priority is Priority.NORMAL]
         return self._few
 
     def _place(self, going: Sequence[int] | None, events: list[Event]) -> Sequence[Bucket]:
@@ -361,20 +383,22 @@ class EngineCore:
         self.failures += 1
         return logged_failure(error, phase)
 
-    def _note(self, began: float, rows: int, went: int, *, all_went: bool) -> None:
+    def _note(self, began: float, rows: int, went: int, *, all_went: bool) -> float:
+        """A step has ended; returns how long it took, with what stood before it."""
         before, self.last_step_at = self.last_step_at, self._clock()
         self._ends.append(self.last_step_at)
         # What stands between two steps counts, above all encoding.
         seconds = self.last_step_at - (began if before is None or not self._goes_on else before)
-        self._turns.took(seconds, all_went=all_went)
-        self._aside_s += seconds
         if all_went:
             # Of steps of few rows nothing follows for many.
             if 2 * rows >= self._capacity.rows:
-                self.pace.stepped(rows, self._aside_s)
+                self.pace.stepped(rows, seconds, self._aside_s)
             self._aside_s = 0.0
+        else:
+            self._aside_s += seconds
         if rows:
             self._observer.stepped(self.last_step_at - began, rows, went)
+        return seconds
 
     def _deliver(self, over: int) -> list[Event]:
         """What the running sequences have to tell after a step; those that are over leave."""

@@ -32,9 +32,9 @@ class Turns:
         """Whether the next step is theirs alone."""
         return self.credit_s > 0
 
-    def took(self, seconds: float, *, all_went: bool) -> None:
-        """A step has ended."""
-        self.credit_s = min(self.credit_s + seconds, _MOST_CREDIT_S) if all_went else self.credit_s - seconds
+    def took(self, seconds: float, *, was_of_few: bool) -> None:
+        """A step has ended, which was meant for few or for all, whoever went."""
+        self.credit_s = self.credit_s - seconds if was_of_few else min(self.credit_s + seconds, _MOST_CREDIT_S)
 
 
 def callers_with_few(held: Mapping[str, int]) -> frozenset[str]:

@@ -27,6 +27,7 @@ import grpc
 from grpc._cython import cygrpc
 from grpc.aio import _server
 
+from beamline_server.metrics import Outcome
 from beamline_server.rpc.call import end_call
 from beamline_server.rpc.errors import RpcStatus
 
@@ -39,7 +40,10 @@ _PARTS = {
     _Core.AioServer: ("_request_call", "_request_registered_call", "_make_request_call_future"),
 }
 """What is needed of grpcio, and where."""
-_TAKEN_AT_A_TIME = 256
+_TAKEN_AT_A_TIME, OTHERS_AT_A_TIME = 256, 8
+"""Calls that are taken at a time, of each method that generates and of each other one."""
+_ANSWERED_WITHIN_S = 0.05
+"""Who does not take its refusal within so long is not waited for."""
 _DECIDED_AT_A_TIME = 32
 MOST_UNDECIDED = 4096
 _OLDEST_EVERY = 8
@@ -68,8 +72,17 @@ class Gate(Protocol):
         """A call has not been decided by its deadline."""
         ...
 
-    async def place(self, path: bytes, context: Any) -> None:
-        """Wait until a call that was let in may send its message."""
+    @property
+    def draining(self) -> RpcStatus:
+        """How calls end that come when there are no more to come."""
+        ...
+
+    def turn(self, path: bytes) -> asyncio.Future[None] | None:
+        """What a call that was let in has to wait for before it may send its message; None for nothing."""
+        ...
+
+    def may_send(self, path: bytes, context: Any) -> None:
+        """A call that has waited for its turn may send its message."""
         ...
 
 
@@ -86,7 +99,12 @@ class _OpenGate:
     def too_late(self, path: bytes) -> None:
         del path
 
-    async def place(self, path: bytes, context: Any) -> None:
+    draining = RpcStatus(grpc.StatusCode.UNAVAILABLE, "the server is draining", (), Outcome.UNAVAILABLE)
+
+    def turn(self, path: bytes) -> None:
+        del path
+
+    def may_send(self, path: bytes, context: Any) -> None:
         del path, context
 
 
@@ -137,6 +155,13 @@ class _Call:
         """Whether its deadline has come."""
         remaining_s = self.context.time_remaining()
         return remaining_s is not None and remaining_s <= 0
+
+
+async def _refuse(context: Any, status: RpcStatus) -> None:
+    try:
+        await end_call(context, status.code, status.text, status.trailers)
+    except Exception:  # one call that cannot be ended ends no other
+        _log.exception("a call could not be refused", extra={"event": "refusal_failed"})
 
 
 class Undecided:
@@ -191,7 +216,7 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
             return future
         if method not in self._let_in:
             self._let_in[method], self._waiting[method] = deque(), None
-            for _ in range(_TAKEN_AT_A_TIME):
+            for _ in range(_TAKEN_AT_A_TIME if self.gate.is_to_decide(method) else OTHERS_AT_A_TIME):
                 self._keep(loop.create_task(self._take(method)))
         if self._let_in[method]:
             future.set_result(self._let_in[method].popleft())
@@ -234,8 +259,21 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
         """Refuse a call, or hand it to grpcio's loop."""
         if await self._is_refused(call.method, call.context):
             return
-        await self.gate.place(call.method, call.context)
-        if (waiting := self._waiting[call.method]) is not None and not waiting.done():
+        if (turn := self.gate.turn(call.method)) is None:
+            self._hand_over(call)
+        else:
+            self._keep(asyncio.get_running_loop().create_task(self._hand_over_after(turn, call)))
+
+    async def _hand_over_after(self, turn: asyncio.Future[None], call: _Call) -> None:
+        await turn
+        self._hand_over(call)
+
+    def _hand_over(self, call: _Call) -> None:
+        """A call may send its message, and grpcio's loop takes it; if that has ended, nobody would."""
+        self.gate.may_send(call.method, call.context)
+        if call.method in self._broken:
+            self._keep(asyncio.get_running_loop().create_task(_refuse(call.context, self.gate.draining)))
+        elif (waiting := self._waiting[call.method]) is not None and not waiting.done():
             self._waiting[call.method] = None
             waiting.set_result(call.state)
         else:
@@ -250,10 +288,9 @@ class _Tolerant(_Core.AioServer):  # type: ignore[misc]  # as above
             return False
         if status is None:
             return False
-        try:
-            await end_call(context, status.code, status.text, status.trailers)
-        except Exception:  # one call that cannot be ended ends no other
-            _log.exception("a call could not be refused", extra={"event": "refusal_failed"})
+        task = asyncio.get_running_loop().create_task(_refuse(context, status))
+        self._keep(task)
+        await asyncio.wait({task}, timeout=_ANSWERED_WITHIN_S)
         return True
 
     def _keep(self, task: asyncio.Task[None]) -> None:

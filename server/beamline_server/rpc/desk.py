@@ -120,6 +120,11 @@ class Desk:
         self._notice_drained()
 
     @property
+    def is_closed(self) -> bool:
+        """Whether it refuses new requests for good."""
+        return self._closed
+
+    @property
     def has_finished(self) -> bool:
         """Whether it is closed and every request has its outcome."""
         return self._finished.is_set()

@@ -2,57 +2,39 @@
 
 A refusal has to cost next to nothing: at ten times the load that a server can bear, nine of ten calls are refused.
 
-Nobody knows how much a call will send, or when. So calls are bounded by number: those that are open, of each method,
-and those that are let in and have not sent their message. Most send it at once. Who has had a place for a while gives
-it up to those who wait for one.
+Calls are bounded by number, too: those that are open, of each method, and those that send their message (`places.py`).
 """
 
 import asyncio
 import itertools
 import random
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from beamline_server.engine.errors import DeadlineExceeded, QueueFull, WouldBeLate
 from beamline_server.metrics import Clock, MethodMetrics, Metrics
 from beamline_server.rpc.call import end_call
 from beamline_server.rpc.desk import Desk
-from beamline_server.rpc.errors import RpcStatus, ServerFull, rpc_status_of, stretched
+from beamline_server.rpc.errors import NotAccepting, RpcStatus, ServerFull, rpc_status_of, stretched
 from beamline_server.rpc.interceptors import caller_of, identity
+from beamline_server.rpc.places import Places, Sending
 from beamline_server.rpc.unread import refused_metadata
 
 _STATUSES_KEPT = 4096
 _LONGEST_LAG_S = 2.0
 PLACES = 64
-"""Calls that may send their messages at a time."""
-_MANY_PLACES = 8
-"""Of one caller; whoever has more gives one up sooner."""
-_TIME_TO_SEND_S, _LITTLE_TIME_S = 5.0, 1.0
-"""For which a call keeps its place though others wait for one, in seconds; and the call of somebody who has many."""
-_LOOK_EVERY_S = 0.1
+"""Calls that may send their requests for generation at a time."""
+OTHER_PLACES = 16
+"""Those of methods that do not generate, such as health checks."""
+MOST_OPEN = 1024
+"""Calls of a method that may be open at a time, unless it is said otherwise."""
+_GENERATING = b""
 _COME_AGAIN_S = 1.0
 _PLACE = "place-in-doorway"
 """Key under which a call keeps its place, where its trailing metadata will be: until a handler sets them, they are the
 one thing of a call that the gate can write and the handler can read."""
-
-
-@dataclass(slots=True)
-class _Sending:
-    """A call that may send its message.
-
-    Attributes:
-        since: When it got its place.
-        caller: Who makes it.
-        path: Of its method.
-        context: Of the call.
-    """
-
-    since: float
-    caller: str
-    path: bytes
-    context: Any
 
 
 class Gate:
@@ -61,8 +43,8 @@ class Gate:
     Args:
         desk: Tells what the engine would refuse.
         methods: The series of the methods that generate, by their paths.
-        most_open: Calls of a method that may be open at a time,
-        except_for: but for some methods, by their paths.
+        most_generating: Calls that may generate at a time.
+        most_open: Calls of other methods that may be open at a time, by their paths; of all others `MOST_OPEN`.
         metrics: Counts the requests.
         max_duration_s: Longest time for a request, in seconds.
         caller_key: Metadata key whose value names the caller.
@@ -76,8 +58,8 @@ class Gate:
         methods: Mapping[bytes, MethodMetrics],
         metrics: Metrics,
         *,
-        most_open: int,
-        except_for: Mapping[bytes, int],
+        most_generating: int,
+        most_open: Mapping[bytes, int],
         max_duration_s: float,
         caller_key: str | None,
         jitter: random.Random,
@@ -86,20 +68,19 @@ class Gate:
         self._desk = desk
         self._methods = methods
         self._metrics = metrics
-        self._most_open = most_open
-        self._except_for = except_for
+        self._most_open = {_GENERATING: most_generating, **most_open}
         self._max_duration_s = max_duration_s
         self._caller_key = caller_key
         self._jitter = jitter
         self._clock = clock
         self._statuses: dict[tuple[str, int], RpcStatus] = {}
+        self.draining = rpc_status_of(NotAccepting("DRAINING"), stretch=1)
+        """How calls end that come when there are no more to come."""
         self._too_late = rpc_status_of(DeadlineExceeded("transport"), stretch=1)
         self._doorway: dict[int, float] = {}  # when those came whom nobody handles yet, by their place
         self._numbers = itertools.count()
-        self._sending: dict[int, _Sending] = {}
-        self._free_places = PLACES
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._looking: asyncio.TimerHandle | None = None
+        self._places = {True: Places(PLACES, self._put_out, clock), False: Places(OTHER_PLACES, self._put_out, clock)}
+        self._ended: set[int] = set()  # those that have been put out, until that is done
         self._open: Counter[bytes] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._lag_s = 0.0
@@ -112,11 +93,13 @@ class Gate:
             return status if method is None else self._counted(method, status)
         if path is None:
             return None
-        if self._open[path] >= self._except_for.get(path, self._most_open):
+        if self._open[self._kind(path)] >= self._most_open.get(self._kind(path), MOST_OPEN):
             return self._refused(method, context, self._status(_TOO_MANY_OPEN))
         if method is None:
             self._admit(context)
             return None
+        if self._desk.is_closed:
+            return self._refused(method, context, self.draining)
         remaining_s = context.time_remaining()
         if remaining_s is not None and remaining_s <= 0:
             return self._refused(method, context, self._too_late)
@@ -142,49 +125,17 @@ class Gate:
         """A call has not been decided by its deadline."""
         self._counted(self._methods[path], self._too_late)
 
-    async def place(self, path: bytes, context: Any) -> None:
-        """Wait until a call that was let in may send its message."""
-        if self._free_places:
-            self._free_places -= 1
+    def turn(self, path: bytes) -> asyncio.Future[None] | None:
+        """What a call that was let in has to wait for before it may send its message; None for nothing."""
+        return self._places[path in self._methods].turn()
+
+    def may_send(self, path: bytes, context: Any) -> None:
+        """A call that has waited for its turn may send its message."""
+        number, places = _number_of(context), self._places[path in self._methods]
+        if number < 0:  # nobody would know when it has sent it
+            places.give_back()
         else:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            self._look_now_and_then()
-            await turn
-        caller = caller_of(context, self._caller_key)
-        self._sending[_number_of(context)] = _Sending(self._clock(), caller, path, context)
-
-    def _free(self, number: int) -> None:
-        """A call needs its place no more, if it has one."""
-        if self._sending.pop(number, None) is None:
-            return
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free_places += 1
-
-    def _look_now_and_then(self) -> None:
-        """As long as somebody waits for a place, look for those who have had theirs for too long."""
-        if self._looking is None:
-            self._looking = asyncio.get_running_loop().call_later(_LOOK_EVERY_S, self._look)
-
-    def _look(self) -> None:
-        self._looking = None
-        while self._waiting and (slow := self._too_slow()) is not None:
-            self._put_out(slow)
-        if self._waiting:
-            self._look_now_and_then()
-
-    def _too_slow(self) -> int | None:
-        """The oldest call of the caller who has most places, if it has to give its place up."""
-        if not self._sending:
-            return None
-        [(caller, places)] = Counter(sending.caller for sending in self._sending.values()).most_common(1)
-        number, first = next(found for found in self._sending.items() if found[1].caller == caller)
-        time_s = _LITTLE_TIME_S if places > _MANY_PLACES else _TIME_TO_SEND_S
-        return number if self._clock() - first.since >= time_s else None
+            places.take(number, path, caller_of(context, self._caller_key), context)
 
     def _admit(self, context: Any) -> int:
         """Let a call in; returns its number, which it keeps."""
@@ -192,17 +143,16 @@ class Gate:
         context.set_trailing_metadata(((_PLACE, str(number)),))
         return number
 
-    def _put_out(self, number: int) -> None:
+    def _put_out(self, number: int, slow: Sending) -> None:
         """End a call that has not sent its message."""
-        slow = self._sending[number]
-        self._free(number)
         status = self._status(_TOO_SLOW)
-        method = self._methods.get(slow.path)
-        if method is not None:
+        if (method := self._methods.get(slow.path)) is not None:
             self._counted(method, status)
+        self._ended.add(number)
         task = asyncio.get_running_loop().create_task(end_call(slow.context, status.code, status.text, status.trailers))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: self._ended.discard(number))
 
     def _refused(self, method: MethodMetrics | None, context: Any, status: RpcStatus) -> RpcStatus:
         """The status of a call, which is counted and has its id."""
@@ -217,11 +167,13 @@ class Gate:
         self._metrics.request_ended(status.outcome, 0.0)
         return status
 
-    def entered(self, path: str, context: Any) -> float:
-        """A call has sent its message and is now being handled; returns when it came."""
-        self._open[path.encode()] += 1
+    def entered(self, path: str, context: Any) -> float | None:
+        """A call has sent its message and is now being handled; returns when it came, or None if it has been ended."""
         now, place = self._clock(), _number_of(context)
-        self._free(place)
+        if place in self._ended:
+            return None
+        self._open[self._kind(path.encode())] += 1
+        self._places[path.encode() in self._methods].leave(place)
         came = self._doorway.get(place)
         if came is None:  # it has not come this way, or took so long that it was passed
             return now
@@ -231,7 +183,11 @@ class Gate:
 
     def left(self, path: str) -> None:
         """A call is being handled no more."""
-        self._open[path.encode()] -= 1
+        self._open[self._kind(path.encode())] -= 1
+
+    def _kind(self, path: bytes) -> bytes:
+        """What calls of a method are counted as: all that generate are of one kind."""
+        return _GENERATING if path in self._methods else path
 
     def _pass(self, place: int) -> None:
         """Forget one who is in the doorway, and those before it: they hold up nobody, as their callers send nothing."""

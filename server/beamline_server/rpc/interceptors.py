@@ -54,8 +54,8 @@ _log = logging.getLogger(__name__)
 class Doorway(Protocol):
     """What calls have passed when they come to be handled."""
 
-    def entered(self, path: str, context: Any) -> float:
-        """A call has sent its message and is now being handled; returns when it came."""
+    def entered(self, path: str, context: Any) -> float | None:
+        """A call has sent its message and is now being handled; returns when it came, or None if it has been ended."""
         ...
 
     def left(self, path: str) -> None:
@@ -135,6 +135,9 @@ class Guard(_ServerInterceptor):  # type: ignore[misc]  # grpc has no type infor
         async def call(request: Any, context: Any) -> Any:
             doorway = self._doorway
             began = clock() if doorway is None else doorway.entered(method.path, context)
+            if began is None:
+                await asyncio.sleep(0)  # whoever ends it has begun to; grpcio then takes no answer
+                return None
             method.metrics.started()
             own: tuple[tuple[str, str], ...] = ()
             try:

@@ -12,11 +12,11 @@ from beamline.v1 import generation_pb2
 from beamline.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from beamline_server.listening import PortError, address_of, connections, listening_sockets
 from beamline_server.metrics import Clock, MethodName, Metrics
-from beamline_server.rpc.aio_server import MOST_UNDECIDED, AioServer
+from beamline_server.rpc.aio_server import MOST_UNDECIDED, OTHERS_AT_A_TIME, AioServer
 from beamline_server.rpc.call import does_generate
 from beamline_server.rpc.converters import RequestReader, default_search, limits_of
 from beamline_server.rpc.desk import Desk
-from beamline_server.rpc.gate import PLACES, Gate
+from beamline_server.rpc.gate import MOST_OPEN, OTHER_PLACES, PLACES, Gate
 from beamline_server.rpc.health import Health
 from beamline_server.rpc.info import ServedModel, info_message
 from beamline_server.rpc.interceptors import Guard
@@ -30,14 +30,13 @@ from beamline_server.tokenizer import Tokenizer
 _UNLIMITED = -1
 _STREAM_WINDOW = 16 * 1024
 _MOST_PENDING = 4096
-_MOST_OPEN = 4096
-_FEWER_OPEN = {
-    f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/Watch".encode(): 1024,
-    # Their messages are read one by one, whatever comes.
-    **{f"/{service}/ServerReflectionInfo".encode(): 16 for service in (SERVICE_V1, SERVICE_V1ALPHA)},
-}
-"""Calls that may be open at a time: of most methods, beside those that wait for the engine, and of others."""
+_MOST_GENERATING = 4096
+"""Calls that may generate at a time, beside those that wait for the engine."""
+_REFLECTING = {f"/{service}/ServerReflectionInfo".encode(): 4 for service in (SERVICE_V1, SERVICE_V1ALPHA)}
+"""Calls for reflection that may be open at a time: their messages are read one by one, whatever comes."""
 _LONGEST_PENDING_S = 3600
+_GENERATING_METHODS, _BRIEF_METHODS = 2, 3
+"""Generate and GenerateStream; GetInfo, Check and Watch. Calls that nobody looks at yet are counted for each method."""
 
 
 _SENDING, _PARSED = 3, 16
@@ -87,8 +86,8 @@ def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | No
         service.desk,
         {_path(name): service.metrics.method(name) for name in _generating(servicer)},
         service.metrics,
-        most_open=_MOST_OPEN + settings.max_queue_rows,
-        except_for=_FEWER_OPEN,
+        most_generating=_MOST_GENERATING + settings.max_queue_rows,
+        most_open=_REFLECTING,
         max_duration_s=settings.max_duration_s,
         caller_key=settings.caller_metadata,
         jitter=service.jitter or random.Random(),
@@ -181,12 +180,14 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
 
 def most_bytes(settings: Settings) -> dict[str, int]:
     """The most memory that callers make a server hold, by what it is for (docs/deploy.md tells how it adds up)."""
-    message = settings.max_message_bytes
-    calls = _MOST_OPEN + settings.max_queue_rows + sum(_FEWER_OPEN.values())
+    message, reflecting = settings.max_message_bytes, settings.reflection * len(_REFLECTING)
+    sending = PLACES + OTHER_PLACES + reflecting * (max(_REFLECTING.values()) + OTHERS_AT_A_TIME)
+    calls = _MOST_GENERATING + settings.max_queue_rows + MOST_OPEN * _BRIEF_METHODS
+    undecided = MOST_UNDECIDED + _MOST_PENDING * (_GENERATING_METHODS + _BRIEF_METHODS + reflecting + 1)
     return {
-        "requests that come": PLACES * _SENDING * message,
+        "requests that come": sending * _SENDING * message,
         "requests that are handled": (PLACES + THREADS * _PARSED) * message,
-        "calls": calls * _CALL_BYTES + (_MOST_PENDING + MOST_UNDECIDED) * _PENDING_BYTES,
+        "calls": calls * _CALL_BYTES + undecided * _PENDING_BYTES,
         "connections": connections(_number(settings.max_connections)) * _CONNECTION_BYTES,
     }
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from beamline_server.engine.admission import ENCODE_TOGETHER
 from beamline_server.engine.backend import Bucket, Cache, Encoded
-from beamline_server.engine.request import Completed, Failed, GenerationRequest, RequestId
+from beamline_server.engine.request import Completed, Failed, GenerationRequest, Priority, RequestId
 from beamline_server.engine.table import Table
 from beamline_server.engine.turns import Turns, callers_with_few
 from doubles.core import Bench, assert_as_alone, bench, outcomes, request
@@ -73,7 +74,7 @@ def test_in_the_long_run_they_have_half_of_the_time() -> None:
     for _ in range(1000):
         few = turns.of_few
         took = 0.0015 if few else 0.012
-        turns.took(took, all_went=not few)
+        turns.took(took, was_of_few=few)
         seconds[few] += took
     assert seconds[True] < seconds[False] + 0.12
     assert seconds[True] > 0.9 * seconds[False]
@@ -82,10 +83,10 @@ def test_in_the_long_run_they_have_half_of_the_time() -> None:
 def test_credit_is_saved_up_to_a_bound() -> None:
     turns = Turns()
     for _ in range(100):
-        turns.took(1.0, all_went=True)
-    turns.took(0.11, all_went=False)
+        turns.took(1.0, was_of_few=False)
+    turns.took(0.11, was_of_few=True)
     assert not turns.of_few
-    turns.took(0.02, all_went=True)
+    turns.took(0.02, was_of_few=False)
     assert turns.of_few
 
 
@@ -136,3 +137,39 @@ def test_answers_do_not_depend_on_turns(coming: list[tuple[str, int, int, int]],
     assert len(found) == len(asked)
     for one in asked:
         assert_as_alone(found[one.id], one)
+
+
+def test_where_all_go_nevertheless_nobody_is_kept_from_starting_for_long() -> None:
+    """Credit is used up by steps that are meant for few, also on a backend that lets all go."""
+    running = bench(rows=64)
+    running.core.accept(HEAVY)
+    running.core.step()
+    later = [of("heavy", request(number, beams=4, tokens=2)) for number in (10, 11, 12, 13)]
+    running.core.accept([of("polite", request(9, beams=1, tokens=30)), *later])
+    steps, ended = 0, set[int]()
+    while not ended >= {10, 11, 12, 13}:
+        ended |= set(outcomes(running.core.step()))
+        running.clock.advance(0.02)
+        steps += 1
+    assert steps < 25
+
+
+def test_batch_requests_do_not_go_before_those_of_a_large_caller() -> None:
+    running = bench(rows=64, make_backend=ApartBackend)
+    running.core.accept(HEAVY)
+    running.core.step()
+    batch = [replace(of("other", request(number, beams=4, tokens=4)), priority=Priority.BATCH) for number in (20, 21)]
+    running.core.accept([*batch, of("heavy", request(10, beams=8, tokens=4))])
+    before = len(running.backend.trace)
+    running.core.step()
+    sources = [source for step in running.backend.trace[before:] for source in step.sources]
+    assert sources == [*(heavy.source for heavy in HEAVY), request(10).source]
+
+
+def test_no_more_are_encoded_ahead_than_go_together() -> None:
+    running = bench(rows=8)
+    waiting = [request(number, tokens=2) for number in range(100)]
+    running.core.accept(waiting)
+    for _ in range(12):
+        running.core.step()
+        assert len(running.core._encoded) < 2 * ENCODE_TOGETHER

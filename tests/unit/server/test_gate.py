@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from beamline.v1 import generation_pb2 as pb
 from beamline_server.engine.errors import QueueFull, WouldBeLate
 from beamline_server.metrics import MethodName, Outcome
-from beamline_server.rpc.gate import PLACES, Gate
+from beamline_server.rpc.gate import MOST_OPEN, OTHER_PLACES, PLACES, Gate
 from beamline_server.settings import Settings
 from doubles.service import ManualClock, RunningService, failure_of, serving, silent
 
@@ -20,7 +21,7 @@ CODE = grpc.StatusCode
 REQUEST = pb.GenerateRequest(inputs=[pb.Input(text="ab")])
 UNREAD = b"\xff" * 100
 """No message at all."""
-MOST_OPEN = 300
+MOST_GENERATING = 300
 FORESEEN = [(QueueFull(9, 8, 0.5), "QUEUE_FULL"), (WouldBeLate(2.0, 1.0, 0.5), "DEADLINE_UNREACHABLE")]
 
 
@@ -103,8 +104,8 @@ def gate_of(service: RunningService, clock: ManualClock) -> Gate:
         service.desk,
         methods,
         service.metrics,
-        most_open=MOST_OPEN,
-        except_for={b"/few": 1},
+        most_generating=MOST_GENERATING,
+        most_open={b"/few": 1},
         max_duration_s=30,
         caller_key=None,
         jitter=jitter,
@@ -203,7 +204,9 @@ async def at_places(gate: Gate, calls: Sequence[At]) -> None:
     """Let some calls in, up to where they may send."""
     for call in calls:
         assert gate(b"/x", call) is None
-        await gate.place(b"/x", call)
+        if (turn := gate.turn(b"/x")) is not None:
+            await turn
+        gate.may_send(b"/x", call)
 
 
 async def test_as_many_as_there_are_places_send_at_a_time() -> None:
@@ -264,10 +267,65 @@ async def test_calls_that_send_nothing_hold_others_up_for_a_moment_only(caplog: 
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+async def test_health_checks_do_not_wait_for_those_who_send_nothing() -> None:
+    """Nor do refusals: whoever decides does not wait for places."""
+    async with serving() as service:
+        method = service.channel.stream_unary("/beamline.v1.GenerationService/Generate")
+        silent_ones = [method(timeout=30) for _ in range(PLACES + 100)]
+        while len(service.engine.ahead) < PLACES + 100:  # noqa: ASYNC110 - the gate has no event
+            await asyncio.sleep(0)
+        check = health_pb2_grpc.HealthStub(service.channel).Check
+        for _ in range(2 * OTHER_PLACES):
+            assert (
+                await check(health_pb2.HealthCheckRequest(), timeout=5)
+            ).status == health_pb2.HealthCheckResponse.SERVING
+        service.engine.foreseen = QueueFull(9, 8, 0.5)
+        assert (await failure_of(service.stub.Generate(REQUEST, timeout=5))).text.startswith("the queue is full")
+        for call in silent_ones:
+            call.cancel()
+
+
+async def test_one_who_has_most_places_does_not_keep_theirs_for_others() -> None:
+    clock = ManualClock()
+    async with serving() as service:
+        gate = gate_of(service, clock)
+        silent_ones = [At(100, caller=number) for number in range(PLACES - 9)]
+        await at_places(gate, silent_ones)
+        clock.now += 5
+        await at_places(gate, [At(100, caller=1000) for _ in range(9)])
+        await at_places(gate, [At(100, caller=1000)])
+        await asyncio.sleep(0)
+        assert silent_ones[0].ended_with is not None
+        assert silent_ones[1].ended_with is None
+
+
+async def test_a_call_that_is_put_out_is_not_handled_as_well() -> None:
+    clock = ManualClock()
+    async with serving() as service:
+        gate = gate_of(service, clock)
+        calls = [At(100, caller=number) for number in range(PLACES)]
+        await at_places(gate, calls)
+        clock.now += 5
+        turn = gate.turn(b"/x")
+        assert turn is not None
+        turn.add_done_callback(lambda _: entered.append(gate.entered("/x", calls[0])))
+        entered: list[float | None] = []
+        await turn
+        assert entered == [None]
+
+
+async def test_a_server_that_stops_says_so_before_a_request_is_read() -> None:
+    async with serving() as service:
+        service.desk.close()
+        error = await failure_of(service.channel.unary_unary("/beamline.v1.GenerationService/Generate")(UNREAD))
+        assert error.code == CODE.UNAVAILABLE
+        assert error.detail(error_details_pb2.ErrorInfo).reason == "DRAINING"
+
+
 async def test_of_each_method_so_many_calls_are_open_at_a_time() -> None:
     async with serving() as service:
         gate = gate_of(service, ManualClock())
-        for path, most in ((b"/x", MOST_OPEN), (b"/y", MOST_OPEN), (b"/few", 1)):
+        for path, most in ((b"/x", MOST_GENERATING), (b"/y", MOST_OPEN), (b"/few", 1)):
             calls = [At(10) for _ in range(most)]
             for call in calls:
                 assert gate(path, call) is None
