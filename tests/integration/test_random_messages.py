@@ -77,6 +77,7 @@ def small_server(fr_en_int8: Bundle) -> Iterator[ServerProcess]:
         assert {record["event"] for record in running.log.records()} <= {
             *(
                 "device_chosen",
+                "memory_bound",
                 "listening",
                 "engine_compiling",
                 "engine_compiled",
