@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from beamline_server.engine.errors import DeadlineExceeded, QueueFull, WouldBeLate
-from beamline_server.metrics import Clock, MethodMetrics, Metrics
+from beamline_server.metrics import Clock, MethodMetrics, Metrics, Outcome
 from beamline_server.rpc.call import end_call
 from beamline_server.rpc.desk import Desk
 from beamline_server.rpc.errors import NotAccepting, RpcStatus, ServerFull, rpc_status_of, stretched
@@ -145,7 +145,8 @@ class Gate:
 
     def _put_out(self, number: int, slow: Sending) -> None:
         """End a call that has not sent its message."""
-        status = self._status(_TOO_SLOW)
+        # Nobody tells whether its caller has gone. Most who send nothing have.
+        status = replace(self._status(_TOO_SLOW), outcome=Outcome.CANCELLED)
         if (method := self._methods.get(slow.path)) is not None:
             self._counted(method, status)
         self._ended.add(number)
