@@ -29,15 +29,21 @@ from beamline_server.listening import PortError, allow_most_descriptors
 from beamline_server.memory import require_memory
 from beamline_server.metrics import Metrics
 from beamline_server.metrics_server import MetricsServer
-from beamline_server.models.load import DeviceError, EngineOptions, build_engine, choose_device, warm_up
-from beamline_server.models.load import most_bytes as most_engine_bytes
+from beamline_server.models.load import (
+    DeviceError,
+    EngineOptions,
+    build_engine,
+    choose_device,
+    most_bytes_of_workers,
+    warm_up,
+)
 from beamline_server.rpc.aio_server import AioServer
 from beamline_server.rpc.desk import Desk, EngineLike
 from beamline_server.rpc.health import EngineWatch, Health, watch_engine
 from beamline_server.rpc.info import ServedModel, versions
-from beamline_server.rpc.server import Service, bind, build_server, most_bytes
+from beamline_server.rpc.server import Service, bind, build_server, most_bytes_of_callers
 from beamline_server.rpc.text_work import TextWork
-from beamline_server.settings import Command, Settings, SettingsError, read_command
+from beamline_server.settings import Command, Settings, SettingsError, number_of, read_command
 from beamline_server.tokenizer import load_tokenizer
 
 EXIT_STOPPED = 0
@@ -178,8 +184,8 @@ async def _serve(command: Command, build: BuildEngine, stop: StopRequests, liste
             _log.info("listening", extra={"event": "listening", "host": settings.host, **_fields(ports)})
             listening(ports)
             await _warmed_up(stop, built, bundle, settings.warm_up_timeout_s)
-            parts = {"when warm": resident_bytes(), "caches": built.most_bytes, **most_bytes(settings)}
-            metrics.memory_bound.set(require_memory(parts, _number(settings.memory_limit)))
+            parts = {"when warm": resident_bytes(), "caches": built.most_bytes, **most_bytes_of_callers(settings)}
+            metrics.memory_bound.set(require_memory(parts, number_of(settings.memory_limit)))
             built.engine.start()
             gc.collect()
             gc.freeze()  # what is there now stays: no collection needs to walk through it again
@@ -343,10 +349,10 @@ def build(bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: Ste
     device = choose_device(settings.device, bundle.manifest.precision)
     options = EngineOptions(
         device=device,
-        workers=_number(settings.workers),
-        threads=_number(settings.threads_per_worker),
+        workers=number_of(settings.workers),
+        threads=number_of(settings.threads_per_worker),
         rows=settings.max_rows,
-        slots=_number(settings.kv_slots),
+        slots=number_of(settings.kv_slots),
         queue_rows=settings.max_queue_rows,
         admission=admission(settings),
     )
@@ -358,7 +364,7 @@ def build(bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: Ste
         # The largest batch is not the usual one: a server holds its caches when its traffic needs them.
         give_back_freed()
 
-    return BuiltEngine(engine, device, warm_up_all, most_engine_bytes(bundle, options, device))
+    return BuiltEngine(engine, device, warm_up_all, most_bytes_of_workers(bundle, options, device))
 
 
 def _make_loops_ready() -> None:
@@ -381,10 +387,6 @@ def admission(settings: Settings) -> Admission:
     if settings.request_batch is None or settings.request_batch_delay_ms is None:
         return Continuous()
     return RequestLevel(settings.request_batch, settings.request_batch_delay_ms / 1000)
-
-
-def _number(setting: int | str) -> int | None:
-    return None if isinstance(setting, str) else setting
 
 
 def _metrics_server(metrics: Metrics, settings: Settings, failed: Callable[[], object]) -> MetricsServer:

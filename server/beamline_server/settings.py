@@ -225,6 +225,11 @@ def merged(layers: Sequence[_Layer]) -> Settings:
     return settings
 
 
+def number_of(setting: int | str) -> int | None:
+    """A setting that may be "auto", which is None."""
+    return None if isinstance(setting, str) else setting
+
+
 def flag_of(name: str) -> str:
     """The flag of a setting: `--grpc-port`."""
     return "--" + name.replace("_", "-")

@@ -243,3 +243,12 @@ def test_settings_from_all_sources_reach_the_server(
         assert server.log.wait_for("serving")["model"] == "from-file"
         assert samples["beamline_row_capacity"] == 24
         assert samples["beamline_queue_limit_rows"] == 7
+
+
+def test_a_server_that_may_need_more_than_it_is_granted_does_not_start(fr_en_int8: Bundle) -> None:
+    ended = serve_in_vain(fr_en_int8.path, "--memory-limit", 500_000_000, "--grpc-port", 0, "--metrics-port", 0)
+    [problem] = ended.problems
+    assert ended.status == EXIT_SETTINGS
+    assert problem.startswith("memory_limit: at its most the server takes ")
+    assert "MB, of which there are 500: when warm " in problem
+    assert "lower max_rows, kv_slots, max_message_bytes, max_queue_rows or max_connections" in problem

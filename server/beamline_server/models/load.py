@@ -147,14 +147,14 @@ def capacity(bundle: Bundle, options: EngineOptions) -> Capacity:
     return Capacity(options.rows, max(sentences * WIDTHS[number_of(longest)], WIDTHS[number_of(widest)]))
 
 
-def most_bytes(bundle: Bundle, options: EngineOptions, device: str) -> int:
+def most_bytes_of_workers(bundle: Bundle, options: EngineOptions, device: str) -> int:
     """The most memory of the host that all workers take beside the weights; a GPU has its own."""
-    from beamline_server.engine.ort.cpu import most_bytes as most_of_a_worker
+    from beamline_server.engine.ort.cpu import most_bytes_of_a_worker
 
     if device == "cuda":
         return 0
     workers = options.workers or usable_cores()
-    return workers * most_of_a_worker(bundle.manifest.dimensions, capacity(bundle, options))
+    return workers * most_bytes_of_a_worker(bundle.manifest.dimensions, capacity(bundle, options))
 
 
 def build_engine(bundle: Bundle, options: EngineOptions, *, deliver: Deliver, observer: StepObserver) -> Engine:

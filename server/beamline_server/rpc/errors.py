@@ -119,7 +119,7 @@ class ServerFull(RequestError):
     """There is no room for the call, or for its bytes; `full` says what there is too much of."""
 
     full: str
-    retry_after_s: float
+    retry_after_s: float = 1.0
 
     def __str__(self) -> str:
         return self.full

@@ -31,7 +31,6 @@ OTHER_PLACES = 16
 MOST_OPEN = 1024
 """Calls of a method that may be open at a time, unless it is said otherwise."""
 _GENERATING = b""
-_COME_AGAIN_S = 1.0
 _PLACE = "place-in-doorway"
 """Key under which a call keeps its place, where its trailing metadata will be: until a handler sets them, they are the
 one thing of a call that the gate can write and the handler can read."""
@@ -173,8 +172,9 @@ class Gate:
         now, place = self._clock(), _number_of(context)
         if place in self._ended:
             return None
-        self._open[self._kind(path.encode())] += 1
-        self._places[path.encode() in self._methods].leave(place)
+        name = path.encode()
+        self._open[self._kind(name)] += 1
+        self._places[name in self._methods].leave(place)
         came = self._doorway.get(place)
         if came is None:  # it has not come this way, or took so long that it was passed
             return now
@@ -206,8 +206,8 @@ class Gate:
         return self._statuses[key]
 
 
-_TOO_MANY_OPEN = ServerFull("too many calls of this method are open", _COME_AGAIN_S)
-_TOO_SLOW = ServerFull("the request has taken too long to come, and others wait to send theirs", _COME_AGAIN_S)
+_TOO_MANY_OPEN = ServerFull("too many calls of this method are open")
+_TOO_SLOW = ServerFull("the request has taken too long to come, and others wait to send theirs")
 
 
 def _number_of(context: Any) -> int:

@@ -24,7 +24,7 @@ from beamline_server.rpc.reflection import SERVICE_V1, SERVICE_V1ALPHA, add_refl
 from beamline_server.rpc.servicer import GenerationServicer
 from beamline_server.rpc.text_work import THREADS, TextWork
 from beamline_server.rpc.unread import MOST_METADATA_BYTES, RequestMemory
-from beamline_server.settings import Settings
+from beamline_server.settings import Settings, number_of
 from beamline_server.tokenizer import Tokenizer
 
 _UNLIMITED = -1
@@ -35,8 +35,11 @@ _MOST_GENERATING = 4096
 _REFLECTING = {f"/{service}/ServerReflectionInfo".encode(): 4 for service in (SERVICE_V1, SERVICE_V1ALPHA)}
 """Calls for reflection that may be open at a time: their messages are read one by one, whatever comes."""
 _LONGEST_PENDING_S = 3600
-_GENERATING_METHODS, _BRIEF_METHODS = 2, 3
-"""Generate and GenerateStream; GetInfo, Check and Watch. Calls that nobody looks at yet are counted for each method."""
+_SERVICES = (
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"],
+    health_pb2.DESCRIPTOR.services_by_name["Health"],
+)
+"""All that is served, but for reflection."""
 
 
 _SENDING, _PARSED = 3, 16
@@ -111,7 +114,7 @@ def build_server(service: Service, model: ServedModel, tokenizer: Tokenizer | No
 
 def _generating(servicer: GenerationServicer) -> Iterator[MethodName]:
     """The methods that generate."""
-    for method in generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].methods:
+    for method in _SERVICES[0].methods:
         if does_generate(getattr(servicer, method.name)):
             kind = "server_stream" if method.server_streaming else "unary"
             yield MethodName(method.containing_service.full_name, method.name, kind)
@@ -170,7 +173,7 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         # Who connects and says nothing, not even that it speaks HTTP/2, would hold a descriptor for two minutes.
         ("grpc.server_handshake_timeout_ms", 10_000),
         # Without a descriptor, neither metrics nor anything else could be read.
-        ("grpc.max_allowed_incoming_connections", connections(_number(settings.max_connections))),
+        ("grpc.max_allowed_incoming_connections", connections(number_of(settings.max_connections))),
         # Callers may ping every second, also while they wait; by default that would cost them the connection (gRFC A8).
         # Half of it is borne, since pings that the network holds up arrive close together.
         ("grpc.http2.min_ping_interval_without_data_ms", 500),
@@ -178,19 +181,18 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
     ]
 
 
-def most_bytes(settings: Settings) -> dict[str, int]:
+def most_bytes_of_callers(settings: Settings) -> dict[str, int]:
     """The most memory that callers make a server hold, by what it is for (docs/deploy.md tells how it adds up)."""
     message, reflecting = settings.max_message_bytes, settings.reflection * len(_REFLECTING)
+    methods = [method.name for service in _SERVICES for method in service.methods]
+    others = sum(not does_generate(getattr(GenerationServicer, name, None)) for name in methods)
     sending = PLACES + OTHER_PLACES + reflecting * (max(_REFLECTING.values()) + OTHERS_AT_A_TIME)
-    calls = _MOST_GENERATING + settings.max_queue_rows + MOST_OPEN * _BRIEF_METHODS
-    undecided = MOST_UNDECIDED + _MOST_PENDING * (_GENERATING_METHODS + _BRIEF_METHODS + reflecting + 1)
+    calls = _MOST_GENERATING + settings.max_queue_rows + MOST_OPEN * others
+    # gRPC counts calls that nobody has looked at by method; those of methods that there are not are of one more.
+    undecided = MOST_UNDECIDED + _MOST_PENDING * (len(methods) + reflecting + 1)
     return {
         "requests that come": sending * _SENDING * message,
         "requests that are handled": (PLACES + THREADS * _PARSED) * message,
         "calls": calls * _CALL_BYTES + undecided * _PENDING_BYTES,
-        "connections": connections(_number(settings.max_connections)) * _CONNECTION_BYTES,
+        "connections": connections(number_of(settings.max_connections)) * _CONNECTION_BYTES,
     }
-
-
-def _number(setting: int | str) -> int | None:
-    return None if isinstance(setting, str) else setting

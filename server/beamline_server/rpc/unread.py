@@ -17,7 +17,6 @@ _INPUTS_FIELD = 2
 """Of GenerateRequest; GenerateStreamRequest has its one input there."""
 _OTHER_FIELDS = 64
 """More fields than a request has beside its inputs."""
-_COME_AGAIN_S = 1.0
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _LONGEST_VARINT = 10
 
@@ -41,7 +40,7 @@ class RequestMemory:
             ServerFull: there are too many bytes already.
         """
         if self._bytes + size_bytes > self._most_bytes:
-            raise ServerFull("the requests that are being handled have too many bytes", _COME_AGAIN_S)
+            raise ServerFull("the requests that are being handled have too many bytes")
         self._bytes += size_bytes
         try:
             yield

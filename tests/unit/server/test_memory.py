@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from beamline_server.memory import container_limit, require_memory
-from beamline_server.rpc.server import most_bytes
+from beamline_server.rpc.server import most_bytes_of_callers
 from beamline_server.settings import Settings, SettingsError
 
 PARTS = {"when warm": 300_000_000, "caches": 500_000_000, "calls": 200_000_000}
@@ -64,7 +64,7 @@ def test_what_is_granted_is_told_with_its_parts(caplog: pytest.LogCaptureFixture
 
 def test_each_setting_that_may_be_lowered_lowers_the_bound() -> None:
     def total(**changes: int) -> int:
-        return sum(most_bytes(Settings(**{"max_connections": 500, **changes})).values())  # type: ignore[arg-type]
+        return sum(most_bytes_of_callers(Settings(**{"max_connections": 500, **changes})).values())  # type: ignore[arg-type]
 
     assert total(max_message_bytes=1 << 19) < total()
     assert total(max_queue_rows=16) < total()

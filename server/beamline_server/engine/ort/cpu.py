@@ -79,7 +79,7 @@ class CpuBackend:
         return Pieces(self._decoder, width=self.width, heads=self._heads, vocabulary=self._vocabulary, note=self._note)
 
 
-def most_bytes(sizes: Dimensions, capacity: Capacity) -> int:
+def most_bytes_of_a_worker(sizes: Dimensions, capacity: Capacity) -> int:
     """The most memory that a worker takes beside the weights: keys and values, what steps and encoder calls compute in.
 
     What grows is copied, so that it is there twice for a moment.

@@ -16,7 +16,7 @@ from beamline_server.engine.backend import StepResult
 from beamline_server.engine.observer import NullObserver
 from beamline_server.engine.ort import pieces
 from beamline_server.engine.ort.c_api import Binding, NativeError
-from beamline_server.engine.ort.cpu import CpuBackend, CpuCache, most_bytes
+from beamline_server.engine.ort.cpu import CpuBackend, CpuCache, most_bytes_of_a_worker
 from beamline_server.engine.ort.cuda.backend import CudaBackend
 from beamline_server.engine.ort.pages import PAGE
 from beamline_server.engine.request import MAX_BEAMS, GenerationRequest, RequestId, SearchOptions
@@ -143,7 +143,7 @@ def test_no_more_memory_is_taken_than_was_foreseen(tiny: Callable[[str], Bundle]
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < most_bytes(sizes, room)
+    assert peak < most_bytes_of_a_worker(sizes, room)
 
 
 def test_who_leaves_before_it_has_run_leaves_nothing(backend: CpuBackend, alone: list[FloatArray]) -> None:
