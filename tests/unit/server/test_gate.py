@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 import pytest
@@ -251,12 +252,18 @@ async def test_who_has_taken_long_gives_its_place_up_to_others(callers: int, tim
         await coming
 
 
+async def calls_that_send_nothing(service: RunningService, number: int) -> list[Any]:
+    """So many, all of which have been let in."""
+    method = service.channel.stream_unary("/beamline.v1.GenerationService/Generate")
+    calls = [method(timeout=30) for _ in range(number)]
+    while len(service.engine.ahead) < number:  # noqa: ASYNC110 - the gate has no event
+        await asyncio.sleep(0)
+    return calls
+
+
 async def test_calls_that_send_nothing_hold_others_up_for_a_moment_only(caplog: pytest.LogCaptureFixture) -> None:
     async with serving() as service:
-        method = service.channel.stream_unary("/beamline.v1.GenerationService/Generate")
-        silent_ones = [method(timeout=30) for _ in range(PLACES)]
-        while len(service.engine.ahead) < PLACES:  # noqa: ASYNC110 - the gate has no event
-            await asyncio.sleep(0)
+        silent_ones = await calls_that_send_nothing(service, PLACES)
         assert len((await service.stub.Generate(REQUEST, timeout=20)).results) == 1
         [ended] = [call for call in silent_ones if call.done()]
         error = await failure_of(ended)
@@ -270,10 +277,7 @@ async def test_calls_that_send_nothing_hold_others_up_for_a_moment_only(caplog: 
 async def test_health_checks_do_not_wait_for_those_who_send_nothing() -> None:
     """Nor do refusals: whoever decides does not wait for places."""
     async with serving() as service:
-        method = service.channel.stream_unary("/beamline.v1.GenerationService/Generate")
-        silent_ones = [method(timeout=30) for _ in range(PLACES + 100)]
-        while len(service.engine.ahead) < PLACES + 100:  # noqa: ASYNC110 - the gate has no event
-            await asyncio.sleep(0)
+        silent_ones = await calls_that_send_nothing(service, PLACES + 100)
         check = health_pb2_grpc.HealthStub(service.channel).Check
         for _ in range(2 * OTHER_PLACES):
             assert (
