@@ -256,7 +256,7 @@ class _LoadCollector(Collector):
             ("queued_rows", "Hypotheses of the inputs that wait.", load.queued_rows),
             ("running_requests", "Inputs in work.", load.running_requests),
             ("running_rows", "Hypotheses of the inputs in work.", load.running_rows),
-            ("row_capacity", "Hypotheses that can be in work at a time.", load.row_capacity),
+            ("row_capacity", "Hypotheses that may be in work, but for the spare part.", load.row_capacity),
             ("queue_limit_rows", "Hypotheses that may wait.", load.queue_limit_rows),
         )
         for name, text, value in values:

@@ -57,7 +57,7 @@ class Settings(BaseModel):
     threads_per_worker: Count | Auto = Field(
         default="auto", description="Threads inside each worker; auto shares the cores."
     )
-    max_rows: Count = Field(default=DEFAULT_ROWS, description="Live hypotheses per worker.")
+    max_rows: Count = Field(default=DEFAULT_ROWS, description="Live hypotheses per worker, but for an eighth more.")
     max_queue_rows: Count = Field(
         default=DEFAULT_QUEUE_ROWS, description="Hypotheses of waiting requests, all workers together."
     )

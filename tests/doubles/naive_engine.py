@@ -138,11 +138,11 @@ class NaiveEngine:
         self._cancelled.clear()
 
     def _give_up(self, now: float, result: NaiveStep) -> None:
-        """Who is next and will most likely be late leaves, if anybody could start."""
+        """Who is next and will most likely be late leaves."""
         taken = sum(cost(search.request).rows for search in self._running)
-        while self._queue and taken < self._capacity.rows:
+        while self._queue:
             asked = self._queue[0]
-            expected_s = SURE * (taken / self._capacity.rows) * self._pace.service_s(asked)
+            expected_s = SURE * min(1.0, taken / self._capacity.rows) * self._pace.service_s(asked)
             if asked.deadline is None or now + expected_s <= asked.deadline:
                 break
             result.failed[self._queue.pop(0).id] = "late"

@@ -22,6 +22,9 @@ DEFAULT_ROWS = 128
 DEFAULT_QUEUE_ROWS = 1024
 """Rows that may wait, all workers together, unless the operator says otherwise."""
 
+SPARE = 8
+"""A worker can hold one part in so many beyond its capacity, for callers who hold little."""
+
 MOST_ROWS = MAX_BEAMS
 """Rows of a sequence in a step at most: its live hypotheses, or a part of its prefix."""
 
@@ -38,19 +41,38 @@ reads all weights (docs/performance.md)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Capacity:
-    """What one worker can hold at a time."""
+class Cost:
+    """What one request holds at its worst, or several."""
 
     rows: int
     slots: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.rows + other.rows, self.slots + other.slots)
+
+    def __sub__(self, other: "Cost") -> "Cost":
+        return Cost(self.rows - other.rows, self.slots - other.slots)
+
+    def __le__(self, other: "Cost") -> bool:
+        return self.rows <= other.rows and self.slots <= other.slots
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """What one request holds at its worst."""
+class Capacity:
+    """What one worker can hold at a time, beside a spare part for callers who hold little (`shares.py`)."""
 
     rows: int
     slots: int
+
+    @property
+    def spare(self) -> Cost:
+        """The spare part."""
+        return Cost(self.rows // SPARE, self.slots // SPARE)
+
+    @property
+    def whole(self) -> "Room":
+        """All that an empty worker holds, its spare part included."""
+        return Room(self.rows, self.slots).more(self.spare)
 
 
 def number_of(width: int) -> int:
@@ -92,6 +114,10 @@ class Room:
     def less(self, cost: Cost) -> "Room":
         """What is left when a request starts."""
         return Room(self.rows - cost.rows, self.slots - cost.slots)
+
+    def fits(self, cost: Cost) -> bool:
+        """Whether a request may start here."""
+        return cost.rows <= self.rows and cost.slots <= self.slots
 
     def more(self, cost: Cost) -> "Room":
         """What is there when a request has ended."""
@@ -179,10 +205,10 @@ def starters(queue: Iterable[GenerationRequest], room: Room, *, encode_tokens: f
     longest = 0
     starting: list[GenerationRequest] = []
     for request in queue:
-        room = room.less(cost(request))
         longest = max(longest, len(request.source))
-        if min(room.rows, room.slots) < 0 or (starting and (len(starting) + 1) * longest > encode_tokens):
+        if not room.fits(cost(request)) or (starting and (len(starting) + 1) * longest > encode_tokens):
             break
+        room = room.less(cost(request))
         starting.append(request)
     return starting
 

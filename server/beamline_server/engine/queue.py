@@ -6,22 +6,23 @@ caller with little work is not held up by one with much, however much that one h
 priority are a queue of their own behind all others.
 
 No narrow request overtakes a wide one that is next, which waits for enough room: it would use a few more rows, and let
-a stream of narrow ones starve the wide one. Who may not start because its caller has rows enough (`shares.py`) is
-passed by others.
+a stream of narrow ones starve the wide one. Only callers who hold little pass those who wait for room, into a part of
+the rows that is theirs (`shares.py`).
 """
 
 import math
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
 
 from beamline_server.engine.admission import cost
-from beamline_server.engine.request import GenerationRequest, Priority, RequestId
+from beamline_server.engine.request import Account, GenerationRequest, Priority, RequestId
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class _Waiting:
+class _Queued:
     priority: int
     due: float
     number: int
@@ -56,19 +57,21 @@ class Queue:
     """Waiting requests with the time at which each came, in seconds of the engine's clock."""
 
     def __init__(self) -> None:
-        self._waiting: list[_Waiting] = []  # who is next comes first
+        self._queued: list[_Queued] = []  # who is next comes first
         self._clocks = {priority.value: _Clock() for priority in Priority}
         self._came = 0
         self._came_at: dict[int, float] = {}  # of those who wait, by number, so the oldest first
         self.rows = 0
         """Rows that all of them ask for."""
+        self.waiting = Counter[Account]()
+        """How many of each account wait."""
         self.earliest_deadline = math.inf
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._queued)
 
     def __iter__(self) -> Iterator[GenerationRequest]:
-        return (waiting.request for waiting in self._waiting)
+        return (waiting.request for waiting in self._queued)
 
     @property
     def oldest_at(self) -> float:
@@ -81,20 +84,21 @@ class Queue:
         due = self._clocks[priority].due(request.caller, work)
         self._came += 1
         self._came_at[self._came] = now
-        insort(self._waiting, _Waiting(priority, due, self._came, request))
+        insort(self._queued, _Queued(priority, due, self._came, request))
         self.rows += cost(request).rows
+        self.waiting[request.account] += 1
         if request.deadline is not None:
             self.earliest_deadline = min(self.earliest_deadline, request.deadline)
 
     def take(self, requests: Sequence[GenerationRequest]) -> list[tuple[GenerationRequest, float]]:
         """Take those who start, which are here in this order, with the times at which they came."""
-        taken: list[_Waiting] = []
-        kept: list[_Waiting] = []
-        for waiting in self._waiting:
+        taken: list[_Queued] = []
+        kept: list[_Queued] = []
+        for waiting in self._queued:
             if len(taken) == len(requests):
                 break
             (taken if waiting.request is requests[len(taken)] else kept).append(waiting)
-        self._waiting[: len(taken) + len(kept)] = kept
+        self._queued[: len(taken) + len(kept)] = kept
         for priority, of_it in groupby(taken, key=lambda waiting: waiting.priority):
             self._clocks[priority].advance(max(waiting.due for waiting in of_it))
         return [(waiting.request, self._leave(waiting)) for waiting in taken]
@@ -121,14 +125,17 @@ class Queue:
         return self._take_out(lambda _: True)
 
     def _take_out(self, goes: Callable[[GenerationRequest], bool]) -> list[GenerationRequest]:
-        leaving = [waiting for waiting in self._waiting if goes(waiting.request)]
+        leaving = [waiting for waiting in self._queued if goes(waiting.request)]
         if leaving:
-            self._waiting = [waiting for waiting in self._waiting if not goes(waiting.request)]
+            self._queued = [waiting for waiting in self._queued if not goes(waiting.request)]
         for waiting in leaving:
             self._leave(waiting)
         return [waiting.request for waiting in leaving]
 
-    def _leave(self, waiting: _Waiting) -> float:
+    def _leave(self, waiting: _Queued) -> float:
         """One waits no more; returns when it came."""
         self.rows -= cost(waiting.request).rows
+        self.waiting[waiting.request.account] -= 1
+        if not self.waiting[waiting.request.account]:
+            del self.waiting[waiting.request.account]
         return self._came_at.pop(waiting.number)

@@ -31,6 +31,10 @@ class Priority(Enum):
     BATCH = 1
 
 
+Account = tuple[str, Priority]
+"""A caller, for what it asks of a priority: what it holds and waits for is counted for each."""
+
+
 class EarlyStopping(Enum):
     """When a beam search ends; Hugging Face's `early_stopping` = True, False, "never"."""
 
@@ -75,6 +79,11 @@ class GenerationRequest:
     target_prefix: tuple[int, ...] = ()
     caller: str = ""
     priority: Priority = Priority.NORMAL
+
+    @property
+    def account(self) -> Account:
+        """To whom it is counted."""
+        return self.caller, self.priority
 
 
 class Finish(Enum):

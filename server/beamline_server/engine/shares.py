@@ -1,68 +1,70 @@
-"""Rows that callers leave to each other: the last ones of a worker are for those who have none.
+"""Who may start: callers who have little always find room, whatever others hold.
 
-A sequence that runs is not interrupted. So whoever takes all rows with long searches makes everybody wait until one of
-these ends, however few others ask, and however soon their turn is. As long as others are about, a caller whose
-sequences run already starts no more of them in the last eighth of the rows, and nothing of batch priority starts there.
+A sequence that runs is not interrupted. So whoever takes all rows with long searches would make everybody wait until
+one of these ends, however few others ask. Therefore a worker has a spare part beside its capacity
+(`Capacity.spare`): it is for those who hold nothing, or no more than the spare part with what they ask for.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-from beamline_server.engine.admission import cost
-from beamline_server.engine.request import GenerationRequest, Priority
+from beamline_server.engine.admission import Capacity, Cost, Room, cost
+from beamline_server.engine.request import Account, GenerationRequest, Priority
 
-_LEFT = 8
-"""One row of so many is left to others."""
-_REMEMBERED_S = 10.0
-"""For so long after it has come a caller is about."""
+_NOTHING = Cost(0, 0)
 
 
 class Shares:
-    """What the callers of a worker hold of its rows.
+    """What the callers of a worker hold.
 
     Args:
-        rows: That the worker can run.
+        capacity: Of the worker.
     """
 
-    def __init__(self, rows: int) -> None:
-        self._most = rows - rows // _LEFT
-        self.held: dict[str, int] = {}
-        """Rows of each caller who has any."""
-        self._came: dict[
-            str, float
-        ] = {}  # when the last callers came, the latest last; two tell whether others are about
+    def __init__(self, capacity: Capacity) -> None:
+        self._spare = capacity.spare
+        self._held: dict[Account, Cost] = {}
 
     @property
-    def rows(self) -> int:
-        """Rows that all of them hold."""
-        return sum(self.held.values())
-
-    def came(self, caller: str, now: float) -> None:
-        """A caller asks for something."""
-        self._came.pop(caller, None)
-        self._came[caller] = now
-        if len(self._came) > 2:
-            del self._came[next(iter(self._came))]
+    def rows(self) -> dict[Account, int]:
+        """Rows of each account that has any."""
+        return {of: held.rows for of, held in self._held.items()}
 
     def start(self, request: GenerationRequest) -> None:
-        """A request takes its rows."""
-        self.held[request.caller] = self.held.get(request.caller, 0) + cost(request).rows
+        """A request takes its rows and slots."""
+        self._held[request.account] = self._held.get(request.account, _NOTHING) + cost(request)
 
     def end(self, request: GenerationRequest) -> None:
-        """A request gives its rows back."""
-        self.held[request.caller] -= cost(request).rows
-        if not self.held[request.caller]:
-            del self.held[request.caller]
+        """A request gives them back."""
+        self._held[request.account] -= cost(request)
+        if self._held[request.account] == _NOTHING:
+            del self._held[request.account]
 
-    def startable(self, queue: Iterable[GenerationRequest], now: float) -> Iterator[GenerationRequest]:
-        """Those of a queue who may start now, in its order, each supposing that those before it do."""
-        held, total = dict(self.held), self.rows
+    def startable(
+        self, queue: Iterable[GenerationRequest], waiting: Mapping[Account, int], room: Room
+    ) -> Iterator[GenerationRequest]:
+        """Those of a queue for whom the spare part need not be free, or who may take it, in order.
+
+        Each is judged as if those before it started. Behind the first for whom the room is not enough without the spare
+        part nobody else takes any of it, or narrow requests would keep a wide one out.
+
+        Args:
+            queue: Who waits, in order.
+            waiting: How many they are, by account.
+            room: What is free, the spare part included.
+        """
+        held, usual, others_wait = dict(self._held), room.less(self._spare), False
+        little = {of for of in waiting if of[1] is Priority.NORMAL and held.get(of, _NOTHING) <= self._spare}
+        may_take_more = sum(waiting[of] for of in little)
         for request in queue:
-            own, rows = held.get(request.caller, 0), cost(request).rows
-            counted = own if request.priority is Priority.NORMAL else total
-            if counted == 0 or counted + rows <= self._most or not self._others_are_about(request.caller, now):
-                held[request.caller] = own + rows
-                total += rows
-                yield request
-
-    def _others_are_about(self, caller: str, now: float) -> bool:
-        return any(other != caller and at > now - _REMEMBERED_S for other, at in self._came.items())
+            needed, of = cost(request), request.account
+            own = held.get(of, _NOTHING)
+            may_take_more -= of in little
+            if of not in little or not (own == _NOTHING or own + needed <= self._spare):
+                others_wait = others_wait or not usual.fits(needed)
+                if others_wait:
+                    if not may_take_more:
+                        return
+                    continue
+            held[of] = own + needed
+            usual = usual.less(needed)
+            yield request

@@ -17,7 +17,6 @@ from beamline_server.engine.admission import (
     Capacity,
     Continuous,
     Cost,
-    Room,
     Waiting,
     cost,
 )
@@ -40,7 +39,7 @@ from beamline_server.engine.request import (
 from beamline_server.engine.search import decide, start
 from beamline_server.engine.shares import Shares
 from beamline_server.engine.table import SequenceTable
-from beamline_server.engine.turns import Turns, callers_with_few
+from beamline_server.engine.turns import Turns, accounts_with_few
 
 SURE = 0.7
 """Part of the time that an answer is expected to take, for which there must be time when its request starts."""
@@ -107,16 +106,16 @@ class EngineCore:
         self._search = rules.search.arrays()
         self._queue = Queue()
         self._encoded: dict[RequestId, tuple[Encoded, int]] = {}  # ahead of their start
-        self._room = Room(capacity.rows, capacity.slots)
-        self._shares = Shares(capacity.rows)
+        self._room = capacity.whole
+        self._shares = Shares(capacity)
         self._turns = Turns()
         self._few: list[int] | None = None
         """Indices of the sequences whose callers have few rows; None while that is not known."""
         self._aside_s = 0.0
         """Seconds that steps of few have taken since the last one in which all went."""
-        self._table = SequenceTable(capacity.rows, rules.search.eos)
+        self._table = SequenceTable(self._room.rows, rules.search.eos)
         self._cache = backend.new_cache()
-        self._free = list(range(capacity.rows - 1, -1, -1))
+        self._free = list(range(self._room.rows - 1, -1, -1))
         self._running: dict[int, _Running] = {}
         self._index_of: dict[RequestId, int] = {}
         self._streaming: set[int] = set()
@@ -162,7 +161,7 @@ class EngineCore:
     @property
     def running_rows(self) -> int:
         """Rows that running requests hold."""
-        return self._capacity.rows - self._room.rows
+        return self._capacity.whole.rows - self._room.rows
 
     def check(self) -> None:
         """Recount what is free and what is held.
@@ -170,11 +169,11 @@ class EngineCore:
         Raises:
             AssertionError: rows, slots or places in the table do not add up to what there is.
         """
-        held = [running.cost for running in self._running.values()]
-        assert self._room.rows + sum(c.rows for c in held) == self._capacity.rows, "rows are lost"
-        assert self._room.rows + self._shares.rows == self._capacity.rows, "rows are nobody's"
-        assert self._room.slots + sum(c.slots for c in held) == self._capacity.slots, "cache slots are lost"
-        assert sorted([*self._free, *self._running]) == list(range(self._capacity.rows)), "places are lost"
+        held, whole = [running.cost for running in self._running.values()], self._capacity.whole
+        assert self._room.rows + sum(c.rows for c in held) == whole.rows, "rows are lost"
+        assert self._room.rows + sum(self._shares.rows.values()) == whole.rows, "rows are nobody's"
+        assert self._room.slots + sum(c.slots for c in held) == whole.slots, "cache slots are lost"
+        assert sorted([*self._free, *self._running]) == list(range(whole.rows)), "places are lost"
         assert {r.request.id for r in self._running.values()} == set(self._index_of), "requests are lost"
         assert self._queue.rows == sum(cost(request).rows for request in self._queue), "the queue is miscounted"
         assert self._encoded.keys() <= {request.id for request in self._queue}, "encodings are held for nobody"
@@ -188,7 +187,6 @@ class EngineCore:
             # What was cancelled before it came is another request, which has ended, of the same id.
             self._cancelled.pop(request.id, None)
             self._queue.append(request, now, self.pace.work(request))
-            self._shares.came(request.caller, now)
 
     def cancel(self, ids: Iterable[RequestId], wished_at: float | None = None) -> None:
         """Drop requests at the next step, whose callers gave up at `wished_at` (default: now); unknown ids are over."""
@@ -240,12 +238,12 @@ class EngineCore:
 
     def _drop_hopeless(self, now: float) -> list[Event]:
         """Who is next in the queue and will most likely be late leaves it, so that its place is not wasted."""
-        if not self._queue or self._room.rows < 1:
+        if not self._queue:
             return []
         return self._unqueued(self._queue.give_up(self._is_hopeless, now), lambda: DeadlineExceeded("queueing"))
 
     def _is_hopeless(self, request: GenerationRequest, now: float) -> bool:
-        busy = 1 - self._room.rows / self._capacity.rows
+        busy = min(1.0, self.running_rows / self._capacity.rows)
         deadline = request.deadline
         return deadline is not None and now + SURE * busy * self.pace.service_s(request) > deadline
 
@@ -264,7 +262,7 @@ class EngineCore:
         if not self._queue or now < self._opens_at():
             return []
         candidates = self._candidates()
-        startable = self._shares.startable(candidates, now)
+        startable = self._shares.startable(candidates, self._queue.waiting, self._room)
         starters = self._admission.starters(startable, self._room, encode_tokens=self._encode_tokens)
         if not starters:
             return []
@@ -283,10 +281,10 @@ class EngineCore:
     def _candidates(self) -> Iterable[GenerationRequest]:
         """Who may start, in order: where others want to go first, nobody who has half of the rows already."""
         if self._turns.of_few:
-            many = {caller for caller, rows in self._shares.held.items() if 2 * rows >= self._capacity.rows}
-            others = [r for r in self._queue if r.caller not in many and r.priority is Priority.NORMAL] if many else []
-            if others or (many and self._of_few()):
-                return others
+            many = {of for of, rows in self._shares.rows.items() if 2 * rows >= self._capacity.rows}
+            others = {of for of in self._queue.waiting if of not in many and of[1] is Priority.NORMAL}
+            if many and (others or self._of_few()):
+                return [request for request in self._queue if request.account in others] if others else []
         return self._queue
 
     def _encode(
@@ -350,9 +348,9 @@ class EngineCore:
     def _of_few(self) -> Sequence[int]:
         """Indices of the sequences whose callers have few rows."""
         if self._few is None:
-            callers = callers_with_few(self._shares.held)
+            few = accounts_with_few(self._shares.rows)
             requests = ((index, running.request) for index, running in self._running.items())
-            self._few = [i for i, r in requests if r.caller in callers and r.priority is Priority.NORMAL]
+            self._few = [i for i, r in requests if r.account in few and r.priority is Priority.NORMAL]
         return self._few
 
     def _place(self, going: Sequence[int] | None, events: list[Event]) -> Sequence[Bucket]:

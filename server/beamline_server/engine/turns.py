@@ -11,6 +11,8 @@ Where callers hold about as many rows as each other, all go in every step, which
 from collections.abc import Mapping
 from itertools import pairwise
 
+from beamline_server.engine.request import Account
+
 _FEW = 4
 """Few rows are a part of this many: of all rows, together, and of what each of the others holds."""
 _MOST_CREDIT_S = 0.1
@@ -37,14 +39,14 @@ class Turns:
         self.credit_s = self.credit_s - seconds if was_of_few else min(self.credit_s + seconds, _MOST_CREDIT_S)
 
 
-def callers_with_few(held: Mapping[str, int]) -> frozenset[str]:
-    """As many callers as have few rows, given the rows of each."""
+def accounts_with_few(held: Mapping[Account, int]) -> frozenset[Account]:
+    """As many accounts as have few rows, given the rows of each."""
     total, of_few, found = sum(held.values()), 0, 0
     by_rows = sorted(held, key=held.__getitem__)
-    for number, (caller, following) in enumerate(pairwise(by_rows), 1):
-        of_few += held[caller]
+    for number, (one, following) in enumerate(pairwise(by_rows), 1):
+        of_few += held[one]
         if _FEW * of_few > total:
             break
-        if _FEW * held[caller] <= held[following]:
+        if _FEW * held[one] <= held[following]:
             found = number
     return frozenset(by_rows[:found])

@@ -6,6 +6,7 @@ Calls are bounded by number, too: those that are open, of each method, and those
 """
 
 import asyncio
+import heapq
 import itertools
 import random
 from collections import Counter
@@ -76,13 +77,14 @@ class Gate:
         self.draining = rpc_status_of(NotAccepting("DRAINING"), stretch=1)
         """How calls end that come when there are no more to come."""
         self._too_late = rpc_status_of(DeadlineExceeded("transport"), stretch=1)
-        self._doorway: dict[int, float] = {}  # when those came whom nobody handles yet, by their place
+        self._doorway: dict[int, float] = {}  # when those came whom nobody handles yet, by their number
+        self._ends: list[tuple[float, int, bool]] = []  # heap: until when a number is awaited; whether its time is over
         self._numbers = itertools.count()
         self._places = {True: Places(PLACES, self._put_out, clock), False: Places(OTHER_PLACES, self._put_out, clock)}
         self._ended: set[int] = set()  # those that have been put out, until that is done
         self._open: Counter[bytes] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lag_s = 0.0
+        self._lag_s, self._lag_until = 0.0, 0.0  # how long the last one took to come in; until when that counts
 
     def __call__(self, path: bytes | None, context: Any) -> RpcStatus | None:
         """How to end a call that has just come, of a method that is served or None; None to let it in."""
@@ -105,14 +107,16 @@ class Gate:
         in_time = remaining_s is not None and remaining_s <= self._max_duration_s
         caller = caller_of(context, self._caller_key)
         now = self._clock()
-        while self._doorway and next(iter(self._doorway.values())) < now - _LONGEST_LAG_S:
-            self._pass(next(iter(self._doorway)))
+        self._forget_the_absent(now)
         # As long as it takes to come in, it takes to go out.
-        lag_s = self._lag_s if self._doorway else 0.0
+        lag_s = self._lag_s if self._doorway and now < self._lag_until else 0.0
         left_s = (remaining_s if in_time else self._max_duration_s) - 2 * lag_s
         error = self._desk.foreseen_refusal(caller, left_s, len(self._doorway))
         if error is None:
-            self._doorway[self._admit(context)] = now
+            number = self._admit(context)
+            self._doorway[number] = now
+            ends = remaining_s is not None and remaining_s <= _LONGEST_LAG_S
+            heapq.heappush(self._ends, (now + (remaining_s if ends else _LONGEST_LAG_S), number, ends))
             return None
         return self._refused(method, context, self._status(error))
 
@@ -131,7 +135,9 @@ class Gate:
     def may_send(self, path: bytes, context: Any) -> None:
         """A call that has waited for its turn may send its message."""
         number, places = _number_of(context), self._places[path in self._methods]
-        if number < 0:  # nobody would know when it has sent it
+        remaining_s = context.time_remaining()
+        # Nobody would know when it has sent it, or that it never will.
+        if number < 0 or (remaining_s is not None and remaining_s <= 0):
             places.give_back()
         else:
             places.take(number, path, caller_of(context, self._caller_key), context)
@@ -178,7 +184,7 @@ class Gate:
         came = self._doorway.get(place)
         if came is None:  # it has not come this way, or took so long that it was passed
             return now
-        self._lag_s = now - came
+        self._lag_s, self._lag_until = now - came, now + (now - came)
         self._pass(place)
         return came
 
@@ -189,6 +195,14 @@ class Gate:
     def _kind(self, path: bytes) -> bytes:
         """What calls of a method are counted as: all that generate are of one kind."""
         return _GENERATING if path in self._methods else path
+
+    def _forget_the_absent(self, now: float) -> None:
+        """Forget who has been in the doorway for too long, or has no time left: gRPC has ended it, and tells nobody."""
+        while self._ends and self._ends[0][0] <= now:
+            _, number, has_ended = heapq.heappop(self._ends)
+            self._doorway.pop(number, None)
+            if has_ended:
+                self._places[True].leave(number)
 
     def _pass(self, place: int) -> None:
         """Forget one who is in the doorway, and those before it: they hold up nobody, as their callers send nothing."""

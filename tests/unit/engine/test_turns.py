@@ -10,7 +10,7 @@ from beamline_server.engine.admission import ENCODE_TOGETHER
 from beamline_server.engine.backend import Bucket, Cache, Encoded
 from beamline_server.engine.request import Completed, Failed, GenerationRequest, Priority, RequestId
 from beamline_server.engine.table import Table
-from beamline_server.engine.turns import Turns, callers_with_few
+from beamline_server.engine.turns import Turns, accounts_with_few
 from doubles.core import Bench, assert_as_alone, bench, outcomes, request
 from doubles.engine import TableBackend
 
@@ -90,25 +90,30 @@ def test_credit_is_saved_up_to_a_bound() -> None:
     assert turns.of_few
 
 
+def with_few(held: dict[str, int]) -> set[str]:
+    accounts = {(caller, Priority.NORMAL): rows for caller, rows in held.items()}
+    return {caller for caller, _ in accounts_with_few(accounts)}
+
+
 def test_all_go_where_nobody_has_far_more_than_others() -> None:
-    assert callers_with_few({}) == frozenset()
-    assert callers_with_few({"a": 128}) == frozenset()
-    assert callers_with_few({"a": 16, "b": 16, "c": 16}) == frozenset()
-    assert callers_with_few({"a": 4, "b": 8, "c": 16, "d": 32}) == frozenset()
-    assert callers_with_few({"a": 4, "b": 15}) == frozenset()
+    assert with_few({}) == set()
+    assert with_few({"a": 128}) == set()
+    assert with_few({"a": 16, "b": 16, "c": 16}) == set()
+    assert with_few({"a": 4, "b": 8, "c": 16, "d": 32}) == set()
+    assert with_few({"a": 4, "b": 15}) == set()
 
 
 def test_who_has_a_quarter_of_what_others_have_has_few() -> None:
-    assert callers_with_few({"a": 4, "b": 16}) == {"a"}
-    assert callers_with_few({"a": 112, "b": 4, "c": 5}) == {"b", "c"}
-    assert callers_with_few({"a": 58, "b": 58, "c": 4}) == {"c"}
+    assert with_few({"a": 4, "b": 16}) == {"a"}
+    assert with_few({"a": 112, "b": 4, "c": 5}) == {"b", "c"}
+    assert with_few({"a": 58, "b": 58, "c": 4}) == {"c"}
     # Together they would have more than a quarter: a step of theirs would be no short one.
-    assert callers_with_few({"heavy": 56, **{str(number): 4 for number in range(5)}}) == frozenset()
+    assert with_few({"heavy": 56, **{str(number): 4 for number in range(5)}}) == set()
 
 
 @given(st.dictionaries(st.text(max_size=2), st.integers(1, 128), max_size=12))
 def test_whoever_has_few_has_less_than_all_others(held: dict[str, int]) -> None:
-    few = callers_with_few(held)
+    few = with_few(held)
     others = [rows for caller, rows in held.items() if caller not in few]
     if few:
         assert 4 * sum(held[caller] for caller in few) <= sum(held.values())
@@ -139,6 +144,17 @@ def test_answers_do_not_depend_on_turns(coming: list[tuple[str, int, int, int]],
         assert_as_alone(found[one.id], one)
 
 
+def test_who_comes_for_the_first_time_does_not_wait_for_those_who_hold_everything() -> None:
+    running = bench(rows=64, make_backend=ApartBackend)
+    running.core.accept([*HEAVY, of("heavy", request(3, beams=16, tokens=20)), of("heavy", request(4, tokens=20))])
+    running.core.step()
+    assert running.core.running_rows == 64
+    running.core.accept([POLITE])
+    running.core.step()
+    running.core.check()
+    assert (running.core.running_rows, running.core.queued_requests) == (68, 1)
+
+
 def test_where_all_go_nevertheless_nobody_is_kept_from_starting_for_long() -> None:
     """Credit is used up by steps that are meant for few, also on a backend that lets all go."""
     running = bench(rows=64)
@@ -159,7 +175,7 @@ def test_batch_requests_do_not_go_before_those_of_a_large_caller() -> None:
     running.core.accept(HEAVY)
     running.core.step()
     batch = [replace(of("other", request(number, beams=4, tokens=4)), priority=Priority.BATCH) for number in (20, 21)]
-    running.core.accept([*batch, of("heavy", request(10, beams=8, tokens=4))])
+    running.core.accept([*batch, of("heavy", request(10, beams=16, tokens=4))])
     before = len(running.backend.trace)
     running.core.step()
     sources = [source for step in running.backend.trace[before:] for source in step.sources]

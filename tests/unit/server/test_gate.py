@@ -184,6 +184,41 @@ async def test_who_never_enters_takes_nobodys_time() -> None:
         assert service.engine.remaining_s == pytest.approx([10, 10, 1, 1, 1])
 
 
+async def test_who_has_no_time_left_is_ahead_of_nobody_and_leaves_its_place() -> None:
+    """gRPC has ended such a call, and tells nobody, if it has not sent its message."""
+    clock = ManualClock()
+    async with serving() as service:
+        gate = gate_of(service, clock)
+        slow, gone = At(1), [At(1 if number else 1.5, caller=number) for number in range(PLACES)]
+        await at_places(gate, [slow])
+        clock.now += 0.9
+        gate.entered("/x", slow)
+        await at_places(gate, gone)
+        clock.now += 1.0
+        assert gate(b"/x", At(1)) is None
+        assert service.engine.ahead[-1] == 1
+        assert gate.turn(b"/x") is None
+        clock.now += 0.5
+        assert gate(b"/x", At(1)) is None
+        assert service.engine.ahead[-1] == 1
+        assert service.engine.remaining_s[-1] == pytest.approx(1)
+
+
+async def test_how_long_one_was_in_the_doorway_says_nothing_when_as_long_has_passed_since() -> None:
+    clock = ManualClock()
+    async with serving() as service:
+        gate = gate_of(service, clock)
+        slow, silent_one = At(10), At(10)
+        assert gate(b"/x", slow) is None
+        clock.now += 0.5
+        assert gate.entered("/x", slow) == clock.now - 0.5
+        assert gate(b"/x", silent_one) is None
+        for after_s in (0.4, 0.2):
+            clock.now += after_s
+            assert gate(b"/x", At(1)) is None
+        assert service.engine.remaining_s == pytest.approx([10, 10, 0, 1])
+
+
 async def test_who_has_not_come_by_the_gate_comes_when_it_enters() -> None:
     clock = ManualClock()
     async with serving() as service:

@@ -85,16 +85,17 @@ def most_bytes_of_a_worker(sizes: Dimensions, capacity: Capacity) -> int:
     What grows is copied, so that it is there twice for a moment.
     """
     slot = 2 * sizes.decoder_layers * sizes.d_model * _FLOAT
-    own = min(capacity.slots, capacity.rows * whole_pages(sizes.max_target_tokens))
-    cross = min(capacity.slots, capacity.rows * whole_pages(sizes.max_source_tokens))
+    whole = capacity.whole
+    own = min(whole.slots, whole.rows * whole_pages(sizes.max_target_tokens))
+    cross = min(whole.slots, whole.rows * whole_pages(sizes.max_source_tokens))
     widest = max(MAX_BEAMS * (sizes.max_target_tokens + 1), sizes.max_source_tokens)
     row = 2 * widest + _ROW_WIDTHS * sizes.d_model + sizes.target_vocabulary
     tokens = max(CpuBackend.encode_tokens, sizes.max_source_tokens)
     scores = _SCORES * sizes.decoder_heads * sizes.max_source_tokens**2
     encoder = (tokens * _ROW_WIDTHS * sizes.d_model + scores) * _FLOAT + (ENCODE_TOGETHER + 1) * tokens * slot
-    table = table_bytes(capacity.rows, slots=widest, steps=sizes.max_target_tokens)
+    table = table_bytes(whole.rows, slots=widest, steps=sizes.max_target_tokens)
     pages = (own + cross) * slot + max(own, cross) * slot // 2
-    return pages + 2 * capacity.rows * row * _FLOAT + encoder + 2 * table
+    return pages + 2 * whole.rows * row * _FLOAT + encoder + 2 * table
 
 
 def _encoder_inputs(rows: int, sources: int, width: int) -> EncoderInputs:
