@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 import beamline_server
 from beamline_export.build_graphs import build_graphs, contracts
@@ -36,7 +37,7 @@ from beamline_export.expectations import Expectations, read_expectations
 from beamline_export.families.registry import Family, detect
 from beamline_export.graph_writer import WeightsFile
 from beamline_export.known_settings import bounded
-from beamline_export.parity import Probe, check_contract, check_parity, random_sources
+from beamline_export.parity import Probe, check_contract, check_parity, forced_decodes, random_sources
 from beamline_export.precision import STORES, CalibratedInt8Store, WeightStore
 from beamline_export.progress import Progress
 from beamline_export.spec import Checkpoint, ExportError, check_weights
@@ -152,12 +153,13 @@ def export_checkpoint(
             draft = writing.manifest()
         expected = None if expectations is None else ExpectedOutputs(expectations, draft)
         with progress.step("load the exported model"):
-            backend = _load_backend(draft)
-            backends = [backend, *_whole_step(draft)]
             check_contract(draft, contracts(checkpoint.spec, options.precision, store.cache))
+            probe = _probe(draft)
+            whole_step = _by_whole_step(draft, probe)
+            backend = _load_backend(draft)
         with progress.step("load the PyTorch model"):
             reference = family.reference(source, checkpoint)
-        figures = check_parity(draft, backends, reference, _probe(draft), progress.iterate)
+        figures = check_parity(draft, backend, whole_step, reference, probe, progress.iterate)
         if expected is not None and in_fp32 is None:
             figures["expected"] = expected.check(backend, progress.iterate)
         elif expected is not None and in_fp32 is not None:
@@ -376,10 +378,14 @@ def _load_backend(bundle: Bundle) -> Backend:
         raise ExportError(f"the exported model cannot be loaded: {error}") from error
 
 
-def _whole_step(bundle: Bundle) -> list[Backend]:
-    """For a bundle that has the decoder in pieces and whole: what a GPU would run, on the CPU."""
-    graphs = decoder_graphs(bundle.manifest.precision, bundle.manifest.dimensions.decoder_layers)
-    return [CudaBackend(bundle, device="cpu", threads=usable_cores())] if {DECODER_STEP} < set(graphs) else []
+def _by_whole_step(bundle: Bundle, probe: Probe) -> NDArray[np.float32] | None:
+    """Of a bundle that has the decoder in pieces and whole: what a GPU would compute, on the CPU.
+
+    Nothing of it stays loaded, so that the weights are in memory once at a time.
+    """
+    if not {DECODER_STEP} < set(decoder_graphs(bundle.manifest.precision, bundle.manifest.dimensions.decoder_layers)):
+        return None
+    return forced_decodes(bundle, CudaBackend(bundle, device="cpu", threads=usable_cores()), probe)
 
 
 def _probe(bundle: Bundle) -> Probe:

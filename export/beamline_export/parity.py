@@ -83,15 +83,34 @@ def check_contract(bundle: Bundle, contracts: dict[str, GraphSpec]) -> None:
             raise ExportError(f"{name} does not meet its contract in {', '.join(sorted(different))}")
 
 
+def forced_decodes(bundle: Bundle, backend: Backend, probe: Probe) -> NDArray[np.float32]:
+    """Log-probabilities after every forced token of a probe, (sources, T, V)."""
+    return all_logprobs(backend, probe.sources, _forced(bundle, probe), bundle.manifest.dimensions.target_vocabulary)
+
+
+def _forced(bundle: Bundle, probe: Probe) -> NDArray[np.int64]:
+    """Random targets, as long as the model allows, (sources, T)."""
+    length = min(probe.forced_length, bundle.manifest.dimensions.max_target_tokens)
+    rng, vocabulary = np.random.default_rng(probe.seed), bundle.manifest.dimensions.target_vocabulary
+    forced = rng.integers(0, vocabulary, (len(probe.sources), length))
+    forced[:, 0] = bundle.manifest.special_tokens.decoder_start
+    return forced
+
+
 def check_parity(
-    bundle: Bundle, backends: Sequence[Backend], reference: Reference, probe: Probe, progress: Progress
+    bundle: Bundle,
+    backend: Backend,
+    whole_step: NDArray[np.float32] | None,
+    reference: Reference,
+    probe: Probe,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Compare values; returns the figures for the manifest.
 
     Args:
         bundle: What is to be served.
-        backends: One for each set of graphs that computes the decoder. The first also searches, and checks the bundle
-            when a server starts.
+        backend: Runs the graphs that check the bundle when a server starts.
+        whole_step: What the bundle's other graphs of the decoder give, if it has them, as `forced_decodes`.
         reference: The PyTorch model.
         probe: What to compare with.
         progress: Shows how far it is.
@@ -100,8 +119,9 @@ def check_parity(
         ExportError: they differ by more than the precision is allowed.
     """
     limits = TOLERANCES[bundle.manifest.precision]
-    decodes = _forced_decodes(bundle, backends, reference, probe, progress)
-    search = _searches(bundle, backends[0], reference, probe, progress)
+    exported = [forced_decodes(bundle, backend, probe), *([] if whole_step is None else [whole_step])]
+    decodes = _compared(_forced(bundle, probe), exported, reference, probe, progress)
+    search = _searches(bundle, backend, reference, probe, progress)
     problems = [problem for figures in decodes for problem in _beyond(limits, figures)]
     if limits.same_search and search["parted_beyond_near_ties"]:
         problems.append(f"{search['parted_beyond_near_ties']} of {search['searches']} beam searches differ")
@@ -109,7 +129,7 @@ def check_parity(
         problems.append("other or more sentences to calibrate with may help")
     if problems:
         raise ExportError(f"the exported model does not agree with PyTorch: {'; '.join(problems)}")
-    figures = {"device": backends[0].device, "forced_decode": decodes[0], "beam_search": search}
+    figures = {"device": backend.device, "forced_decode": decodes[0], "beam_search": search}
     return figures | {"whole_step": decodes[1]} if decodes[1:] else figures
 
 
@@ -125,24 +145,23 @@ def _beyond(limits: Tolerances, figures: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _forced_decodes(
-    bundle: Bundle, backends: Sequence[Backend], reference: Reference, probe: Probe, progress: Progress
+def _compared(
+    forced: NDArray[np.int64],
+    exported: Sequence[NDArray[np.float32]],
+    reference: Reference,
+    probe: Probe,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Figures of each backend; PyTorch computes a source once for all of them."""
-    vocabulary = bundle.manifest.dimensions.target_vocabulary
-    rng = np.random.default_rng(probe.seed)
-    length = min(probe.forced_length, bundle.manifest.dimensions.max_target_tokens)
-    forced = rng.integers(0, vocabulary, (len(probe.sources), length))
-    forced[:, 0] = bundle.manifest.special_tokens.decoder_start
-    exported = [all_logprobs(backend, probe.sources, forced, vocabulary) for backend in backends]
-    agreements = [_Agreement() for _ in backends]
+    """Figures of each set of graphs; PyTorch computes a source once for all of them."""
+    agreements = [_Agreement() for _ in exported]
     for i in progress("forced decodes", len(probe.sources)):
         expected = reference.logprobs(probe.sources[i], [forced[i].tolist()])[0]
         if np.isnan(expected).any():
             raise ExportError("the model gives no numbers in PyTorch itself; its weights or its config are broken")
         for agreement, logprobs in zip(agreements, exported, strict=True):
             agreement.add(logprobs[i], expected)
-    return [{"sources": len(probe.sources), "steps": length, **agreement.figures()} for agreement in agreements]
+    steps = forced.shape[1]
+    return [{"sources": len(probe.sources), "steps": steps, **agreement.figures()} for agreement in agreements]
 
 
 class _Agreement:
