@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beamline_export.checkpoint import Fields, read_json
-from beamline_export.families import bart, marian, nn_transformer
+from beamline_export.families import nn_transformer
+from beamline_export.families.bart import BART
+from beamline_export.families.bart_relatives import ROWS
+from beamline_export.families.marian import MARIAN
 from beamline_export.reference import Reference
 from beamline_export.spec import Checkpoint, ExportError
 
@@ -19,8 +22,7 @@ class Family:
 
 
 FAMILIES = {
-    "marian": Family(marian.read, marian.reference),
-    "bart": Family(bart.read, bart.reference),
+    **{row.model_type: Family(row.read, row.reference) for row in (MARIAN, BART, *ROWS)},
     "nn_transformer": Family(nn_transformer.read, nn_transformer.reference),
 }
 
