@@ -16,6 +16,8 @@ def _two_vocabularies(fields: Fields) -> Vocabularies:
     """FSMT's: source and target each have their own."""
     source, target = (fields.integer(name, least=2) for name in ("src_vocab_size", "tgt_vocab_size"))
     tied = fields.flag("tie_word_embeddings", False)
+    if fields.raw("vocab_size") not in (None, target):
+        fields.problems.append("vocab_size is tgt_vocab_size under another name, with another value; remove it")
     if tied and source != target and not fields.problems:
         fields.problems.append(
             f"tie_word_embeddings is true, but src_vocab_size {source} and tgt_vocab_size {target} differ; correct one"
