@@ -113,6 +113,13 @@ _TOKENIZER: Mapping[str, Effect] = {
     **_all(ANY, "add_bos_token add_eos_token spaces_between_special_tokens errors trim_offsets special"),
     **_all((False,), "do_lower_case fix_mistral_regex"),
 }
+_TOKENIZERS: Mapping[str, Effect] = {
+    **_TOKENIZER,
+    **_all(READ, "add_prefix_space clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
+    # Built out of the files by the tokenizer's own class; a file that sets one cannot be loaded by it, or in vain.
+    **_all((), "vocab merges post_processor tokenizer_object gguf_file unk_id tokenizer tokenizer_padding"),
+    **_all((), "tokenizer_truncation _json_truncation _json_padding _spm_precompiled_charsmap"),
+}
 TOKENIZER: Mapping[str, Mapping[str, Effect]] = {
     "marian": {
         **_TOKENIZER,
@@ -123,12 +130,12 @@ TOKENIZER: Mapping[str, Mapping[str, Effect]] = {
         # Of byte pairs, which it has none of.
         **_all(ANY, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
     },
-    "bart": {
-        **_TOKENIZER,
-        **_all(READ, "add_prefix_space clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
-        # Built out of the files by the tokenizer's own class; a file that sets one cannot be loaded by it, or in vain.
-        **_all((), "vocab merges post_processor tokenizer_object gguf_file unk_id tokenizer tokenizer_padding"),
-        **_all((), "tokenizer_truncation _json_truncation _json_padding _spm_precompiled_charsmap"),
+    "bart": _TOKENIZERS,
+    "bart_relatives": {
+        **_TOKENIZERS,
+        **_all(READ, "src_lang legacy_behaviour"),
+        # The target's language is what forced_bos_token_id says; the others have had their effect on the file.
+        **_all(ANY, "tgt_lang language_codes mask_token_sent offset sp_model_kwargs"),
     },
 }
 """Keys of tokenizer_config.json and special_tokens_map.json, by family."""

@@ -1,15 +1,39 @@
 """Relatives of BART in Hugging Face's implementation, a row each."""
 
+from collections.abc import Callable
+
 from beamline_export.checkpoint import Fields
 from beamline_export.families.bart_like import BartLike, Folder, LearnedPositions, SinusoidalPositions, Vocabularies
 from beamline_export.families.bart_like_weights import Ties
 from beamline_export.families.positions import sinusoidal_positions, tensor2tensor_positions
 from beamline_export.spec import NormPlacement, PaddingInTarget
-from beamline_export.tokenizer_files import TokenizerFiles, without_tokenizer
+from beamline_export.tokenizer_config import read_tokenizer_config
+from beamline_export.tokenizer_files import (
+    ROBERTA_CLASSES,
+    TokenizerFiles,
+    read_bart_tokenizer,
+    read_tokenizer_as_it_is,
+    without_tokenizer,
+)
 
 
 def _token_ids(folder: Folder) -> TokenizerFiles:
     return without_tokenizer(folder.tokens)
+
+
+def _tokenizer_json(*classes: str) -> Callable[[Folder], TokenizerFiles]:
+    """Reads a tokenizer.json, if there is one, as these classes of transformers do."""
+
+    def read(folder: Folder) -> TokenizerFiles:
+        if not (folder.path / "tokenizer.json").exists():
+            return without_tokenizer(folder.tokens)
+        config = read_tokenizer_config(folder.path, "bart_relatives")
+        files = {"tokenizer.json": "tokenizer.json"}
+        if config.tokenizer_class is not None and config.tokenizer_class.removesuffix("Fast") in ROBERTA_CLASSES:
+            return read_bart_tokenizer(folder.path, files, config, folder.tokens)
+        return read_tokenizer_as_it_is(folder.path, files, config, folder.tokens, classes)
+
+    return read
 
 
 def _two_vocabularies(fields: Fields) -> Vocabularies:
@@ -35,7 +59,7 @@ MBART = BartLike(
     norm_placement=NormPlacement.PRE,
     embedding_norm=True,
     final_norms=True,
-    tokenizer=_token_ids,
+    tokenizer=_tokenizer_json("MBartTokenizer", "MBart50Tokenizer"),
     defaults={**_FAIRSEQ_IDS, "forced_eos_token_id": 2},
 )
 
@@ -46,7 +70,7 @@ M2M_100 = BartLike(
     norm_placement=NormPlacement.PRE,
     final_norms=True,
     head_bias=False,
-    tokenizer=_token_ids,
+    tokenizer=_tokenizer_json("NllbTokenizer"),
     defaults={
         **_FAIRSEQ_IDS,
         "decoder_start_token_id": 2,
@@ -61,7 +85,7 @@ PEGASUS = BartLike(
     positions=SinusoidalPositions(sinusoidal_positions, slow=True),
     norm_placement=NormPlacement.PRE,
     final_norms=True,
-    tokenizer=_token_ids,
+    tokenizer=_tokenizer_json("PegasusTokenizer"),
     defaults={"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1, "forced_eos_token_id": 1},
 )
 
@@ -71,7 +95,7 @@ BLENDERBOT = BartLike(
     positions=LearnedPositions(0),
     norm_placement=NormPlacement.PRE,
     final_norms=True,
-    tokenizer=_token_ids,
+    tokenizer=_tokenizer_json("BlenderbotTokenizer"),
     defaults={**_PARLAI_IDS, "forced_eos_token_id": 2, "encoder_no_repeat_ngram_size": 3},
 )
 
@@ -99,7 +123,7 @@ MVP = BartLike(
     model_class="MvpForConditionalGeneration",
     positions=LearnedPositions(2),
     embedding_norm=True,
-    tokenizer=_token_ids,
+    tokenizer=_tokenizer_json("MvpTokenizer"),
     defaults={**_FAIRSEQ_IDS, "decoder_start_token_id": 2},
     fixed={"use_prompt": False},
 )

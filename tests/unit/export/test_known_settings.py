@@ -32,6 +32,15 @@ TOKENIZER_CLASSES = {
         transformers.PreTrainedTokenizerFast,
         PreTrainedTokenizerBase,
     ],
+    "bart_relatives": [
+        transformers.MBartTokenizer,
+        transformers.MBart50Tokenizer,
+        transformers.NllbTokenizer,
+        transformers.PegasusTokenizer,
+        transformers.BlenderbotTokenizer,
+        transformers.PreTrainedTokenizerFast,
+        PreTrainedTokenizerBase,
+    ],
 }
 EVERY = [GENERATION, *CONFIG.values(), *TOKENIZER.values()]
 
