@@ -51,7 +51,7 @@ GENERATION: Mapping[str, Effect] = {
 }
 
 # The comparison with PyTorch shows what of these a family does not read although it changes the model.
-_CONFIG: Mapping[str, Effect] = {
+_CONFIG: dict[str, Effect] = {
     **_all(READ, "d_model vocab_size max_position_embeddings activation_function scale_embedding tie_word_embeddings"),
     **_all(READ, "encoder_layers encoder_attention_heads encoder_ffn_dim"),
     **_all(READ, "decoder_layers decoder_attention_heads decoder_ffn_dim"),
@@ -64,15 +64,24 @@ _CONFIG: Mapping[str, Effect] = {
     **_all((False,), "is_decoder"),
     **_all((), "per_layer_config"),
 }
+# What old checkpoints say of the architecture; today's classes know it by themselves.
+_CONFIG |= _all(READ, "normalize_before add_final_layer_norm normalize_embedding static_position_embeddings")
+_OFFSET_OF_TWO: Mapping[str, Effect] = {**_CONFIG, "extra_pos_embeddings": (2,)}
 CONFIG: Mapping[str, Mapping[str, Effect]] = {
-    "marian": {
+    "marian": {**_CONFIG, **_all(READ, "decoder_vocab_size share_encoder_decoder_embeddings")},
+    "bart": _OFFSET_OF_TWO,
+    "mbart": _OFFSET_OF_TWO,
+    "m2m_100": _CONFIG,
+    "pegasus": _CONFIG,
+    # The setting of a search that its config class has; where it counts, it is told of as such.
+    "blenderbot": {**_CONFIG, **_all(ANY, "encoder_no_repeat_ngram_size")},
+    "blenderbot-small": _CONFIG,
+    "plbart": _OFFSET_OF_TWO,
+    "mvp": {**_OFFSET_OF_TWO, **_all(READ, "use_prompt"), **_all(ANY, "prompt_length prompt_mid_dim")},
+    "fsmt": {
         **_CONFIG,
-        **_all(READ, "decoder_vocab_size share_encoder_decoder_embeddings static_position_embeddings"),
-    },
-    "bart": {
-        **_CONFIG,
-        **_all(READ, "normalize_before add_final_layer_norm normalize_embedding static_position_embeddings"),
-        "extra_pos_embeddings": (2,),
+        **_all(READ, "src_vocab_size tgt_vocab_size num_beams max_length length_penalty early_stopping"),
+        **_all(ANY, "langs"),
     },
 }
 """By family. Names that are not here belong to the checkpoint's owner: config.json often has some, and none counts."""
@@ -104,6 +113,13 @@ _TOKENIZER: Mapping[str, Effect] = {
     **_all(ANY, "add_bos_token add_eos_token spaces_between_special_tokens errors trim_offsets special"),
     **_all((False,), "do_lower_case fix_mistral_regex"),
 }
+_TOKENIZERS: Mapping[str, Effect] = {
+    **_TOKENIZER,
+    **_all(READ, "add_prefix_space clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
+    # Built out of the files by the tokenizer's own class; a file that sets one cannot be loaded by it, or in vain.
+    **_all((), "vocab merges post_processor tokenizer_object gguf_file unk_id tokenizer tokenizer_padding"),
+    **_all((), "tokenizer_truncation _json_truncation _json_padding _spm_precompiled_charsmap"),
+}
 TOKENIZER: Mapping[str, Mapping[str, Effect]] = {
     "marian": {
         **_TOKENIZER,
@@ -114,12 +130,12 @@ TOKENIZER: Mapping[str, Mapping[str, Effect]] = {
         # Of byte pairs, which it has none of.
         **_all(ANY, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
     },
-    "bart": {
-        **_TOKENIZER,
-        **_all(READ, "add_prefix_space clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
-        # Built out of the files by the tokenizer's own class; a file that sets one cannot be loaded by it, or in vain.
-        **_all((), "vocab merges post_processor tokenizer_object gguf_file unk_id tokenizer tokenizer_padding"),
-        **_all((), "tokenizer_truncation _json_truncation _json_padding _spm_precompiled_charsmap"),
+    "bart": _TOKENIZERS,
+    "bart_relatives": {
+        **_TOKENIZERS,
+        **_all(READ, "src_lang legacy_behaviour"),
+        # The target's language is what forced_bos_token_id says; the others have had their effect on the file.
+        **_all(ANY, "tgt_lang language_codes mask_token_sent offset sp_model_kwargs"),
     },
 }
 """Keys of tokenizer_config.json and special_tokens_map.json, by family."""

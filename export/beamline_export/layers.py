@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 
 from beamline_export.graph_writer import GraphWriter
 from beamline_export.precision import WeightStore
-from beamline_export.spec import Activation, Array, Checkpoint, NormPlacement
+from beamline_export.spec import Activation, Array, Checkpoint, NormPlacement, PaddingInTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,39 @@ class Layers:
         x = self.store.embedding(self.g, ids, self.shared_name(name), self.weights(name))
         if self.spec.embedding_scale != 1.0:
             x = self.g.one("Mul", x, self.g.constant(self.spec.embedding_scale, np.dtype(self.store.cache).type))
+        position = self._position(side, ids, positions)
+        norm = "encoder.embedding_norm" if side == "source" else "decoder.embedding_norm"
+        if not self.spec.embedding_norm:
+            return self.g.one("Add", x, position)
+        if side == "target" and self.spec.target_norm_before_positions:
+            return self.g.one("Add", self.norm(x, norm), position)
+        return self.norm(self.g.one("Add", x, position), norm)
+
+    def _position(self, side: str, ids: str, positions: str) -> str:
+        """Position embeddings, (N, D)."""
         table = self.store.table(self.g, self.shared_name(f"{side}_positions"), self.weights(f"{side}_positions"))
-        x = self.g.one("Add", x, self.g.one("Gather", table, positions))
-        stack = "encoder" if side == "source" else "decoder"
-        return self.norm(x, f"{stack}.embedding_norm") if self.spec.embedding_norm else x
+        padding = self.spec.unnumbered_padding
+        if padding is None:
+            return self.g.one("Gather", table, positions)
+        is_padding = self.g.one("Equal", ids, self.g.constant(padding.token, np.int64))
+        if side == "source":
+            positions = self._count(self.g.one("Not", is_padding))
+        elif padding.in_target is PaddingInTarget.WITH_PREVIOUS:
+            # Never before the first: what a target begins with is no padding.
+            before = self.g.one("Cast", is_padding, to=onnx.TensorProto.INT64)
+            return self.g.one("Gather", table, self.g.one("Sub", positions, before))
+        zero = self.g.constant(0.0, np.dtype(self.store.cache).type)
+        column = self.g.one("Unsqueeze", is_padding, self.g.constant([1], np.int64))
+        return self.g.one("Where", column, zero, self.g.one("Gather", table, positions))
+
+    def _count(self, numbered: str) -> str:
+        """Positions in the sources of packed tokens, (N,), if these alone are numbered; others' are of no meaning."""
+        one = self.g.constant(1, np.int64)
+        rectangle = self.g.one("Gather", self.g.one("Cast", numbered, to=onnx.TensorProto.INT64), "row_of")
+        last = self.g.one("Sub", self.g.one("CumSum", rectangle, one), one)
+        flat = self.g.one("Reshape", last, self.g.constant([-1], np.int64))
+        # Before the first number there is -1.
+        return self.g.one("Max", self.g.one("Gather", flat, "back"), self.g.constant(0, np.int64))
 
     def shared_name(self, name: str) -> str:
         """The first canonical name of the same array: tied weights are one weight."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,13 +34,23 @@ class HuggingFaceReference:
         folder: The checkpoint.
         removed: Ids that are taken out before the softmax.
         most_positions: More of them are not computed, where position tables are; None computes what config.json says.
+        token_by_token: Targets are computed as `generate` does, with a cache; for models that number tokens otherwise
+            if they see a whole target at once.
+        computed: Names of tensors, as a regular expression, that transformers compute where the file lacks them.
 
     Raises:
         ExportError: transformers cannot load it.
     """
 
     def __init__(
-        self, model_class: str, folder: Path, removed: Sequence[int] = (), *, most_positions: int | None = None
+        self,
+        model_class: str,
+        folder: Path,
+        removed: Sequence[int] = (),
+        *,
+        most_positions: int | None = None,
+        token_by_token: bool = False,
+        computed: str = "",
     ) -> None:
         import torch
         import transformers
@@ -60,27 +71,42 @@ class HuggingFaceReference:
                 )
         except Exception as error:  # transformers raises many kinds; all mean that there is nothing to compare with
             raise ExportError(f"{told} ({next(iter(str(error).splitlines()), type(error).__name__)})") from error
-        if problems := list(_load_problems(report)):
+        if problems := list(_load_problems(report, computed)):
             raise ExportError(f"{told}: {'; '.join(problems)}; correct config.json, or save the model again")
         self.model: Any = loaded.eval()
         self._removed = list(removed)
+        self._token_by_token = token_by_token
 
     def logprobs(self, source: Sequence[int], targets: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """As `Reference.logprobs`."""
         import torch
 
-        count = len(targets)
         with torch.inference_mode():
-            ids = torch.tensor([list(source)] * count)
-            output = self.model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                decoder_input_ids=torch.tensor([list(t) for t in targets]),
-            )
-            logits = output.logits.float()
+            ids = torch.tensor([list(source)] * len(targets))
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            whole = torch.tensor([list(target) for target in targets])
+            if self._token_by_token:
+                logits = torch.cat(list(self._steps(inputs, whole)), dim=1)
+            else:
+                logits = self.model(**inputs, decoder_input_ids=whole).logits.float()
             logits[..., self._removed] = -torch.inf
             result: NDArray[np.float32] = logits.log_softmax(-1).numpy()
         return result
+
+    def _steps(self, inputs: dict[str, Any], targets: Any) -> Iterator[Any]:
+        """Logits of one target position after the other, (targets, 1, V)."""
+        past = None
+        encoded = self.model.get_encoder()(**inputs)
+        for i in range(targets.shape[1]):
+            output = self.model(
+                encoder_outputs=encoded,
+                attention_mask=inputs["attention_mask"],
+                decoder_input_ids=targets[:, i : i + 1],
+                past_key_values=past,
+                use_cache=True,
+            )
+            past = output.past_key_values
+            yield output.logits.float()
 
 
 def _config(folder: Path, family: str, most_positions: int | None) -> dict[str, Any]:
@@ -93,12 +119,13 @@ def _config(folder: Path, family: str, most_positions: int | None) -> dict[str, 
     return config
 
 
-def _load_problems(report: Mapping[str, Any]) -> Iterator[str]:
+def _load_problems(report: Mapping[str, Any], computed: str) -> Iterator[str]:
     """What transformers would draw at random, or could not convert."""
     for name, found, expected in sorted(report["mismatched_keys"]):
         yield f"{name} has shape {list(found)}, and {list(expected)} by its config"
     # An absent bias is zero.
-    if missing := sorted(name for name in report["missing_keys"] if not name.endswith("bias")):
+    absent = (name for name in report["missing_keys"] if not name.endswith("bias"))
+    if missing := sorted(name for name in absent if not re.fullmatch(computed, name)):
         yield f"missing: {', '.join(missing)}"
     yield from map(str, report["error_msgs"])
 

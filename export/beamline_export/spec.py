@@ -7,7 +7,7 @@ a value) and weights under the canonical names that `required_weights` lists. Ev
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +38,36 @@ class Activation(Enum):
     SILU = "silu"
 
 
+class PaddingInTarget(StrEnum):
+    """What position a padding token in a target has, in models that do not number padding."""
+
+    NOWHERE = "nowhere"
+    WITH_PREVIOUS = "with_previous"
+
+
+@dataclass(frozen=True, slots=True)
+class UnnumberedPadding:
+    """The token that a model does not number (fairseq's `make_positions`).
+
+    In a source it has no position (zeros), and the tokens after it are numbered as if it was not there. In a target,
+    which is computed token by token, those after it are numbered as ever.
+
+    Attributes:
+        token: Its id.
+        in_target: What it has there: no position, or that of the token before it.
+    """
+
+    token: int
+    in_target: PaddingInTarget
+
+
 @dataclass(frozen=True, slots=True)
 class TransformerSpec:
     """Everything that varies between encoder-decoder Transformers.
 
     Positions are tables among the weights (sinusoidal or learned, offsets already applied: row 0 is position 0), so
     that no family's formula enters the graphs. `embedding_scale` multiplies token embeddings.
+    `target_norm_before_positions` is about the embedding norm of the decoder.
     """
 
     architecture: str
@@ -62,6 +86,8 @@ class TransformerSpec:
     max_target_positions: int
     embedding_scale: float = 1.0
     embedding_norm: bool = False
+    target_norm_before_positions: bool = False
+    unnumbered_padding: UnnumberedPadding | None = None
     encoder_final_norm: bool = False
     decoder_final_norm: bool = False
     norm_epsilon: float = 1e-5

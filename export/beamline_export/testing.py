@@ -13,9 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from beamline_export.families.bart import BART
+from beamline_export.families.bart_relatives import ROWS
+from beamline_export.families.marian import MARIAN
 from beamline_export.reference import quiet_transformers
 
 EOS, DECODER_START = 1, 2
+
+HUGGING_FACE_CLASSES = {row.model_type: row.model_class for row in (MARIAN, BART, *ROWS)}
+"""Classes in transformers, by the families that `write_hugging_face` writes."""
 
 _GAINS = {"embed": 2.0, "lm_head": 2.0, "generator": 2.0, "fc": 4.0, "linear": 4.0, "q_proj": 2.0, "k_proj": 2.0}
 _OTHER_GAIN = 1.5
@@ -50,11 +56,11 @@ def write_hugging_face(
     seed: int = 0,
     sharpness: float = 1.0,
 ) -> Path:
-    """Write a random `marian` or `bart` checkpoint as transformers do, as safetensors.
+    """Write a random checkpoint of a Hugging Face family as transformers do, as safetensors.
 
     Args:
         folder: Where to; is created.
-        family: marian or bart.
+        family: Its `model_type`.
         config: What differs from a tiny default.
         generation: Settings for generation_config.json.
         seed: Of the weights.
@@ -66,13 +72,13 @@ def write_hugging_face(
     sides = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
     sizes |= {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()}
     ids = {"eos_token_id": EOS, "pad_token_id": 0, "bos_token_id": 3, "decoder_start_token_id": DECODER_START}
-    config_class, model_class = {
-        "marian": (transformers.MarianConfig, transformers.MarianMTModel),
-        "bart": (transformers.BartConfig, transformers.BartForConditionalGeneration),
-    }[family]
+    model_class = getattr(transformers, HUGGING_FACE_CLASSES[family])
     with quiet_transformers():
-        model = model_class(config_class(**{**sizes, **ids, "forced_eos_token_id": None, **config}))
+        model = model_class(model_class.config_class(**{**sizes, **ids, "forced_eos_token_id": None, **config}))
         randomize(model, seed, sharpness=sharpness)
+        for name, module in model.named_modules():
+            if name.endswith("embed_positions") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight.detach()[module.padding_idx] = 0  # as it is in every trained one
         model.generation_config = transformers.GenerationConfig(**{**ids, **generation})
         model.save_pretrained(folder)
     return folder

@@ -13,7 +13,7 @@ from beamline_export.spec import ExportError
 CONFIG_FILE = "tokenizer_config.json"
 _MAP_FILE = "special_tokens_map.json"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_FLAGS = ("separate_vocabs", "add_prefix_space", "clean_up_tokenization_spaces")
+_FLAGS = ("separate_vocabs", "legacy_behaviour", "add_prefix_space", "clean_up_tokenization_spaces")
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")
 
 
@@ -27,6 +27,7 @@ class TokenizerConfig:
         added: Words that transformers look for in a text before they split it; special tokens are not among them.
         flags: Settings that are true or false, as far as they are given.
         tokenizer_class: The class in transformers, if it is named.
+        source_language: The code of the language that sources are in, if it is named.
         without_effect: Settings that would change answers and do not, with their values.
     """
 
@@ -35,6 +36,7 @@ class TokenizerConfig:
     added: frozenset[str]
     flags: Mapping[str, bool]
     tokenizer_class: str | None
+    source_language: str | None
     without_effect: Mapping[str, str]
 
     def token(self, name: str, default: str) -> str:
@@ -80,6 +82,7 @@ def _read(folder: Path, data: Mapping[str, Any], family: str) -> TokenizerConfig
         added=frozenset(words) - {_text(data[name]) for name in _NAMED if data.get(name) is not None},
         flags={name: value for name, value in data.items() if isinstance(value, bool)},
         tokenizer_class=tokenizer_class(data, CONFIG_FILE),
+        source_language=None if data.get("src_lang") is None else _text(data["src_lang"]),
         without_effect=without_effect(
             data, {**TOKENIZER[family], **dict.fromkeys(models_own, READ)}, name_unknown=True
         ),

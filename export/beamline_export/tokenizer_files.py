@@ -16,7 +16,7 @@ from beamline_server.tokenizer import default_special_ids, read_json_tokenizer, 
 _MARIAN = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _ROBERTA = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>"}
 _ROBERTA |= {"unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
-_ROBERTA_CLASSES = ("BartTokenizer", "RobertaTokenizer")
+ROBERTA_CLASSES = ("BartTokenizer", "RobertaTokenizer")
 _PLAIN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
 _CLEAN_UP = "clean_up_tokenization_spaces"
 _FORCED = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
@@ -108,27 +108,88 @@ def read_bart_tokenizer(
     """
     tokenizer = load_json_tokenizer(folder / "tokenizer.json")
     known: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    roberta = (config.tokenizer_class or _ROBERTA_CLASSES[0]).removesuffix("Fast") in _ROBERTA_CLASSES
+    roberta = (config.tokenizer_class or ROBERTA_CLASSES[0]).removesuffix("Fast") in ROBERTA_CLASSES
     before, after, notices = _around_bart(tokenizer, config, known, roberta=roberta)
     if roberta and not _is_byte_level(tokenizer):
         notices.append(_OTHER_KIND)
-    added = tokenizer.get_added_tokens_decoder()
-    flagged = {i for i, token in added.items() if token.special}
-    matched = {token.content for token in added.values() if not token.special}
-    special = flagged | {known[token] for token in config.special(_ROBERTA if roberta else {}) if token in known}
-    return TokenizerFiles(
-        "tokenizers",
-        files,
-        _settings(
-            special, default_special_ids(dataclasses.asdict(tokens)) | flagged, clean=_cleans_up(tokenizer, config)
-        ),
-        _around(tokens, before[0] if before else None, after[-1] if after else None),
-        {
-            **_without_effect(config, matched, None, (*_ROBERTA_CLASSES, *_PLAIN_CLASSES)),
-            **_prefix_space(tokenizer, config, roberta),
-        },
-        notices,
-    )
+    without_effect = _prefix_space(tokenizer, config, False) if roberta else {}
+    classes = (*ROBERTA_CLASSES, *_PLAIN_CLASSES)
+    read = _JsonFiles(tokenizer, files, config, tokens, _ROBERTA if roberta else {}, classes)
+    return read.told(before[0] if before else None, after[-1] if after else None, without_effect, notices)
+
+
+def read_tokenizer_as_it_is(
+    folder: Path, files: Mapping[str, str], config: TokenizerConfig, tokens: SpecialTokenIds, classes: Collection[str]
+) -> TokenizerFiles:
+    """A tokenizer.json that says everything, and whose post-processor alone says what stands around a source.
+
+    Arguments and errors are those of `read_marian_tokenizer`; `classes` are those of transformers that read it so.
+    """
+    tokenizer = load_json_tokenizer(folder / "tokenizer.json")
+    before, after = added_around(tokenizer)
+    notices = [] if before or after else [_nothing_around(())]
+    notices += _default_language(tokenizer, config, (*before, *after))
+    read = _JsonFiles(tokenizer, files, config, tokens, {}, (*classes, *_PLAIN_CLASSES))
+    without_effect = _prefix_space(tokenizer, config, None)
+    return read.told(before[0] if before else None, after[-1] if after else None, without_effect, notices)
+
+
+def _default_language(tokenizer: Any, config: TokenizerConfig, around: Sequence[int]) -> Iterator[str]:
+    """That a language code stands around every text, and which.
+
+    Raises:
+        ExportError: tokenizer_config.json names another one, which transformers would take.
+    """
+    tokens = [str(tokenizer.id_to_token(i)) for i in around]
+    wanted = config.source_language
+    if wanted is not None and wanted not in tokens:
+        raise ExportError(
+            f"{CONFIG_FILE}: src_lang {wanted!r} is not what tokenizer.json puts around a text "
+            f"({' and '.join(tokens) or 'nothing'}); load the tokenizer with that src_lang and save it again"
+        )
+    # Blenderbot and Pegasus have none.
+    if codes := [token for token in tokens if token not in {*config.named.values(), *_ROBERTA.values()}]:
+        yield f"the language of sources is {' and '.join(codes)}, which tokenizer.json puts around every text"
+
+
+@dataclass(frozen=True, slots=True)
+class _JsonFiles:
+    """A tokenizer.json and what is told of it, whatever stands around a source.
+
+    Attributes:
+        tokenizer: The file, read.
+        files: As in `TokenizerFiles`.
+        config: The tokenizer's settings.
+        tokens: Special tokens as the decoder's settings have them.
+        defaults: Special tokens where the settings name none.
+        classes: Those of transformers that read as it is done here.
+    """
+
+    tokenizer: Any
+    files: Mapping[str, str]
+    config: TokenizerConfig
+    tokens: SpecialTokenIds
+    defaults: Mapping[str, str]
+    classes: Collection[str]
+
+    def told(
+        self, bos: int | None, eos: int | None, without_effect: Mapping[str, str], notices: Sequence[str]
+    ) -> TokenizerFiles:
+        """With these ids around a source."""
+        known: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
+        added = self.tokenizer.get_added_tokens_decoder()
+        flagged = {i for i, token in added.items() if token.special}
+        matched = {token.content for token in added.values() if not token.special}
+        special = flagged | {known[token] for token in self.config.special(self.defaults) if token in known}
+        default = default_special_ids(dataclasses.asdict(self.tokens)) | flagged
+        return TokenizerFiles(
+            "tokenizers",
+            self.files,
+            _settings(special, default, clean=_cleans_up(self.tokenizer, self.config)),
+            _around(self.tokens, bos, eos),
+            {**_without_effect(self.config, matched, None, self.classes), **without_effect},
+            notices,
+        )
 
 
 def _around_bart(
@@ -229,11 +290,11 @@ def _other_around(tokenizer: Any, ids: Sequence[int], own: Sequence[str]) -> str
     )
 
 
-def _prefix_space(tokenizer: Any, config: TokenizerConfig, roberta: bool) -> Mapping[str, str]:
-    """What BART's own class makes of a setting that tokenizer.json has decided otherwise."""
-    wanted = config.flags.get(_PREFIX_SPACE, False)
+def _prefix_space(tokenizer: Any, config: TokenizerConfig, default: bool | None) -> Mapping[str, str]:
+    """What the tokenizer's own class makes of a setting that tokenizer.json has decided otherwise."""
+    wanted = config.flags.get(_PREFIX_SPACE, default)
     found = getattr(tokenizer.pre_tokenizer, _PREFIX_SPACE, wanted)
-    if not roberta or wanted == found:
+    if wanted is None or wanted == found:
         return {}
     return {
         f"{CONFIG_FILE}: {_PREFIX_SPACE}": f"{json.dumps(wanted)}; {json.dumps(found)} is used, as in tokenizer.json"

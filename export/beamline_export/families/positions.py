@@ -9,6 +9,8 @@ from beamline_export.spec import Array
 
 Formula = Callable[[NDArray[np.int64], int], Array]
 """Positions (P) and width D -> table (P, D)."""
+Table = Callable[[int, int], Array]
+"""Number of positions P and width D -> table (P, D)."""
 
 
 def interleaved_positions(positions: int, width: int) -> Array:
@@ -19,6 +21,15 @@ def interleaved_positions(positions: int, width: int) -> Array:
 def sinusoidal_positions(positions: int, width: int) -> Array:
     """Marian's table, (positions, width): all sines first, then all cosines, of the paper's frequencies."""
     return _halves(np.arange(positions), width)
+
+
+def tensor2tensor_positions(positions: int, width: int) -> Array:
+    """The table of Tensor2Tensor and fairseq, (positions, width), rounded as in transformers: all in fp32."""
+    half = width // 2
+    step = np.float32(np.log(10000) / max(half - 1, 1))
+    angle = np.arange(positions, dtype=np.float32)[:, None] * np.exp(np.arange(half, dtype=np.float32) * -step)[None]
+    table = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    return np.pad(table, ((0, 0), (0, width - 2 * half)))
 
 
 def _interleaved(positions: NDArray[np.int64], width: int) -> Array:

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beamline_export.checkpoint import Fields, read_json
-from beamline_export.families import bart, marian, nn_transformer
+from beamline_export.families import nn_transformer
+from beamline_export.families.bart import BART
+from beamline_export.families.bart_relatives import ROWS
+from beamline_export.families.marian import MARIAN
+from beamline_export.families.refused import REFUSED
 from beamline_export.reference import Reference
 from beamline_export.spec import Checkpoint, ExportError
 
@@ -19,8 +23,7 @@ class Family:
 
 
 FAMILIES = {
-    "marian": Family(marian.read, marian.reference),
-    "bart": Family(bart.read, bart.reference),
+    **{row.model_type: Family(row.read, row.reference) for row in (MARIAN, BART, *ROWS)},
     "nn_transformer": Family(nn_transformer.read, nn_transformer.reference),
 }
 
@@ -29,11 +32,16 @@ def detect(folder: Path) -> Family:
     """The family that `config.json` names as its `model_type`.
 
     Raises:
-        ExportError: the folder holds no config, or the architecture is not known.
+        ExportError: the folder holds no config, or the architecture is not known, or known not to fit.
     """
     if not folder.is_dir():
         raise ExportError(f"{folder} is not a folder; give the folder that holds config.json and the weights")
     fields = Fields(read_json(folder / "config.json"), str(folder / "config.json"))
+    model_type = fields.raw("model_type")
+    if isinstance(model_type, str) and model_type in REFUSED:
+        raise ExportError(
+            f"{folder / 'config.json'}: model_type {model_type!r} is not supported: {REFUSED[model_type]}"
+        )
     family: Family = fields.choice("model_type", FAMILIES)
     fields.check()
     return family

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from beamline_export.progress import Progress
-from beamline_export.testing import nn_config, write_hugging_face, write_nn_transformer
+from beamline_export.testing import HUGGING_FACE_CLASSES, nn_config, write_hugging_face, write_nn_transformer
+
+SIZES = {"fsmt": {"src_vocab_size": 90, "tgt_vocab_size": 120}}
+"""Vocabularies of families that have one for each side."""
 
 
 class Checkpoint:
@@ -42,8 +45,10 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One checkpoint of each family, not to be changed."""
     folder = tmp_path_factory.mktemp("checkpoints")
     write_nn_transformer(folder / "nn_transformer", nn_config(num_encoder_layers=1, num_decoder_layers=1))
-    for family in ("marian", "bart"):
-        write_hugging_face(folder / family, family, {"encoder_layers": 1, "decoder_layers": 1}, {})
+    for family in HUGGING_FACE_CLASSES:
+        write_hugging_face(
+            folder / family, family, {**SIZES.get(family, {}), "encoder_layers": 1, "decoder_layers": 1}, {}
+        )
     return folder
 
 

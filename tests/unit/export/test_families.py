@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from beamline_export.checkpoint import read_state_dict
 from beamline_export.families.positions import interleaved_positions, sinusoidal_positions
-from beamline_export.families.registry import detect
+from beamline_export.families.refused import REFUSED
+from beamline_export.families.registry import FAMILIES, detect
 from beamline_export.spec import Checkpoint as Read
 from beamline_export.spec import ExportError, check_weights
 
@@ -27,6 +29,9 @@ FAMILY_FIELDS = {
         "activation_function", "scale_embedding", "max_position_embeddings", "share_encoder_decoder_embeddings",
         "tie_word_embeddings", "static_position_embeddings",
     ],
+    "m2m_100": ["pad_token_id", "scale_embedding", "tie_word_embeddings", "max_position_embeddings"],
+    "fsmt": ["src_vocab_size", "tgt_vocab_size", "pad_token_id"],
+    "mvp": ["use_prompt", "encoder_ffn_dim"],
     "bart": ["d_model", "vocab_size", "max_position_embeddings", "normalize_before", "bos_token_id", "decoder_layers"],
 }  # fmt: skip
 ODD_VALUES = [
@@ -75,8 +80,79 @@ def test_no_value_of_a_config_field_is_worse_than_an_export_error(
 @pytest.mark.parametrize("model_type", ["t5", None, 3, ["marian"], {"marian": 1}, "../marian"])
 def test_an_unknown_model_type_lists_the_known_ones(model_type: object, checkpoint: Any) -> None:
     wrong = "is missing" if model_type is None else "is not known"
-    with pytest.raises(ExportError, match=rf"{wrong} \(known: marian, bart, nn_transformer\)"):
+    with pytest.raises(ExportError, match=rf"{wrong} \(known: marian, bart, mbart, .*, nn_transformer\)"):
         detect(checkpoint.config(model_type=model_type))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("led", "attention is sparse"),
+        ("switch_transformers", "mixtures of experts"),
+        ("prophetnet", "attention in several streams"),
+        ("whisper", "source is audio"),
+        ("encoder-decoder", "joins two models"),
+        ("gpt2", "a decoder alone"),
+        ("bert", "an encoder alone"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_with_the_reason(model_type: str, reason: str, checkpoint: Any) -> None:
+    with pytest.raises(ExportError, match=f"model_type '{model_type}' is not supported: .*{reason}.*; "):
+        detect(checkpoint.config(model_type=model_type))
+
+
+def test_what_is_refused_is_a_type_of_transformers_and_no_family() -> None:
+    """As far as the installed version has it: some types are of others."""
+    assert REFUSED.keys().isdisjoint(FAMILIES)
+    assert all("; " in reason for reason in REFUSED.values())
+    known = REFUSED.keys() & CONFIG_MAPPING_NAMES.keys()
+    assert len(known) > 0.9 * len(REFUSED)
+
+
+def test_weights_of_a_family_are_those_of_transformers(make_checkpoint: Callable[[str], Any]) -> None:
+    """Positions of a table with rows for padding begin after them."""
+    checkpoint = make_checkpoint("fsmt")
+    read_ = read(checkpoint.folder)
+    state = load_file(checkpoint.weights)
+    assert (read_.spec.source_vocabulary, read_.spec.target_vocabulary) == (90, 120)
+    table = state["model.encoder.embed_positions.weight"].numpy()
+    assert np.array_equal(read_.weights["source_positions"], table[1:])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        ("mbart", {"normalize_before": False}, "normalize_before False is not supported"),
+        ("pegasus", {"static_position_embeddings": False}, "static_position_embeddings False is not supported"),
+        ("mvp", {"use_prompt": True}, "use_prompt True is not supported"),
+        ("plbart", {"add_final_layer_norm": True}, "add_final_layer_norm True is not supported"),
+        ("m2m_100", {"pad_token_id": None}, "pad_token_id is missing"),
+        ("fsmt", {"vocab_size": 7}, "vocab_size is tgt_vocab_size under another name"),
+        ("fsmt", {"tie_word_embeddings": True}, "src_vocab_size 90 and tgt_vocab_size 120 differ"),
+        ("fsmt", {"pad_token_id": 100}, "pad_token_id 100 is outside the source vocabulary of 90"),
+    ],
+)
+def test_what_a_family_does_not_do_is_refused_by_name(
+    family: str, changes: dict[str, Any], told: str, make_checkpoint: Callable[[str], Any]
+) -> None:
+    with pytest.raises(ExportError, match=re.escape(told)):
+        read(make_checkpoint(family).config(**changes))
+
+
+def test_a_target_may_not_begin_with_a_token_that_is_not_numbered(make_checkpoint: Callable[[str], Any]) -> None:
+    checkpoint = make_checkpoint("m2m_100")
+    settings = checkpoint.folder / "generation_config.json"
+    settings.write_text(settings.read_text().replace('"decoder_start_token_id": 2', '"decoder_start_token_id": 0'))
+    with pytest.raises(ExportError, match="decoder_start_token_id 0 is the pad_token_id, which m2m_100 does not"):
+        read(checkpoint.folder)
+
+
+def test_a_table_with_positions_for_padding_is_refused(make_checkpoint: Callable[[str], Any]) -> None:
+    def change(state: dict[str, torch.Tensor]) -> None:
+        state["model.decoder.embed_positions.weight"][0] += 1
+
+    with pytest.raises(ExportError, match=r"decoder\.embed_positions\.weight: row 0, of padding, is not zero"):
+        read(make_checkpoint("fsmt").tensors(change))
 
 
 def test_a_file_is_no_checkpoint(checkpoint: Any) -> None:

@@ -1,0 +1,151 @@
+"""Relatives of BART in Hugging Face's implementation, a row each."""
+
+from collections.abc import Callable
+
+from beamline_export.checkpoint import Fields
+from beamline_export.families.bart_like import BartLike, Folder, LearnedPositions, SinusoidalPositions, Vocabularies
+from beamline_export.families.bart_like_weights import Ties
+from beamline_export.families.positions import sinusoidal_positions, tensor2tensor_positions
+from beamline_export.spec import NormPlacement, PaddingInTarget
+from beamline_export.tokenizer_config import read_tokenizer_config
+from beamline_export.tokenizer_files import (
+    ROBERTA_CLASSES,
+    TokenizerFiles,
+    read_bart_tokenizer,
+    read_tokenizer_as_it_is,
+    without_tokenizer,
+)
+
+
+def _token_ids(folder: Folder) -> TokenizerFiles:
+    return without_tokenizer(folder.tokens)
+
+
+def _tokenizer_json(*classes: str) -> Callable[[Folder], TokenizerFiles]:
+    """Reads a tokenizer.json, if there is one, as these classes of transformers do."""
+
+    def read(folder: Folder) -> TokenizerFiles:
+        if not (folder.path / "tokenizer.json").exists():
+            return without_tokenizer(folder.tokens)
+        config = read_tokenizer_config(folder.path, "bart_relatives")
+        files = {"tokenizer.json": "tokenizer.json"}
+        if config.tokenizer_class is not None and config.tokenizer_class.removesuffix("Fast") in ROBERTA_CLASSES:
+            return read_bart_tokenizer(folder.path, files, config, folder.tokens)
+        return read_tokenizer_as_it_is(folder.path, files, config, folder.tokens, classes)
+
+    return read
+
+
+def _two_vocabularies(fields: Fields) -> Vocabularies:
+    """FSMT's: source and target each have their own."""
+    source, target = (fields.integer(name, least=2) for name in ("src_vocab_size", "tgt_vocab_size"))
+    tied = fields.flag("tie_word_embeddings", False)
+    if fields.raw("vocab_size") not in (None, target):
+        fields.problems.append("vocab_size is tgt_vocab_size under another name, with another value; remove it")
+    if tied and source != target and not fields.problems:
+        fields.problems.append(
+            f"tie_word_embeddings is true, but src_vocab_size {source} and tgt_vocab_size {target} differ; correct one"
+        )
+    return Vocabularies(source, target, Ties(head=tied, sides=tied))
+
+
+_FAIRSEQ_IDS: dict[str, object] = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+_PARLAI_IDS: dict[str, object] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+
+MBART = BartLike(
+    model_type="mbart",
+    model_class="MBartForConditionalGeneration",
+    positions=LearnedPositions(2),
+    norm_placement=NormPlacement.PRE,
+    embedding_norm=True,
+    final_norms=True,
+    tokenizer=_tokenizer_json("MBartTokenizer", "MBart50Tokenizer"),
+    defaults={**_FAIRSEQ_IDS, "forced_eos_token_id": 2},
+)
+
+M2M_100 = BartLike(
+    model_type="m2m_100",
+    model_class="M2M100ForConditionalGeneration",
+    positions=SinusoidalPositions(tensor2tensor_positions, PaddingInTarget.NOWHERE),
+    norm_placement=NormPlacement.PRE,
+    final_norms=True,
+    head_bias=False,
+    tokenizer=_tokenizer_json("NllbTokenizer"),
+    defaults={
+        **_FAIRSEQ_IDS,
+        "decoder_start_token_id": 2,
+        "scale_embedding": True,
+        "activation_function": "relu",
+    },
+)
+
+PEGASUS = BartLike(
+    model_type="pegasus",
+    model_class="PegasusForConditionalGeneration",
+    positions=SinusoidalPositions(sinusoidal_positions, slow=True),
+    norm_placement=NormPlacement.PRE,
+    final_norms=True,
+    tokenizer=_tokenizer_json("PegasusTokenizer"),
+    defaults={"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1, "forced_eos_token_id": 1},
+)
+
+BLENDERBOT = BartLike(
+    model_type="blenderbot",
+    model_class="BlenderbotForConditionalGeneration",
+    positions=LearnedPositions(0),
+    norm_placement=NormPlacement.PRE,
+    final_norms=True,
+    tokenizer=_tokenizer_json("BlenderbotTokenizer"),
+    defaults={**_PARLAI_IDS, "forced_eos_token_id": 2, "encoder_no_repeat_ngram_size": 3},
+)
+
+BLENDERBOT_SMALL = BartLike(
+    model_type="blenderbot-small",
+    model_class="BlenderbotSmallForConditionalGeneration",
+    positions=LearnedPositions(0),
+    embedding_norm=True,
+    target_norm_before_positions=True,
+    tokenizer=_token_ids,
+    defaults={**_PARLAI_IDS, "forced_eos_token_id": 2},
+)
+
+PLBART = BartLike(
+    model_type="plbart",
+    model_class="PLBartForConditionalGeneration",
+    positions=LearnedPositions(2),
+    embedding_norm=True,
+    tokenizer=_token_ids,
+    defaults={**_FAIRSEQ_IDS, "forced_eos_token_id": 2, "scale_embedding": True},
+)
+
+MVP = BartLike(
+    model_type="mvp",
+    model_class="MvpForConditionalGeneration",
+    positions=LearnedPositions(2),
+    embedding_norm=True,
+    tokenizer=_tokenizer_json("MvpTokenizer"),
+    defaults={**_FAIRSEQ_IDS, "decoder_start_token_id": 2},
+    fixed={"use_prompt": False},
+)
+
+FSMT = BartLike(
+    model_type="fsmt",
+    model_class="FSMTForConditionalGeneration",
+    positions=SinusoidalPositions(tensor2tensor_positions, PaddingInTarget.WITH_PREVIOUS),
+    head="model.decoder.output_projection.weight",
+    head_bias=False,
+    vocabularies=_two_vocabularies,
+    tokenizer=_token_ids,
+    defaults={
+        **_FAIRSEQ_IDS,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
+        "scale_embedding": True,
+        "activation_function": "relu",
+        "num_beams": 5,
+        "max_length": 200,
+    },
+)
+
+ROWS = (MBART, M2M_100, PEGASUS, BLENDERBOT, BLENDERBOT_SMALL, PLBART, MVP, FSMT)
+"""All of them."""
