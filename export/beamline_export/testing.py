@@ -18,6 +18,8 @@ from beamline_export.reference import quiet_transformers
 EOS, DECODER_START = 1, 2
 
 _GAINS = {"embed": 2.0, "lm_head": 2.0, "generator": 2.0, "fc": 4.0, "linear": 4.0, "q_proj": 2.0, "k_proj": 2.0}
+# T5 divides no scores, and its relative positions matter from small numbers on.
+_GAINS |= {"Attention.q.": 0.5, "relative_attention_bias": 3.0}
 _OTHER_GAIN = 1.5
 
 
@@ -50,11 +52,11 @@ def write_hugging_face(
     seed: int = 0,
     sharpness: float = 1.0,
 ) -> Path:
-    """Write a random `marian` or `bart` checkpoint as transformers do, as safetensors.
+    """Write a random checkpoint of a Hugging Face family as transformers do, as safetensors.
 
     Args:
         folder: Where to; is created.
-        family: marian or bart.
+        family: marian, bart, t5, mt5 or umt5.
         config: What differs from a tiny default.
         generation: Settings for generation_config.json.
         seed: Of the weights.
@@ -62,13 +64,21 @@ def write_hugging_face(
     """
     import transformers
 
-    sizes = {"d_model": 32, "vocab_size": 120, "max_position_embeddings": 48}
-    sides = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
-    sizes |= {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()}
+    if family in ("marian", "bart"):
+        sizes = {"d_model": 32, "vocab_size": 120, "max_position_embeddings": 48}
+        sides = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+        sizes |= {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()}
+    else:
+        # Heads that are wider together than the model, and distances that end within a short text.
+        sizes = {"d_model": 32, "vocab_size": 120, "n_positions": 48, "d_kv": 16, "num_heads": 3, "d_ff": 48}
+        sizes |= {"num_layers": 2, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
     ids = {"eos_token_id": EOS, "pad_token_id": 0, "bos_token_id": 3, "decoder_start_token_id": DECODER_START}
     config_class, model_class = {
         "marian": (transformers.MarianConfig, transformers.MarianMTModel),
         "bart": (transformers.BartConfig, transformers.BartForConditionalGeneration),
+        "t5": (transformers.T5Config, transformers.T5ForConditionalGeneration),
+        "mt5": (transformers.MT5Config, transformers.MT5ForConditionalGeneration),
+        "umt5": (transformers.UMT5Config, transformers.UMT5ForConditionalGeneration),
     }[family]
     with quiet_transformers():
         model = model_class(config_class(**{**sizes, **ids, "forced_eos_token_id": None, **config}))

@@ -76,6 +76,7 @@ def _rename(spec: TransformerSpec, ties: Ties, state: Mapping[str, Array]) -> Re
         state = {f"model.{name}": array for name, array in state.items()}
     names = Renamer(state)
     take_embeddings(names, ties)
+    names.take("head.bias", "final_logits_bias")
     # fairseq's own conversions leave it out where it is zero.
     bias = names.weights.get("head.bias", np.zeros(spec.target_vocabulary, np.float32))
     names.weights["head.bias"] = bias.reshape(-1)

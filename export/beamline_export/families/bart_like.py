@@ -9,9 +9,6 @@ from beamline_export.families.activations import ACTIVATIONS
 from beamline_export.renamer import Renamer
 from beamline_export.spec import NormPlacement, TransformerSpec
 
-_SHARED = "model.shared.weight"
-_SOURCE = "model.encoder.embed_tokens.weight"
-_TARGET = "model.decoder.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
 
@@ -22,10 +19,12 @@ class Ties:
     Attributes:
         head: Whether the head is the target embedding; where it is not, transformers ties nothing.
         sides: Whether source and target have one embedding.
+        told: Whether the config says that the head is.
     """
 
     head: bool
     sides: bool
+    told: bool = True
 
 
 def read_spec(fields: Fields, architecture: str, target_vocabulary: int | None, **more: Any) -> TransformerSpec:
@@ -58,32 +57,30 @@ def read_spec(fields: Fields, architecture: str, target_vocabulary: int | None, 
     )
 
 
-def take_embeddings(names: Renamer, ties: Ties) -> None:
-    """Source and target embedding and the head, as transformers loads them.
+def take_embeddings(names: Renamer, ties: Ties, model: str = "model.") -> None:
+    """Source and target embedding and the head, as transformers loads them; names of the model begin with `model`.
 
     A table that the file has is used as it is, whatever the config ties; one that it lacks is the first of those that
     it is tied to.
     """
-    tables = {"source_embedding": _SOURCE, "target_embedding": _TARGET, "head.weight": _HEAD}
-    for canonical, name in tables.items():
-        names.take(canonical, name, *(other for other in _tied_to(ties) if name in _tied_to(ties) and other != name))
-    names.share_equal(*tables)
+    shared = f"{model}shared.weight"
+    source, target = (f"{model}{side}.embed_tokens.weight" for side in ("encoder", "decoder"))
+    tables = {"source_embedding": source, "target_embedding": target, "head.weight": _HEAD}
+    tied: tuple[str, ...] = ()
     if ties.head:
+        # What a tied table is where the file lacks it: the first of these that the file has.
+        tied = (shared, _HEAD, target, source) if ties.sides else (_HEAD, target)
+    for canonical, name in tables.items():
+        names.take(canonical, name, *(other for other in tied if name in tied and other != name))
+    names.share_equal(*tables)
+    if ties.head and ties.told:
         names.tell_untied(
             "tie_word_embeddings is true", *(tables if ties.sides else ("target_embedding", "head.weight"))
         )
     if ties.head and ties.sides and not tables.keys() & names.weights.keys():
-        names.names |= dict.fromkeys(tables, _SHARED)
+        names.names |= dict.fromkeys(tables, shared)
     elif tables.keys() <= names.weights.keys():
-        names.leave_out(_SHARED)  # which transformers loads and does not use
-    names.take("head.bias", "final_logits_bias")
-
-
-def _tied_to(ties: Ties) -> tuple[str, ...]:
-    """What a tied table is where the file lacks it: the first of these that the file has."""
-    if not ties.head:
-        return ()
-    return (_SHARED, _HEAD, _TARGET, _SOURCE) if ties.sides else (_HEAD, _TARGET)
+        names.leave_out(shared)  # which transformers loads and does not use
 
 
 def take_layers(names: Renamer, spec: TransformerSpec) -> None:

@@ -59,6 +59,7 @@ def read(folder: Path) -> Checkpoint:
 def _rename(spec: TransformerSpec, ties: Ties, state: Mapping[str, Array]) -> Renamer:
     names = Renamer(state)
     take_embeddings(names, ties)
+    names.take("head.bias", "final_logits_bias")
     # transformers leave it out where it is zero.
     bias = names.weights.get("head.bias", np.zeros(spec.target_vocabulary, np.float32))
     names.weights["head.bias"] = bias.reshape(-1)
