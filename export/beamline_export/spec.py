@@ -204,7 +204,7 @@ def _layer(
 def _positions(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
     """Tables of absolute positions, or of what distances add to scores.
 
-    The latter go from the farthest before a token to the farthest behind it in the encoder, and in the decoder from 0 on.
+    The latter go from the farthest before a token to the farthest behind it in the encoder, in the decoder from 0 on.
     """
     if (relative := spec.relative_positions) is None:
         return {

@@ -31,10 +31,11 @@ from beamline_export.spec import (
     RelativePositions,
     TransformerSpec,
 )
-from beamline_export.tokenizer_files import without_tokenizer
+from beamline_export.t5_tokenizers import BYTE_CLASS, read_t5_tokenizer
+from beamline_export.tokenizer_config import CONFIG_FILE, tokenizer_class
 
-_POSITIONS = 512
-"""Tokens of a text where config.json says nothing: what T5 was trained with. Distances know no limit."""
+_POSITIONS, _POSITIONS_OF_BYTES = 512, 1024
+"""Tokens of a text where config.json says nothing: what models were trained with. Distances know no limit."""
 _CROSS_BIAS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 """In the first checkpoints; no model reads it."""
 
@@ -49,6 +50,7 @@ class Variant:
         feed_forward: What `feed_forward_proj` is by default.
         per_layer: Whether each layer has relative positions of its own.
         scaled: Whether the decoder's output is multiplied by d_model^-0.5 for the head; None: config.json says it.
+        tokenizer_class: Its tokenizer's class, where the checkpoint names none.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Variant:
     feed_forward: str
     per_layer: bool
     scaled: bool | None
+    tokenizer_class: str
 
     def read(self, folder: Path) -> Checkpoint:
         """Read a folder.
@@ -66,7 +69,8 @@ class Variant:
         config = read_json(folder / "config.json")
         fields = Fields(config, "config.json")
         buckets = read_buckets(fields)
-        spec = self._spec(fields, buckets)
+        class_ = _tokenizer_class(folder, config) or self.tokenizer_class
+        spec = self._spec(fields, buckets, of_bytes=class_.removesuffix("Fast") == BYTE_CLASS)
         tied = fields.flag("tie_word_embeddings", True)
         scaled = fields.flag("scale_decoder_outputs", tied) if self.scaled is None else self.scaled
         fields.must_be("is_encoder_decoder", True)
@@ -76,7 +80,7 @@ class Variant:
         generation = read_generation(
             config, read_optional_json(folder / "generation_config.json"), max_positions=spec.max_target_positions
         )
-        tokenizer = without_tokenizer(generation.tokens)
+        tokenizer = read_t5_tokenizer(folder, generation.tokens, self.name, class_)
         # transformers tie the tables whatever the config says; what the file has is used as it is.
         names = _rename(spec, buckets, Ties(head=True, sides=True, told=tied), read_tensors(folder), config["d_kv"])
         if scaled and "decoder.final_norm.weight" in names.weights:
@@ -103,8 +107,9 @@ class Variant:
         """The model as transformers runs it."""
         return HuggingFaceReference(self.model_class, folder, checkpoint.removed_tokens)
 
-    def _spec(self, fields: Fields, buckets: Buckets) -> TransformerSpec:
-        heads, positions = fields.integer("num_heads"), fields.integer("n_positions", _POSITIONS, most=MOST_POSITIONS)
+    def _spec(self, fields: Fields, buckets: Buckets, *, of_bytes: bool) -> TransformerSpec:
+        usual = _POSITIONS_OF_BYTES if of_bytes else _POSITIONS
+        heads, positions = fields.integer("num_heads"), fields.integer("n_positions", usual, most=MOST_POSITIONS)
         activation, gated = _feed_forward(fields, self.feed_forward)
         vocabulary, layers = fields.integer("vocab_size", least=2), fields.integer("num_layers", most=MOST_LAYERS)
         ffn, reach = fields.integer("d_ff"), min(buckets.max_distance, positions - 1)
@@ -131,6 +136,12 @@ class Variant:
             attention_width=heads * fields.integer("d_kv"),
             relative_positions=RelativePositions(reach, reach, self.per_layer),
         )
+
+
+def _tokenizer_class(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The class of its tokenizer that a checkpoint names."""
+    beside = read_optional_json(folder / CONFIG_FILE) or {}
+    return tokenizer_class(beside, CONFIG_FILE) or tokenizer_class(config, "config.json")
 
 
 def _feed_forward(fields: Fields, default: str) -> tuple[Activation, bool]:
@@ -227,8 +238,17 @@ def _take_relative_positions(names: Renamer, spec: TransformerSpec, buckets: Buc
 
 
 _VARIANTS = (
-    Variant("t5", "T5ForConditionalGeneration", "relu", per_layer=False, scaled=None),
-    Variant("mt5", "MT5ForConditionalGeneration", "gated-gelu", per_layer=False, scaled=False),
-    Variant("umt5", "UMT5ForConditionalGeneration", "gated-gelu", per_layer=True, scaled=True),
+    Variant("t5", "T5ForConditionalGeneration", "relu", per_layer=False, scaled=None, tokenizer_class="T5Tokenizer"),
+    Variant(
+        "mt5", "MT5ForConditionalGeneration", "gated-gelu", per_layer=False, scaled=False, tokenizer_class="T5Tokenizer"
+    ),
+    Variant(
+        "umt5",
+        "UMT5ForConditionalGeneration",
+        "gated-gelu",
+        per_layer=True,
+        scaled=True,
+        tokenizer_class="TokenizersBackend",
+    ),
 )
 VARIANTS: Mapping[str, Variant] = {variant.name: variant for variant in _VARIANTS}

@@ -44,6 +44,8 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_nn_transformer(folder / "nn_transformer", nn_config(num_encoder_layers=1, num_decoder_layers=1))
     for family in ("marian", "bart"):
         write_hugging_face(folder / family, family, {"encoder_layers": 1, "decoder_layers": 1}, {})
+    for family in ("t5", "mt5", "umt5"):
+        write_hugging_face(folder / family, family, {"num_layers": 1}, {})
     return folder
 
 
