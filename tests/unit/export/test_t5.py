@@ -132,7 +132,8 @@ def test_the_head_reads_what_transformers_scale(said: dict[str, Any], make_check
 
 
 def weights_of(folder: Path) -> dict[str, np.ndarray]:
-    return load_file(folder / "model.safetensors")
+    weights: dict[str, np.ndarray] = load_file(folder / "model.safetensors")
+    return weights
 
 
 def unigram(words: list[str]) -> tokenizers.Tokenizer:
@@ -146,7 +147,7 @@ def unigram(words: list[str]) -> tokenizers.Tokenizer:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *zip(known, scores.tolist(), strict=True)]
     model = tokenizers.models.Unigram(pieces, unk_id=2, byte_fallback=False)
     made = tokenizers.Tokenizer(model)
-    metaspace = {"replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    metaspace: dict[str, Any] = {"replacement": "\u2581", "prepend_scheme": "always", "split": True}
     made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Metaspace(**metaspace)]
     )
