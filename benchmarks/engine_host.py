@@ -17,7 +17,7 @@ from beamline_server.engine.backend import Cache, Encoded, StepResult
 from beamline_server.engine.observer import NullObserver
 from beamline_server.engine.ort.candidates import empty
 from beamline_server.engine.ort.cpu import CpuCache
-from beamline_server.engine.ort.pieces import Pieces
+from beamline_server.engine.ort.pieces import Pieces, Sizes
 from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.step import EngineCore, ModelRules
@@ -79,7 +79,7 @@ class FreeBackend:
 
 class _FreePieces(Pieces):
     def __init__(self, backend: FreeBackend) -> None:
-        super().__init__((), width=_WIDTH, heads=1, vocabulary=VOCABULARY, note=None)
+        super().__init__((), Sizes(_WIDTH, 1, VOCABULARY), note=None)
         self._backend = backend
 
     def run(self, rows: int, count: int, *_: object, **__: object) -> StepResult:

@@ -33,8 +33,15 @@ def build_graphs(
 
 def contracts(spec: TransformerSpec, precision: str, cache: ElementType) -> dict[str, GraphSpec]:
     """What the graphs of a bundle of this precision promise, by the names of their files."""
-    sizes = {"layers": spec.decoder_layers, "width": spec.d_model, "vocabulary": spec.target_vocabulary}
-    return bundle_graphs(precision, cache, **sizes)
+    return bundle_graphs(
+        precision,
+        cache,
+        layers=spec.decoder_layers,
+        width=spec.d_model,
+        vocabulary=spec.target_vocabulary,
+        attention=spec.attention,
+        relative=spec.relative_positions is not None,
+    )
 
 
 def _encoder(layers: Layers, contract: GraphSpec) -> None:
@@ -47,7 +54,8 @@ def _encoder(layers: Layers, contract: GraphSpec) -> None:
         query, key, value = layers.split(layers.query_key_value(y, f"{name}.self_attention"), 3)
         rectangles = (g.one("Gather", key, "row_of"), g.one("Gather", value, "row_of"))
         # No mask: source_length hides the padding of the rectangle.
-        y = layers.attention(query, rectangles, ["", "", "", "source_length"], _ATTENTION_RECTANGLE, spec.encoder_heads)
+        masks = [layers.encoder_bias(i), "", "", "source_length"]
+        y = layers.attention(query, rectangles, masks, _ATTENTION_RECTANGLE, spec.encoder_heads)
         x = layers.after(x, layers.output(y, f"{name}.self_attention"), f"{name}.self_attention_norm")
         x = layers.feed_forward(x, name)
     if spec.encoder_final_norm:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from beamline_export.known_settings import bounded
 from beamline_export.parity import Probe, check_contract, check_parity, forced_decodes, random_sources
 from beamline_export.precision import STORES, CalibratedInt8Store, WeightStore
 from beamline_export.progress import Progress
-from beamline_export.spec import Checkpoint, ExportError, check_weights
+from beamline_export.spec import Checkpoint, ExportError, TransformerSpec, check_weights
 from beamline_export.stopping import SIGNALS
 from beamline_export.vocabularies import check_vocabularies
 from beamline_server.bundle import (
@@ -49,12 +48,12 @@ from beamline_server.bundle import (
     FORMAT_VERSION,
     MANIFEST,
     NAME_PATTERN,
+    RELATIVE_BIAS,
     WEIGHTS,
     Activations,
     Bundle,
     BundleError,
     checksum_line,
-    decoder_graphs,
     load_bundle,
     read_manifest,
 )
@@ -133,6 +132,11 @@ def export_checkpoint(
         generation = {**checkpoint.generation, "not_supported": bounded(unsupported)}
         checkpoint = dataclasses.replace(checkpoint, generation=generation)
         check_weights(checkpoint)
+        if checkpoint.spec.relative_positions is not None and options.precision == "fp16":
+            raise ExportError(
+                f"relative positions, as {checkpoint.spec.architecture} has them, are not in the CUDA graph yet; "
+                "export it with --precision fp32 or int8, for the CPU"
+            )
         notices = [*weight_files_not_read(source), *checkpoint.notices, *check_vocabularies(checkpoint, source)]
     for notice in notices:
         progress.warn(notice)
@@ -272,6 +276,8 @@ def _write(
         graphs = build_graphs(checkpoint, store, options.precision, weights)
     for file, graph in graphs.items():
         (folder / file).write_bytes(graph.SerializeToString(deterministic=True))
+    if checkpoint.spec.relative_positions is not None:
+        (folder / RELATIVE_BIAS).write_bytes(checkpoint.weights["decoder.relative_bias"].astype("<f4").tobytes())
     _copy_tokenizer(checkpoint, source, folder)
     weightless = dataclasses.replace(checkpoint, weights={})
     name = options.name or _plain_name(source)
@@ -327,6 +333,7 @@ class _Writing:
                 "target_vocabulary": spec.target_vocabulary,
                 "max_source_tokens": spec.max_source_positions,
                 "max_target_tokens": spec.max_target_positions,
+                **_beside(spec),
             },
             "special_tokens": dataclasses.asdict(self.checkpoint.special_tokens),
             "generation_defaults": dict(self.checkpoint.generation),
@@ -338,7 +345,7 @@ class _Writing:
             "files": self.sums,
             "golden": golden or [_DRAFTED_GOLDEN],
             "golden_tolerance": _GOLDEN_TOLERANCE[self.options.precision],
-            "spec": _plain(dataclasses.asdict(spec)),
+            "spec": spec.told(),
             "parity": parity or {},
             "producers": {
                 "beamline": beamline_server.__version__,
@@ -364,8 +371,13 @@ def _plain_name(source: Path) -> str:
     return (name.lstrip("._-") or "model")[:64]
 
 
-def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.value if isinstance(value, Enum) else value for key, value in data.items()}
+def _beside(spec: TransformerSpec) -> dict[str, Any]:
+    """Dimensions that are left out where there is nothing to tell: servers of before know no such field."""
+    wide = {} if spec.attention == spec.d_model else {"attention_width": spec.attention}
+    if (relative := spec.relative_positions) is None:
+        return wide
+    layers = relative.layers(spec.decoder_layers)
+    return {**wide, "relative_positions": {"layers": layers, "distances": relative.decoder_reach + 1}}
 
 
 def _load_backend(bundle: Bundle) -> Backend:
@@ -383,7 +395,7 @@ def _by_whole_step(bundle: Bundle, probe: Probe) -> NDArray[np.float32] | None:
 
     Nothing of it stays loaded, so that the weights are in memory once at a time.
     """
-    if not {DECODER_STEP} < set(decoder_graphs(bundle.manifest.precision, bundle.manifest.dimensions.decoder_layers)):
+    if not {DECODER_STEP} < set(bundle.manifest.dimensions.decoder_graphs(bundle.manifest.precision)):
         return None
     return forced_decodes(bundle, CudaBackend(bundle, device="cpu", threads=usable_cores()), probe)
 

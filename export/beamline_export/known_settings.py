@@ -51,22 +51,36 @@ GENERATION: Mapping[str, Effect] = {
 }
 
 # The comparison with PyTorch shows what of these a family does not read although it changes the model.
-_CONFIG: dict[str, Effect] = {
-    **_all(READ, "d_model vocab_size max_position_embeddings activation_function scale_embedding tie_word_embeddings"),
-    **_all(READ, "encoder_layers encoder_attention_heads encoder_ffn_dim"),
-    **_all(READ, "decoder_layers decoder_attention_heads decoder_ffn_dim"),
+_ALL_CONFIGS: Mapping[str, Effect] = {
+    **_all(READ, "d_model vocab_size tie_word_embeddings"),
     **_all(READ, "pad_token_id bos_token_id eos_token_id decoder_start_token_id forced_eos_token_id model_type"),
     # Of training, of other tasks, and of how results are returned.
-    **_all(ANY, "dropout attention_dropout activation_dropout classifier_dropout encoder_layerdrop decoder_layerdrop"),
-    **_all(ANY, "init_std id2label label2id num_labels problem_type use_cache output_hidden_states return_dict dtype"),
-    **_all(ANY, "chunk_size_feed_forward architectures transformers_version tie_last_hidden_states"),
+    **_all(ANY, "classifier_dropout id2label label2id num_labels problem_type use_cache output_hidden_states"),
+    **_all(ANY, "return_dict dtype chunk_size_feed_forward architectures transformers_version"),
     "is_encoder_decoder": (True,),
     **_all((False,), "is_decoder"),
     **_all((), "per_layer_config"),
 }
+_CONFIG: dict[str, Effect] = {
+    **_ALL_CONFIGS,
+    **_all(READ, "max_position_embeddings activation_function scale_embedding"),
+    **_all(READ, "encoder_layers encoder_attention_heads encoder_ffn_dim"),
+    **_all(READ, "decoder_layers decoder_attention_heads decoder_ffn_dim"),
+    # Of training.
+    **_all(ANY, "dropout attention_dropout activation_dropout encoder_layerdrop decoder_layerdrop init_std"),
+    **_all(ANY, "tie_last_hidden_states"),
+}
 # What old checkpoints say of the architecture; today's classes know it by themselves.
 _CONFIG |= _all(READ, "normalize_before add_final_layer_norm normalize_embedding static_position_embeddings")
 _OFFSET_OF_TWO: Mapping[str, Effect] = {**_CONFIG, "extra_pos_embeddings": (2,)}
+_T5: Mapping[str, Effect] = {
+    **_ALL_CONFIGS,
+    **_all(READ, "d_kv d_ff num_heads num_layers num_decoder_layers n_positions layer_norm_epsilon feed_forward_proj"),
+    **_all(READ, "relative_attention_num_buckets relative_attention_max_distance scale_decoder_outputs"),
+    **_all(READ, "is_gated_act dense_act_fn hidden_size num_attention_heads num_hidden_layers head_dim"),
+    # Of training.
+    **_all(ANY, "dropout_rate initializer_factor gradient_checkpointing"),
+}
 CONFIG: Mapping[str, Mapping[str, Effect]] = {
     "marian": {**_CONFIG, **_all(READ, "decoder_vocab_size share_encoder_decoder_embeddings")},
     "bart": _OFFSET_OF_TWO,
@@ -83,6 +97,9 @@ CONFIG: Mapping[str, Mapping[str, Effect]] = {
         **_all(READ, "src_vocab_size tgt_vocab_size num_beams max_length length_penalty early_stopping"),
         **_all(ANY, "langs"),
     },
+    "t5": _T5,
+    "mt5": _T5,
+    "umt5": _T5,
 }
 """By family. Names that are not here belong to the checkpoint's owner: config.json often has some, and none counts."""
 
@@ -92,6 +109,13 @@ ALIASES = {
     "num_hidden_layers": "encoder_layers",
 }
 """Other names of config.json's fields, which transformers prefer where both are given."""
+T5_ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "head_dim": "d_kv",
+}
+"""The same of T5's."""
 
 _TOKENIZER: Mapping[str, Effect] = {
     **_all(READ, "clean_up_tokenization_spaces tokenizer_class eos_token added_tokens_decoder"),
@@ -120,6 +144,16 @@ _TOKENIZERS: Mapping[str, Effect] = {
     **_all((), "vocab merges post_processor tokenizer_object gguf_file unk_id tokenizer tokenizer_padding"),
     **_all((), "tokenizer_truncation _json_truncation _json_padding _spm_precompiled_charsmap"),
 }
+_T5_TOKENIZER: Mapping[str, Effect] = {
+    **_TOKENIZER,
+    # Tokens that stand for what is left out of a text, which the files have; what ByT5's class does by itself.
+    **_all(ANY, "extra_ids special_tokens_pattern"),
+    **_all(READ, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
+    # Built out of the files by the tokenizer's own class; a file that sets one cannot be loaded by it, or in vain.
+    **_all((), "vocab merges post_processor tokenizer_object gguf_file unk_id tokenizer tokenizer_padding"),
+    **_all((), "tokenizer_truncation _json_truncation _json_padding _spm_precompiled_charsmap"),
+    **_all((), "sp_model_kwargs add_prefix_space"),
+}
 TOKENIZER: Mapping[str, Mapping[str, Effect]] = {
     "marian": {
         **_TOKENIZER,
@@ -137,6 +171,9 @@ TOKENIZER: Mapping[str, Mapping[str, Effect]] = {
         # The target's language is what forced_bos_token_id says; the others have had their effect on the file.
         **_all(ANY, "tgt_lang language_codes mask_token_sent offset sp_model_kwargs"),
     },
+    "t5": _T5_TOKENIZER,
+    "mt5": _T5_TOKENIZER,
+    "umt5": _T5_TOKENIZER,
 }
 """Keys of tokenizer_config.json and special_tokens_map.json, by family."""
 
@@ -165,9 +202,9 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_TOLD else f"{text[: _LONGEST_TOLD - 1]}…"
 
 
-def contradictions(config: Mapping[str, Any]) -> list[str]:
+def contradictions(config: Mapping[str, Any], aliases: Mapping[str, str] = ALIASES) -> list[str]:
     """Fields of config.json that are given under two names with different values."""
-    pairs = ((alias, config.get(alias), name, config.get(name)) for alias, name in ALIASES.items())
+    pairs = ((alias, config.get(alias), name, config.get(name)) for alias, name in aliases.items())
     return [
         f"{alias} {a!r} and {name} {b!r} are the same field with two values; remove the wrong one"
         for alias, a, name, b in pairs

@@ -7,7 +7,7 @@ import onnx
 
 from beamline_export.graph_writer import GraphWriter
 from beamline_export.precision import WeightStore
-from beamline_export.spec import Activation, Array, Checkpoint, NormPlacement, PaddingInTarget
+from beamline_export.spec import Activation, Array, Checkpoint, Norm, NormPlacement, PaddingInTarget
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,14 @@ class Layers:
         return self._weights[name]
 
     def embed(self, side: str, ids: str, positions: str) -> str:
-        """Token plus position embeddings, (N, D); `side` is source or target."""
+        """Token embeddings, plus those of positions where there are such, (N, D); `side` is source or target."""
         name = f"{side}_embedding"
         # A tied table has one name in all graphs, whichever role it plays.
         x = self.store.embedding(self.g, ids, self.shared_name(name), self.weights(name))
         if self.spec.embedding_scale != 1.0:
             x = self.g.one("Mul", x, self.g.constant(self.spec.embedding_scale, np.dtype(self.store.cache).type))
+        if self.spec.relative_positions is not None:
+            return x
         position = self._position(side, ids, positions)
         norm = "encoder.embedding_norm" if side == "source" else "decoder.embedding_norm"
         if not self.spec.embedding_norm:
@@ -79,8 +81,10 @@ class Layers:
         return next(other for other, candidate in self._weights.items() if candidate is array)
 
     def norm(self, x: str, name: str) -> str:
-        """Layer normalization over D."""
+        """Normalization over D."""
         weight = self.store.vector(self.g, f"{name}.weight", self.weights(f"{name}.weight"))
+        if self.spec.norm is Norm.RMS:
+            return self.g.one("RMSNormalization", x, weight, axis=-1, epsilon=self.spec.norm_epsilon)
         bias = self.store.vector(self.g, f"{name}.bias", self.weights(f"{name}.bias"))
         return self.g.one("LayerNormalization", x, weight, bias, axis=-1, epsilon=self.spec.norm_epsilon)
 
@@ -94,31 +98,57 @@ class Layers:
         return self.norm(total, norm) if self.spec.norm_placement is NormPlacement.POST else total
 
     def query_key_value(self, x: str, name: str) -> str:
-        """Queries, keys and values of self-attention side by side, (N, 3 D), by one product."""
+        """Queries, keys and values of self-attention side by side, (N, 3 A), by one product; A is their width."""
         parts = [self.weights(f"{name}.{p}.weight") for p in ("query", "key", "value")]
         bias = self.weights(f"{name}.query.bias")
         # See `output`: keys and values go without their biases.
-        padded = np.concatenate([bias, np.zeros(2 * self.spec.d_model, np.float32)])
+        padded = np.concatenate([bias, np.zeros(2 * self.spec.attention, np.float32)])
         return self._linear(x, f"{name}.qkv", np.concatenate(parts), padded)
 
     def split(self, x: str, count: int) -> list[str]:
-        """Cut (N, count D) into parts of (N, D) each."""
+        """Cut (N, count A) into parts of (N, A) each."""
         return self.g.op("Split", [x], outputs=count, axis=-1, num_outputs=count)
 
     def query(self, x: str, name: str) -> str:
-        """Queries of cross-attention, (N, D)."""
+        """Queries of cross-attention, (N, A)."""
         return self._affine(x, f"{name}.query")
 
     def cross_keys_values(self, memory: str) -> list[str]:
-        """Cross-attention keys and values of all decoder layers, each (N, D), by one product: k_0, v_0, k_1, …."""
+        """Cross-attention keys and values of all decoder layers, each (N, A), by one product: k_0, v_0, k_1, …."""
         layers = range(self.spec.decoder_layers)
         names = [f"decoder.{i}.cross_attention.{p}.weight" for i in layers for p in ("key", "value")]
         product = self._linear(memory, "cross_kv", np.concatenate([self.weights(n) for n in names]), None)
         return self.split(product, len(names))
 
     def write(self, pool: str, rows: str) -> str:
-        """Write rows (N, D) into their slots of a pool, in place; the pool as (S, P, D)."""
-        return self.store.write(self.g, pool, rows, self.spec.d_model)
+        """Write rows (N, A) into their slots of a pool, in place; the pool as (S, P, A)."""
+        return self.store.write(self.g, pool, rows, self.spec.attention)
+
+    def encoder_bias(self, layer: int) -> str:
+        """What relative positions add to the scores of an encoder layer, (1, H, R, R); nothing ("") if there are none.
+
+        Whatever a rectangle's row holds, its places are the positions of a source.
+        """
+        relative = self.spec.relative_positions
+        if relative is None:
+            return ""
+        table, reach = self.weights("encoder.relative_bias"), relative.encoder_reach
+        number = min(layer, len(table) - 1)
+
+        def offsets() -> tuple[str, ...]:
+            """How far a key is behind the least one that has a number of its own, (R, R)."""
+            length = self.g.one("Squeeze", self.g.one("Shape", "row_of", start=1))
+            place = self.g.one("Range", self.g.constant(0, np.int64), length, self.g.constant(1, np.int64))
+            query = self.g.one("Unsqueeze", place, self.g.constant([1], np.int64))
+            bounds = (self.g.constant(-reach, np.int64), self.g.constant(reach, np.int64))
+            offset = self.g.one("Clip", self.g.one("Sub", place, query), *bounds)
+            return (self.g.one("Add", offset, self.g.constant(reach, np.int64)),)
+
+        def bias() -> tuple[str, ...]:
+            numbers = self.g.weight(f"encoder.{number}.relative_bias", lambda: table[number][None])
+            return (self.g.one("Gather", numbers, *self.g.once("offsets", offsets), axis=2),)
+
+        return self.g.once(f"relative bias {number}", bias)[0]
 
     def attention(
         self, query: str, key_value: tuple[str, str], masks: list[str], rectangle: Rectangle, heads: int
@@ -126,7 +156,7 @@ class Layers:
         """Multi-head scaled dot-product attention of packed queries over rectangles of keys and values."""
         q = self.g.one("Gather", query, rectangle.row_of)
         y = self.g.one("Attention", q, *key_value, *masks, q_num_heads=heads, kv_num_heads=heads)
-        flat = self.g.one("Reshape", y, self.g.constant([-1, self.spec.d_model], np.int64))
+        flat = self.g.one("Reshape", y, self.g.constant([-1, self.spec.attention], np.int64))
         return self.g.one("Gather", flat, rectangle.back)
 
     def output(self, y: str, name: str) -> str:
@@ -141,8 +171,12 @@ class Layers:
 
     def feed_forward(self, x: str, name: str) -> str:
         """Position-wise feed-forward sub-layer, residual and norm included."""
-        y = self._affine(self.before(x, f"{name}.ffn_norm"), f"{name}.ffn.up")
-        if self.spec.activation is Activation.RELU:
+        before = self.before(x, f"{name}.ffn_norm")
+        y = self._affine(before, f"{name}.ffn.up")
+        if self.spec.gated:
+            gate = self._activate(self._affine(before, f"{name}.ffn.gate"))
+            y = self._affine(self.g.one("Mul", gate, y), f"{name}.ffn.down")
+        elif self.spec.activation is Activation.RELU:
             # int8 has it for nothing, in the quantization that comes next.
             y = self._affine(y, f"{name}.ffn.down", rectify=True)
         else:

@@ -6,7 +6,7 @@ a value) and weights under the canonical names that `required_weights` lists. Ev
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum, StrEnum
 
 import numpy as np
@@ -61,13 +61,42 @@ class UnnumberedPadding:
     in_target: PaddingInTarget
 
 
+class Norm(Enum):
+    """What a normalization takes out of a row: its mean and its deviation, or its root mean square alone (no bias)."""
+
+    LAYER = "layer"
+    RMS = "rms"
+
+
+@dataclass(frozen=True, slots=True)
+class RelativePositions:
+    """Positions that self-attention alone knows, by distance: numbers that are added to scores, per head.
+
+    Attributes:
+        encoder_reach: Distances up to this one have numbers of their own in the encoder, on both sides; greater ones
+            have those of the last.
+        decoder_reach: The same in the decoder, which looks back alone.
+        per_layer: Whether each layer has its own numbers; if not, a stack has one table.
+    """
+
+    encoder_reach: int
+    decoder_reach: int
+    per_layer: bool
+
+    def layers(self, layers: int) -> int:
+        """Tables of a stack of so many layers."""
+        return layers if self.per_layer else 1
+
+
 @dataclass(frozen=True, slots=True)
 class TransformerSpec:
     """Everything that varies between encoder-decoder Transformers.
 
     Positions are tables among the weights (sinusoidal or learned, offsets already applied: row 0 is position 0), so
     that no family's formula enters the graphs. `embedding_scale` multiplies token embeddings.
-    `target_norm_before_positions` is about the embedding norm of the decoder.
+    `target_norm_before_positions` is about the embedding norm of the decoder. `attention_width` is that of queries, keys
+    and values, all heads together, where it is not `d_model`. A gated feed-forward layer multiplies what it computes by
+    the activation of a second product of the same input.
     """
 
     architecture: str
@@ -91,12 +120,28 @@ class TransformerSpec:
     encoder_final_norm: bool = False
     decoder_final_norm: bool = False
     norm_epsilon: float = 1e-5
+    norm: Norm = Norm.LAYER
+    gated: bool = False
+    attention_width: int | None = None
+    relative_positions: RelativePositions | None = None
+
+    @property
+    def attention(self) -> int:
+        """The width of queries, keys and values."""
+        return self.attention_width or self.d_model
+
+    def told(self) -> dict[str, object]:
+        """All fields as plain values, for people; what only some families have is left out elsewhere."""
+        plain = {name: value.value if isinstance(value, Enum) else value for name, value in asdict(self).items()}
+        usual = {"norm": Norm.LAYER.value, "gated": False, "attention_width": None, "relative_positions": None}
+        return {name: value for name, value in plain.items() if name not in usual or value != usual[name]}
 
     def problems(self) -> Iterator[str]:
         """What makes the description impossible."""
         for side, heads in (("encoder_heads", self.encoder_heads), ("decoder_heads", self.decoder_heads)):
-            if heads < 1 or self.d_model % heads:
-                yield f"{side} {heads} does not divide d_model {self.d_model}"
+            if heads < 1 or self.attention % heads:
+                width = "d_model" if self.attention_width is None else "attention_width"
+                yield f"{side} {heads} does not divide {width} {self.attention}"
         for name in ("encoder_layers", "decoder_layers", "encoder_ffn", "decoder_ffn"):
             if getattr(self, name) < 1:
                 yield f"{name} is {getattr(self, name)}; it must be at least 1"
@@ -160,19 +205,43 @@ def _linear(name: str, out_features: int, in_features: int) -> Iterator[tuple[st
     yield f"{name}.bias", (out_features,)
 
 
-def _norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{name}.weight", (width,)
-    yield f"{name}.bias", (width,)
+def _norm(spec: TransformerSpec, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (spec.d_model,)
+    if spec.norm is Norm.LAYER:
+        yield f"{name}.bias", (spec.d_model,)
 
 
-def _layer(name: str, width: int, ffn: int, attentions: tuple[str, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _layer(
+    spec: TransformerSpec, name: str, ffn: int, attentions: tuple[str, ...]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    width, wide = spec.d_model, spec.attention
     for attention in attentions:
-        for projection in ("query", "key", "value", "output"):
-            yield from _linear(f"{name}.{attention}.{projection}", width, width)
-        yield from _norm(f"{name}.{attention}_norm", width)
+        for projection in ("query", "key", "value"):
+            yield from _linear(f"{name}.{attention}.{projection}", wide, width)
+        yield from _linear(f"{name}.{attention}.output", width, wide)
+        yield from _norm(spec, f"{name}.{attention}_norm")
     yield from _linear(f"{name}.ffn.up", ffn, width)
+    if spec.gated:
+        yield from _linear(f"{name}.ffn.gate", ffn, width)
     yield from _linear(f"{name}.ffn.down", width, ffn)
-    yield from _norm(f"{name}.ffn_norm", width)
+    yield from _norm(spec, f"{name}.ffn_norm")
+
+
+def _positions(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
+    """Tables of absolute positions, or of what distances add to scores.
+
+    The latter go from the farthest before a token to the farthest behind it in the encoder, in the decoder from 0 on.
+    """
+    if (relative := spec.relative_positions) is None:
+        return {
+            "source_positions": (spec.max_source_positions, spec.d_model),
+            "target_positions": (spec.max_target_positions, spec.d_model),
+        }
+    layers = relative.layers(spec.encoder_layers), relative.layers(spec.decoder_layers)
+    return {
+        "encoder.relative_bias": (layers[0], spec.encoder_heads, 2 * relative.encoder_reach + 1),
+        "decoder.relative_bias": (layers[1], spec.decoder_heads, relative.decoder_reach + 1),
+    }
 
 
 def required_weights(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
@@ -181,20 +250,19 @@ def required_weights(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "source_embedding": (spec.source_vocabulary, width),
         "target_embedding": (spec.target_vocabulary, width),
-        "source_positions": (spec.max_source_positions, width),
-        "target_positions": (spec.max_target_positions, width),
+        **_positions(spec),
         "head.weight": (spec.target_vocabulary, width),
         "head.bias": (spec.target_vocabulary,),
     }
     for side, final_norm in (("encoder", spec.encoder_final_norm), ("decoder", spec.decoder_final_norm)):
         if spec.embedding_norm:
-            shapes.update(_norm(f"{side}.embedding_norm", width))
+            shapes.update(_norm(spec, f"{side}.embedding_norm"))
         if final_norm:
-            shapes.update(_norm(f"{side}.final_norm", width))
+            shapes.update(_norm(spec, f"{side}.final_norm"))
     for i in range(spec.encoder_layers):
-        shapes.update(_layer(f"encoder.{i}", width, spec.encoder_ffn, ("self_attention",)))
+        shapes.update(_layer(spec, f"encoder.{i}", spec.encoder_ffn, ("self_attention",)))
     for i in range(spec.decoder_layers):
-        shapes.update(_layer(f"decoder.{i}", width, spec.decoder_ffn, ("self_attention", "cross_attention")))
+        shapes.update(_layer(spec, f"decoder.{i}", spec.decoder_ffn, ("self_attention", "cross_attention")))
     return shapes
 
 

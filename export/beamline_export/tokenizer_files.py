@@ -54,7 +54,7 @@ class TokenizerFiles:
 def without_tokenizer(tokens: SpecialTokenIds, *, source_bos: int | None = None) -> TokenizerFiles:
     """Of a folder that has none: sources are token ids, and end with the end of sequence that is no padding."""
     ends = [i for i in tokens.eos if i != tokens.pad] or list(tokens.eos)
-    around = _around(tokens, source_bos, ends[0] if ends else None)
+    around = with_around(tokens, source_bos, ends[0] if ends else None)
     return TokenizerFiles("none", {}, {}, around)
 
 
@@ -85,9 +85,9 @@ def read_marian_tokenizer(
     return TokenizerFiles(
         "marian",
         files,
-        _settings(special, default, clean=config.flags.get(_CLEAN_UP, False)),
-        _around(tokens, None, source[end]),
-        _without_effect(config, (), _MARIAN["unk_token"], ("MarianTokenizer",)),
+        entry_settings(special, default, clean=config.flags.get(_CLEAN_UP, False)),
+        with_around(tokens, None, source[end]),
+        settings_without_effect(config, (), _MARIAN["unk_token"], ("MarianTokenizer",)),
     )
 
 
@@ -185,9 +185,9 @@ class _JsonFiles:
         return TokenizerFiles(
             "tokenizers",
             self.files,
-            _settings(special, default, clean=_cleans_up(self.tokenizer, self.config)),
-            _around(self.tokens, bos, eos),
-            {**_without_effect(self.config, matched, None, self.classes), **without_effect},
+            entry_settings(special, default, clean=cleans_up(self.tokenizer, self.config)),
+            with_around(self.tokens, bos, eos),
+            {**settings_without_effect(self.config, matched, None, self.classes), **without_effect},
             notices,
         )
 
@@ -301,23 +301,24 @@ def _prefix_space(tokenizer: Any, config: TokenizerConfig, default: bool | None)
     }
 
 
-def _cleans_up(tokenizer: Any, config: TokenizerConfig) -> bool:
+def cleans_up(tokenizer: Any, config: TokenizerConfig) -> bool:
     """As transformers, which spare byte pairs unless they are forced."""
     spared = type(tokenizer.model).__name__ == "BPE" and not config.flags.get(_FORCED, False)
     return config.flags.get(_CLEAN_UP, False) and not spared
 
 
-def _settings(special: Collection[int], default: Collection[int], *, clean: bool) -> dict[str, object]:
-    """Fields that are left out where there is nothing to tell: servers of before know no such field."""
+def entry_settings(special: Collection[int], default: Collection[int], *, clean: bool) -> dict[str, object]:
+    """Fields of a `TokenizerEntry`, left out where there is nothing to tell: servers of before know no such field."""
     own = {} if set(special) == set(default) else {"special": sorted(special)}
     return {**own, **({"clean_up_spaces": True} if clean else {})}
 
 
-def _around(tokens: SpecialTokenIds, bos: int | None, eos: int | None) -> SpecialTokenIds:
+def with_around(tokens: SpecialTokenIds, bos: int | None, eos: int | None) -> SpecialTokenIds:
+    """Special tokens, with what stands around a source."""
     return dataclasses.replace(tokens, source_bos=bos, source_eos=eos)
 
 
-def _without_effect(
+def settings_without_effect(
     config: TokenizerConfig, matched: Collection[str], unknown: str | None, classes: Collection[str]
 ) -> dict[str, str]:
     """Settings that change what transformers read and not what is read here.

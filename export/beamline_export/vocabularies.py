@@ -6,7 +6,7 @@ from pathlib import Path
 
 from beamline_export.spec import Checkpoint, ExportError
 from beamline_export.tokenizer_files import added_around, load_json_tokenizer, unreadable_tokenizer
-from beamline_server.tokenizer import read_sentencepiece, read_vocabulary, unknown_id
+from beamline_server.tokenizer import BYTES_END, read_sentencepiece, read_vocabulary, unknown_id
 
 _MOST_SHOWN = 5
 _LIKE_TOKENIZERS = ("*.spm", "*.model", "vocab*", "merges.txt", "tokenizer.json", "sentencepiece*")
@@ -51,6 +51,8 @@ def check_vocabularies(checkpoint: Checkpoint, folder: Path) -> list[str]:
         raise ExportError(f"config.json or generation_config.json: {'; '.join(problems)}")
     if checkpoint.tokenizer_kind == "none":
         return list(_not_read(folder))
+    if checkpoint.tokenizer_kind == "bytes":
+        return list(_bytes(checkpoint.spec.target_vocabulary))
     source, target = _FILES[checkpoint.tokenizer_kind]
     target = target if target in checkpoint.tokenizer_files else source
     spec = checkpoint.spec
@@ -62,6 +64,13 @@ def check_vocabularies(checkpoint: Checkpoint, folder: Path) -> list[str]:
         *_outside(read[target], folder / target, "target", spec.target_vocabulary),
         *_without_text(read[target], target, spec.target_vocabulary),
     ]
+
+
+def _bytes(size: int) -> Iterator[str]:
+    if size < BYTES_END:
+        raise ExportError(f"the model's vocabulary has {size} tokens, bytes need {BYTES_END}; correct vocab_size")
+    if size > BYTES_END:
+        yield f"bytes are {BYTES_END} of the {size} ids that the model may give; the others leave no text"
 
 
 def _not_read(folder: Path) -> Iterator[str]:

@@ -9,6 +9,8 @@ A bundle is a folder:
     decoder_piece_….onnx    the same step cut at its attentions; for the CPU (int8, fp32): piece 0 before the first
                             self-attention, one piece after each attention
     weights.bin             every weight once; all graphs point into it
+    relative_bias.bin       of models with relative positions alone: what the decoder's self-attention adds to scores,
+                            as fp32 numbers (layers, heads, distances)
     tokenizer files         as the manifest names them
 
 The server refuses what it cannot verify and says which file, why, and what to do. The manifest has the checksums of
@@ -41,6 +43,7 @@ CHECKSUM = "manifest.sha256"
 ENCODER = "encoder.onnx"
 DECODER_STEP = "decoder_step.onnx"
 WEIGHTS = "weights.bin"
+RELATIVE_BIAS = "relative_bias.bin"
 
 EXIT_BUNDLE = 3
 """Exit status of a command whose bundle cannot be served."""
@@ -64,23 +67,37 @@ def decoder_pieces(layers: int) -> list[str]:
     return [f"decoder_piece_{number}.onnx" for number in range(2 * layers + 1)]
 
 
-def decoder_graphs(precision: str, layers: int) -> list[str]:
-    """Names of the decoder's graphs in a bundle: the whole step where CUDA runs it, the pieces where the CPU does."""
-    whole, pieces = [DECODER_STEP], decoder_pieces(layers)
+def decoder_graphs(precision: str, layers: int, *, relative: bool = False) -> list[str]:
+    """Names of the decoder's graphs in a bundle: the whole step where CUDA runs it, the pieces where the CPU does.
+
+    With relative positions there is no whole step.
+    """
+    whole, pieces = [] if relative else [DECODER_STEP], decoder_pieces(layers)
     return {"fp16": whole, "int8": pieces, "fp32": [*whole, *pieces]}[precision]
 
 
-def bundle_graphs(
-    precision: str, cache: ElementType, *, layers: int, width: int, vocabulary: int
+def bundle_graphs(  # noqa: PLR0913 - what graphs differ by
+    precision: str,
+    cache: ElementType,
+    *,
+    layers: int,
+    width: int,
+    vocabulary: int,
+    attention: int | None = None,
+    relative: bool = False,
 ) -> dict[str, GraphSpec]:
-    """The contracts of all graphs of a bundle, by the names of their files; keys and values are of type `cache`."""
+    """The contracts of all graphs of a bundle, by the names of their files; keys and values are of type `cache`.
+
+    `attention` is the width of queries, keys and values, by default `width`; `relative` as `decoder_graphs`.
+    """
+    wide = attention or width
     contracts = {
-        ENCODER: encoder_graph(layers, width, cache),
-        DECODER_STEP: decoder_step_graph(layers, width, vocabulary, cache),
+        ENCODER: encoder_graph(layers, wide, cache),
+        DECODER_STEP: decoder_step_graph(layers, wide, vocabulary, cache),
     }
     for number, name in enumerate(decoder_pieces(layers)):
-        contracts[name] = decoder_piece_graph(number, layers, width, vocabulary)
-    return {name: contracts[name] for name in (ENCODER, *decoder_graphs(precision, layers))}
+        contracts[name] = decoder_piece_graph(number, layers, width, vocabulary, wide)
+    return {name: contracts[name] for name in (ENCODER, *decoder_graphs(precision, layers, relative=relative))}
 
 
 class BundleError(Exception):
@@ -113,8 +130,24 @@ class FileEntry(_Model):
     bytes: bounds.FileBytes
 
 
+class RelativePositions(_Model):
+    """Positions that self-attention knows by distance alone: what it adds to scores is in relative_bias.bin.
+
+    Attributes:
+        layers: Tables there: one for all layers of the decoder, or one for each.
+        distances: Numbers of a head: for the distances 0, 1, …; the last one is for all that are greater, too.
+    """
+
+    layers: bounds.Layers
+    distances: bounds.Positions
+
+
 class Dimensions(_Model):
-    """The sizes of the model that the engine needs."""
+    """The sizes of the model that the engine needs.
+
+    `attention_width` is that of queries, keys and values of all heads, where it is not `d_model`. The last two are left
+    out where there is nothing to tell; servers of before know no such fields, and refuse a bundle that has them.
+    """
 
     d_model: bounds.Width
     decoder_layers: bounds.Layers
@@ -123,6 +156,17 @@ class Dimensions(_Model):
     target_vocabulary: Annotated[bounds.Vocabulary, Field(gt=1)]
     max_source_tokens: bounds.Positions
     max_target_tokens: bounds.Positions
+    attention_width: bounds.Width | None = None
+    relative_positions: RelativePositions | None = None
+
+    @property
+    def attention(self) -> int:
+        """The width of queries, keys and values."""
+        return self.attention_width or self.d_model
+
+    def decoder_graphs(self, precision: str) -> list[str]:
+        """As `decoder_graphs`, of this model."""
+        return decoder_graphs(precision, self.decoder_layers, relative=self.relative_positions is not None)
 
 
 class SpecialTokens(_Model):
@@ -163,7 +207,8 @@ class TokenizerEntry(_Model):
 
     `marian`: source.spm, target.spm, vocab.json, and target_vocab.json if the target has its own; `tokenizers`:
     tokenizer.json, and target_tokenizer.json if the target has its own; `sentencepiece`: source.spm, target.spm (ids
-    are the pieces' own); `none`: inputs and outputs are token ids.
+    are the pieces' own); `bytes`: the bytes of UTF-8, without a file (ByT5);
+    `none`: inputs and outputs are token ids.
 
     Attributes:
         kind: One of these.
@@ -172,7 +217,7 @@ class TokenizerEntry(_Model):
         special: Target ids that leave no trace in text; if None, `special_tokens` but for those of the source.
     """
 
-    kind: Literal["marian", "tokenizers", "sentencepiece", "none"]
+    kind: Literal["marian", "tokenizers", "sentencepiece", "bytes", "none"]
     files: tuple[bounds.Text, ...] = ()
     clean_up_spaces: bool = False
     special: tuple[bounds.TokenId, ...] | None = None
@@ -233,8 +278,11 @@ class Manifest(_Model):
         yield from self._golden_problems()
         yield from self._activation_problems()
         dimensions, defaults = self.dimensions, self.generation_defaults
-        if dimensions.d_model % dimensions.decoder_heads:
-            yield f"dimensions: decoder_heads {dimensions.decoder_heads} does not divide d_model {dimensions.d_model}"
+        if dimensions.attention % dimensions.decoder_heads:
+            width = "d_model" if dimensions.attention_width is None else "attention_width"
+            wrong = f"decoder_heads {dimensions.decoder_heads} does not divide {width} {dimensions.attention}"
+            yield f"dimensions: {wrong}"
+        yield from self._relative_problems()
         longest = dimensions.max_target_tokens
         if not defaults.min_new_tokens <= defaults.max_new_tokens <= longest:
             limits = f"min_new_tokens {defaults.min_new_tokens}, max_new_tokens {defaults.max_new_tokens}"
@@ -242,9 +290,23 @@ class Manifest(_Model):
         if defaults.n_best > defaults.beam_size:
             yield f"generation_defaults: n_best {defaults.n_best} is more than beam_size {defaults.beam_size}"
 
+    def _relative_problems(self) -> Iterator[str]:
+        dimensions, relative = self.dimensions, self.dimensions.relative_positions
+        if relative is None:
+            return
+        if self.precision == "fp16":
+            yield "dimensions: relative_positions are not in graphs of fp16"
+        if relative.layers not in (1, dimensions.decoder_layers):
+            told = f"{relative.layers} layers, the decoder has {dimensions.decoder_layers}"
+            yield f"dimensions: relative_positions of {told}"
+        wanted = 4 * relative.layers * dimensions.decoder_heads * relative.distances
+        if RELATIVE_BIAS in self.files and (size := self.files[RELATIVE_BIAS].bytes) != wanted:
+            yield f"files: {RELATIVE_BIAS!r} has {size} bytes, by the dimensions {wanted}"
+
     def _file_problems(self) -> Iterator[str]:
-        graphs = (ENCODER, *decoder_graphs(self.precision, self.dimensions.decoder_layers))
-        for required in (*graphs, WEIGHTS, *self.tokenizer.files):
+        graphs = (ENCODER, *self.dimensions.decoder_graphs(self.precision))
+        tables = () if self.dimensions.relative_positions is None else (RELATIVE_BIAS,)
+        for required in (*graphs, WEIGHTS, *tables, *self.tokenizer.files):
             if required not in self.files:
                 yield f"files: {required!r} is not listed"
         for name, entry in self.files.items():
@@ -418,6 +480,8 @@ def _check_graphs(bundle: Bundle) -> None:
         layers=dimensions.decoder_layers,
         width=dimensions.d_model,
         vocabulary=dimensions.target_vocabulary,
+        attention=dimensions.attention,
+        relative=dimensions.relative_positions is not None,
     )
     needed = 0
     for name, contract in contracts.items():
@@ -435,10 +499,12 @@ def _check_graphs(bundle: Bundle) -> None:
 def _tables(name: str, dimensions: Dimensions) -> dict[str, int]:
     """What a graph looks up ids and positions in: rows of each table, by the end of its name."""
     if name == ENCODER:
-        return {"_embedding": dimensions.source_vocabulary, "_positions": dimensions.max_source_tokens}
-    if name in (DECODER_STEP, decoder_pieces(1)[0]):
-        return {"_embedding": dimensions.target_vocabulary, "_positions": dimensions.max_target_tokens}
-    return {}
+        ids, positions = dimensions.source_vocabulary, dimensions.max_source_tokens
+    elif name in (DECODER_STEP, decoder_pieces(1)[0]):
+        ids, positions = dimensions.target_vocabulary, dimensions.max_target_tokens
+    else:
+        return {}
+    return {"_embedding": ids} | ({"_positions": positions} if dimensions.relative_positions is None else {})
 
 
 @contextmanager

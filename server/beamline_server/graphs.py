@@ -5,7 +5,8 @@ where the engine computes attention itself (CPU), the pieces between the attenti
 what the attention before it gave, and the residual of the piece before.
 
 Axes: S sentences, N rows, Q query length of the attention rectangle, P slots of the self-attention pool, R source
-length of the cross-attention rectangle, D width, C candidates per row.
+length of the cross-attention rectangle, D width, C candidates per row. Queries, keys and values may be of another width
+than the model's rows.
 
 A row is one live hypothesis (decoder) or one source token (encoder); rows of all sentences are packed. `row_of` says
 which row stands at each place of the attention rectangle, `back` which place each row came from, so that matrix
@@ -89,21 +90,26 @@ def decoder_step_graph(layers: int, width: int, vocabulary: int, cache: ElementT
     return GraphSpec(inputs, {**outputs, **pools})
 
 
-def decoder_piece_graph(number: int, layers: int, width: int, vocabulary: int) -> GraphSpec:
+def decoder_piece_graph(
+    number: int, layers: int, width: int, vocabulary: int, attention: int | None = None
+) -> GraphSpec:
     """What one decoder piece computes of every live row; the first takes tokens, the last gives scores of all tokens.
 
     `attended` is what the attention before the piece gave, `residual_in` the `residual` of the piece before.
     `query_key_value` are queries, keys and values of the next self-attention side by side, `query` the queries of the
-    next cross-attention.
+    next cross-attention; these, and what attention gives, are `attention` wide, by default
+    as rows are.
     """
-    rows = TensorSpec("float32", ("N", width))
+    rows, attended = TensorSpec("float32", ("N", width)), TensorSpec("float32", ("N", attention or width))
     ids = TensorSpec("int64", ("N",))
-    inputs = {"ids": ids, "positions": ids} if number == 0 else {"attended": rows, "residual_in": rows}
+    inputs = {"ids": ids, "positions": ids} if number == 0 else {"attended": attended, "residual_in": rows}
     if number == 2 * layers:
         return GraphSpec(inputs, {"logits": TensorSpec("float32", ("N", vocabulary))})
     if number % 2:
-        return GraphSpec(inputs, {"residual": rows, "query": rows})
-    return GraphSpec(inputs, {"residual": rows, "query_key_value": TensorSpec("float32", ("N", 3 * width))})
+        return GraphSpec(inputs, {"residual": rows, "query": attended})
+    return GraphSpec(
+        inputs, {"residual": rows, "query_key_value": TensorSpec("float32", ("N", 3 * (attention or width)))}
+    )
 
 
 def row_parts(width: int) -> tuple[int, int]:

@@ -12,6 +12,10 @@ from typing import Any, Protocol
 from beamline_server.bundle import EXPORT_AGAIN, Bundle, BundleError, Manifest, in_short
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_FIRST_BYTE = 3
+"""The id of byte 0 where bytes are tokens: three special tokens come first."""
+BYTES_END = _FIRST_BYTE + 256
+"""The first id behind those of bytes."""
 _CLEAN_UP = {
     " .": ".",
     " ?": "?",
@@ -69,6 +73,7 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
         "marian": _MarianTokenizer,
         "sentencepiece": _SentencePieceTokenizer,
         "tokenizers": _JsonTokenizer,
+        "bytes": _ByteTokenizer,
     }
     try:
         tokenizer = readers[kind](bundle.read, bundle.manifest)
@@ -326,6 +331,30 @@ class _JsonReader:
         pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
         ids = (self._unknown if not added and i in self._control else i for i, added in pairs)
         return [i for i in ids if i is not None]
+
+
+class _ByteTokenizer:
+    """The bytes of UTF-8, each of which is a token (ByT5)."""
+
+    def __init__(self, _: Read, manifest: Manifest) -> None:
+        sizes = manifest.dimensions
+        _check_size(BYTES_END, min(sizes.source_vocabulary, sizes.target_vocabulary))
+        self._eos, special = manifest.special_tokens.source_eos, _special_ids(manifest)
+        self._text = frozenset(range(_FIRST_BYTE, BYTES_END)) - special
+
+    def encode(self, text: str) -> list[int]:
+        ids = self.encode_target(text)
+        return ids if self._eos is None else [*ids, self._eos]
+
+    def encode_target(self, text: str) -> list[int]:
+        return [_FIRST_BYTE + byte for byte in text.encode()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i - _FIRST_BYTE for i in ids if i in self._text).decode(errors="ignore")
+
+    def settled(self, ids: Sequence[int]) -> str:
+        # What is no character is left out, and so is one whose other bytes are still to come.
+        return self.decode(ids)
 
 
 def read_json_tokenizer(content: bytes) -> Any:

@@ -158,8 +158,15 @@ def empty_graph(name: str, precision: str, sizes: Dimensions) -> bytes:
 
     types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
     types |= {"int64": TensorProto.INT64, "bool": TensorProto.BOOL}
-    dimensions = {"layers": sizes.decoder_layers, "width": sizes.d_model, "vocabulary": sizes.target_vocabulary}
-    spec = bundle_graphs(precision, "float16" if precision == "fp16" else "float32", **dimensions)[name]
+    spec = bundle_graphs(
+        precision,
+        "float16" if precision == "fp16" else "float32",
+        layers=sizes.decoder_layers,
+        width=sizes.d_model,
+        vocabulary=sizes.target_vocabulary,
+        attention=sizes.attention,
+        relative=sizes.relative_positions is not None,
+    )[name]
     inputs, outputs = (
         [helper.make_tensor_value_info(key, types[value.element_type], value.axes) for key, value in side.items()]
         for side in (spec.inputs, spec.outputs)

@@ -1,11 +1,13 @@
 """Every family, exported from small random checkpoints, against PyTorch: the export's own gate, and whole searches."""
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,15 +24,23 @@ from beamline_export.precision import CalibratedInt8Store
 from beamline_export.progress import Progress
 from beamline_export.reference import HuggingFaceReference, Reference
 from beamline_export.reference_search import reference_search
-from beamline_export.testing import EOS, nn_config, write_hugging_face, write_nn_transformer
+from beamline_export.spec import ExportError
+from beamline_export.testing import DECODER_START, EOS, nn_config, write_hugging_face, write_nn_transformer
 from beamline_server.bundle import Bundle
 from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, SearchOptions
-from beamline_server.models.load import build_backend, check_golden, model_rules
+from beamline_server.models.forced import forced_rows
+from beamline_server.models.load import DeviceError, build_backend, check_golden, choose_device, model_rules
 from beamline_server.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.parity
 
-MODEL_CLASSES = {"marian": "MarianMTModel", "bart": "BartForConditionalGeneration"}
+MODEL_CLASSES = {
+    "marian": "MarianMTModel",
+    "bart": "BartForConditionalGeneration",
+    "t5": "T5ForConditionalGeneration",
+    "mt5": "MT5ForConditionalGeneration",
+    "umt5": "UMT5ForConditionalGeneration",
+}
 
 SEARCHES = [
     SearchOptions(1, 1, max_new_tokens=16),
@@ -112,6 +122,49 @@ HUGGING_FACE = [
     ),
     pytest.param(
         HuggingFaceCase("bart", 2, {"tie_word_embeddings": False, "encoder_attention_heads": 2}), id="bart-untied"
+    ),
+    pytest.param(HuggingFaceCase("t5", 0), id="t5"),
+    pytest.param(
+        HuggingFaceCase(
+            "t5",
+            1,
+            {
+                "feed_forward_proj": "gated-gelu",
+                "tie_word_embeddings": False,
+                # Not the other way round: with more layers in the decoder, generate itself fails (transformers 5.23).
+                "num_layers": 3,
+                "num_decoder_layers": 1,
+                "num_heads": 2,
+                "relative_attention_num_buckets": 5,
+                "relative_attention_max_distance": 7,
+            },
+            {"bad_words_ids": [[0], [11]], "forced_eos_token_id": EOS},
+            file="pytorch_model.bin",
+        ),
+        id="t5-gated-unscaled",
+    ),
+    pytest.param(
+        HuggingFaceCase(
+            "t5",
+            2,
+            {"feed_forward_proj": "gelu", "d_kv": 5, "num_heads": 4, "relative_attention_max_distance": 200},
+            {"eos_token_id": [EOS, 7]},
+        ),
+        id="t5-odd-heads",
+    ),
+    pytest.param(HuggingFaceCase("mt5", 3), id="mt5"),
+    pytest.param(
+        HuggingFaceCase("mt5", 4, {"feed_forward_proj": "relu", "num_heads": 1, "d_kv": 24}), id="mt5-one-head"
+    ),
+    pytest.param(HuggingFaceCase("umt5", 5), id="umt5"),
+    pytest.param(
+        HuggingFaceCase(
+            "umt5",
+            6,
+            {"feed_forward_proj": "gated-silu", "num_layers": 3, "relative_attention_num_buckets": 6},
+            {"forced_bos_token_id": 3},
+        ),
+        id="umt5-gated-silu",
     ),
 ]
 
@@ -198,6 +251,62 @@ def test_tables_that_the_config_alone_ties_are_the_files(family: str, head: bool
     assert f"{name} differ in the file" in told.getvalue() or f"{name} and" in told.getvalue()
 
 
+@pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
+def test_a_head_of_its_own_is_the_files(family: str, tmp_path: Path) -> None:
+    """As T5 1.1 and its kin have it: transformers tie what the file lacks alone."""
+    checkpoint = write(HuggingFaceCase(family, 4, {"tie_word_embeddings": False}), tmp_path / "checkpoint")
+    state = load_file(checkpoint / "model.safetensors")
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    # As their own files have it, which transformers of today save otherwise.
+    (checkpoint / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}), "utf-8")
+    state["lm_head.weight"] = state["shared.weight"].flip(0).contiguous()
+    save_file(state, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    told = io.StringIO()
+    bundle = export(checkpoint, tmp_path / "bundle", ExportOptions(), Progress(told))
+    assert bundle.manifest.parity["beam_search"]["parted_beyond_near_ties"] == 0  # type: ignore[index]
+    assert "differ in the file" not in told.getvalue()
+
+
+@pytest.mark.parametrize("family", ["t5", "umt5"])
+def test_distances_reach_beyond_what_has_numbers_of_its_own(family: str, tmp_path: Path) -> None:
+    """Targets many times as long as the greatest distance, of all rows at once and fed in parts."""
+    checkpoint = write(HuggingFaceCase(family, 8, {"relative_attention_max_distance": 9}), tmp_path / "checkpoint")
+    bundle = exported(checkpoint)
+    family_of = detect(checkpoint)
+    reference = family_of.reference(checkpoint, family_of.read(checkpoint))
+    backend = build_backend(bundle, "cpu", threads=1)
+    rng = np.random.default_rng(0)
+    sources = [tuple(rng.integers(4, 120, length).tolist()) for length in (1, 7, 48)]
+    targets = [[DECODER_START, *rng.integers(4, 120, 44).tolist()] for _ in sources]
+    expected = [reference.logprobs(source, [target])[0] for source, target in zip(sources, targets, strict=True)]
+    for part in (1, 16):
+        seen = 0
+        for index, position, row in forced_rows(backend, sources, targets, logprobs=True, part=part):
+            assert row.logprob == pytest.approx(expected[index][position], abs=1e-4)
+            seen += 1
+        assert seen == sum(map(len, targets))
+
+
+@pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
+def test_an_answer_is_the_same_alone_and_in_any_batch(family: str, tmp_path: Path) -> None:
+    """To the last bit, with searches of all widths that reuse slots beside each other."""
+    bundle = exported(write(HuggingFaceCase(family, 9), tmp_path / "checkpoint"))
+    rules, backend = model_rules(bundle.manifest), build_backend(bundle, "cpu", threads=1)
+    searches = [(source, SEARCHES[i % len(SEARCHES)]) for i, source in enumerate([*sources_of(bundle, 9)] * 2)]
+    together = search_all(backend, rules, searches)
+    for search, answer in zip(searches, together, strict=True):
+        assert search_all(backend, rules, [search])[0].hypotheses == answer.hypotheses
+
+
+def test_relative_positions_are_refused_where_graphs_do_not_have_them(tmp_path: Path) -> None:
+    checkpoint = write(HuggingFaceCase("t5", 0), tmp_path / "checkpoint")
+    with pytest.raises(ExportError, match="not in the CUDA graph yet; export it with --precision fp32 or int8"):
+        exported(checkpoint, "fp16")
+    with pytest.raises(DeviceError, match="relative ones, which run on the CPU alone so far"):
+        choose_device("cuda", "fp32", relative=True)
+    assert choose_device("auto", "fp32", relative=True) == "cpu"
+
+
 @pytest.mark.parametrize(("seed", "changes", "file"), NN_TRANSFORMER)
 def test_searches_equal_the_reference_search(seed: int, changes: dict[str, Any], file: str, tmp_path: Path) -> None:
     """An nn.Transformer's n-best lists are those of the reference search over PyTorch, but for near-ties."""
@@ -234,11 +343,12 @@ def check_against_reference_search(
 
 
 @pytest.mark.parametrize(
-    ("precision", "calibrate"),
-    [("int8", False), ("int8", True), ("fp16", False)],
-    ids=["int8", "int8-calibrated", "fp16"],
+    ("family", "precision", "calibrate"),
+    [
+        *((family, "int8", calibrate) for family in (*MODEL_CLASSES, "nn_transformer") for calibrate in (False, True)),
+        *((family, "fp16", False) for family in ("marian", "bart", "nn_transformer")),
+    ],
 )
-@pytest.mark.parametrize("family", ["marian", "bart", "nn_transformer"])
 def test_smaller_precisions_pass_their_gate(family: str, precision: str, calibrate: bool, tmp_path: Path) -> None:
     """int8 and fp16 bundles are close to PyTorch, smaller than fp32, and give their golden answers when loaded."""
     checkpoint = tmp_path / "checkpoint"

@@ -35,6 +35,17 @@ FILES_OF_TWO = ["encoder.onnx", *decoder_graphs("fp32", 2), "weights.bin"]
 FILES = ["encoder.onnx", *decoder_graphs("fp32", 1), "weights.bin"]
 
 
+def relative(layers: int, listed: int | None = None) -> Callable[[Any], None]:
+    """A manifest of relative positions: five distances, and a file of them if it has so many bytes."""
+
+    def change(manifest: Any) -> None:
+        manifest["dimensions"]["relative_positions"] = {"layers": layers, "distances": 5}
+        if listed is not None:
+            manifest["files"]["relative_bias.bin"] = {"sha256": "0" * 64, "bytes": listed}
+
+    return change
+
+
 def scale(activations: object) -> Callable[[Any], object]:
     """Makes it an int8 bundle that tells this."""
     return lambda data: data.update(precision="int8", activations=activations)
@@ -403,6 +414,17 @@ def test_of_many_invalid_fields_some_are_named(edit: Callable[..., Path]) -> Non
         (lambda d: d["files"].pop("decoder_piece_2.onnx"), "files: 'decoder_piece_2.onnx' is not listed"),
         (lambda d: d["dimensions"].update(decoder_layers=2), "files: 'decoder_piece_3.onnx' is not listed"),
         (lambda d: d["dimensions"].update(decoder_heads=3), "dimensions: decoder_heads 3 does not divide d_model 8"),
+        (
+            lambda d: d["dimensions"].update(attention_width=9),
+            "dimensions: decoder_heads 2 does not divide attention_width 9",
+        ),
+        (relative(layers=1), "files: 'relative_bias.bin' is not listed"),
+        (relative(layers=3, listed=120), "dimensions: relative_positions of 3 layers, the decoder has 1"),
+        (relative(layers=1, listed=9), "files: 'relative_bias.bin' has 9 bytes, by the dimensions 40"),
+        (
+            lambda d: (relative(layers=1, listed=40)(d), d.update(precision="fp16")),
+            "dimensions: relative_positions are not in graphs of fp16",
+        ),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_named(

@@ -9,9 +9,6 @@ from beamline_export.families.positions import Table
 from beamline_export.renamer import Renamer
 from beamline_export.spec import Array, ExportError, TransformerSpec
 
-_SHARED = "model.shared.weight"
-_SOURCE = "model.encoder.embed_tokens.weight"
-_TARGET = "model.decoder.embed_tokens.weight"
 _PARTS = ("shared.", "encoder.", "decoder.")
 
 
@@ -22,10 +19,12 @@ class Ties:
     Attributes:
         head: Whether the head is the target embedding; where it is not, transformers ties nothing.
         sides: Whether source and target have one embedding.
+        told: Whether the config says that the head is.
     """
 
     head: bool
     sides: bool
+    told: bool = True
 
 
 def rename(
@@ -50,7 +49,7 @@ def rename(
     if state and all(name.startswith(_PARTS) for name in state):
         state = {f"model.{name}": array for name, array in state.items()}
     names = Renamer(state)
-    _take_embeddings(names, ties, head)
+    take_embeddings(names, ties, head)
     if head_bias:
         names.take("head.bias", "final_logits_bias")
     # transformers leave it out where it is zero.
@@ -104,32 +103,30 @@ def _after_padding(table: Array, first: int, name: str) -> Array:
     return table[first:]
 
 
-def _take_embeddings(names: Renamer, ties: Ties, head: str) -> None:
-    """Source and target embedding and the head, as transformers loads them.
+def take_embeddings(names: Renamer, ties: Ties, head: str, model: str = "model.") -> None:
+    """Source and target embedding and the head, as transformers loads them; names of the model begin with `model`.
 
     A table that the file has is used as it is, whatever the config ties; one that it lacks is the first of those that
     it is tied to.
     """
-    tables = {"source_embedding": _SOURCE, "target_embedding": _TARGET, "head.weight": head}
-    tied = _tied(ties, head)
+    shared = f"{model}shared.weight"
+    source, target = (f"{model}{side}.embed_tokens.weight" for side in ("encoder", "decoder"))
+    tables = {"source_embedding": source, "target_embedding": target, "head.weight": head}
+    tied: tuple[str, ...] = ()
+    if ties.head:
+        # What a tied table is where the file lacks it: the first of these that the file has.
+        tied = (shared, head, target, source) if ties.sides else (head, target)
     for canonical, name in tables.items():
         names.take(canonical, name, *(other for other in tied if name in tied and other != name))
     names.share_equal(*tables)
-    if ties.head:
+    if ties.head and ties.told:
         names.tell_untied(
             "tie_word_embeddings is true", *(tables if ties.sides else ("target_embedding", "head.weight"))
         )
     if ties.head and ties.sides and not tables.keys() & names.weights.keys():
-        names.names |= dict.fromkeys(tables, _SHARED)
+        names.names |= dict.fromkeys(tables, shared)
     elif tables.keys() <= names.weights.keys():
-        names.leave_out(_SHARED)  # which transformers loads and does not use
-
-
-def _tied(ties: Ties, head: str) -> tuple[str, ...]:
-    """What a tied table is where the file lacks it: the first of these that the file has."""
-    if not ties.head:
-        return ()
-    return (_SHARED, head, _TARGET, _SOURCE) if ties.sides else (head, _TARGET)
+        names.leave_out(shared)  # which transformers loads and does not use
 
 
 def _take_layers(names: Renamer, spec: TransformerSpec) -> None:

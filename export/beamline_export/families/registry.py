@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beamline_export.checkpoint import Fields, read_json
-from beamline_export.families import nn_transformer
+from beamline_export.families import nn_transformer, t5
 from beamline_export.families.bart import BART
 from beamline_export.families.bart_relatives import ROWS
 from beamline_export.families.marian import MARIAN
@@ -25,6 +25,7 @@ class Family:
 FAMILIES = {
     **{row.model_type: Family(row.read, row.reference) for row in (MARIAN, BART, *ROWS)},
     "nn_transformer": Family(nn_transformer.read, nn_transformer.reference),
+    **{name: Family(variant.read, variant.reference) for name, variant in t5.VARIANTS.items()},
 }
 
 

@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from beamline_export.progress import Progress
-from beamline_export.testing import HUGGING_FACE_CLASSES, nn_config, write_hugging_face, write_nn_transformer
+from beamline_export.testing import (
+    HUGGING_FACE_CLASSES,
+    T5_FAMILIES,
+    nn_config,
+    write_hugging_face,
+    write_nn_transformer,
+)
 
 SIZES = {"fsmt": {"src_vocab_size": 90, "tgt_vocab_size": 120}}
 """Vocabularies of families that have one for each side."""
@@ -46,9 +52,8 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     write_nn_transformer(folder / "nn_transformer", nn_config(num_encoder_layers=1, num_decoder_layers=1))
     for family in HUGGING_FACE_CLASSES:
-        write_hugging_face(
-            folder / family, family, {**SIZES.get(family, {}), "encoder_layers": 1, "decoder_layers": 1}, {}
-        )
+        layers = {"num_layers": 1} if family in T5_FAMILIES else {"encoder_layers": 1, "decoder_layers": 1}
+        write_hugging_face(folder / family, family, {**SIZES.get(family, {}), **layers}, {})
     return folder
 
 

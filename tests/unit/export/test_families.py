@@ -33,6 +33,12 @@ FAMILY_FIELDS = {
     "fsmt": ["src_vocab_size", "tgt_vocab_size", "pad_token_id"],
     "mvp": ["use_prompt", "encoder_ffn_dim"],
     "bart": ["d_model", "vocab_size", "max_position_embeddings", "normalize_before", "bos_token_id", "decoder_layers"],
+    "t5": [
+        "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "vocab_size", "n_positions",
+        "feed_forward_proj", "dense_act_fn", "is_gated_act", "relative_attention_num_buckets", "layer_norm_epsilon",
+        "relative_attention_max_distance", "tie_word_embeddings", "scale_decoder_outputs", "is_encoder_decoder",
+        "tokenizer_class",
+    ],
 }  # fmt: skip
 ODD_VALUES = [
     "512",
@@ -77,10 +83,10 @@ def test_no_value_of_a_config_field_is_worse_than_an_export_error(
     assert not any("\n" in message or len(message) > 2500 for message in messages)
 
 
-@pytest.mark.parametrize("model_type", ["t5", None, 3, ["marian"], {"marian": 1}, "../marian"])
+@pytest.mark.parametrize("model_type", ["perceiver", None, 3, ["marian"], {"marian": 1}, "../marian"])
 def test_an_unknown_model_type_lists_the_known_ones(model_type: object, checkpoint: Any) -> None:
     wrong = "is missing" if model_type is None else "is not known"
-    with pytest.raises(ExportError, match=rf"{wrong} \(known: marian, bart, mbart, .*, nn_transformer\)"):
+    with pytest.raises(ExportError, match=rf"{wrong} \(known: marian, bart, mbart, .*, t5, mt5, umt5\)"):
         detect(checkpoint.config(model_type=model_type))
 
 

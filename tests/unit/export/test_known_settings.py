@@ -17,13 +17,21 @@ from beamline_export.known_settings import (
     CONFIG,
     GENERATION,
     READ,
+    T5_ALIASES,
     TOKENIZER,
     contradictions,
     without_effect,
 )
-from beamline_export.testing import HUGGING_FACE_CLASSES
+from beamline_export.testing import HUGGING_FACE_CLASSES, T5_FAMILIES
 
 CONFIG_CLASSES = {family: getattr(transformers, name).config_class for family, name in HUGGING_FACE_CLASSES.items()}
+_T5_TOKENIZERS = [
+    transformers.T5Tokenizer,
+    transformers.ByT5Tokenizer,
+    transformers.PreTrainedTokenizerFast,
+    PreTrainedTokenizer,
+    PreTrainedTokenizerBase,
+]
 TOKENIZER_CLASSES = {
     "marian": [transformers.MarianTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase],
     "bart": [
@@ -41,6 +49,7 @@ TOKENIZER_CLASSES = {
         transformers.PreTrainedTokenizerFast,
         PreTrainedTokenizerBase,
     ],
+    **dict.fromkeys(("t5", "mt5", "umt5"), _T5_TOKENIZERS),
 }
 EVERY = [GENERATION, *CONFIG.values(), *TOKENIZER.values()]
 
@@ -74,11 +83,12 @@ def test_every_generation_setting_has_its_place() -> None:
 @pytest.mark.parametrize("family", CONFIG)
 def test_every_config_field_has_its_place(family: str) -> None:
     fields = config_fields(CONFIG_CLASSES[family])
-    assert {"d_model", "dropout", "architectures"} < fields
+    assert {"d_model", "architectures"} < fields
     assert fields - set(CONFIG[family]) == set()
     # Of an initialization, and what the family refuses where it has another value.
     more = {"plbart": {"initializer_range": "init_std"}, "fsmt": {"vocab_size": "tgt_vocab_size"}}.get(family, {})
-    assert CONFIG_CLASSES[family].attribute_map == {**ALIASES, **more}
+    aliases = T5_ALIASES if family in T5_FAMILIES else {**ALIASES, **more}
+    assert CONFIG_CLASSES[family].attribute_map == aliases
 
 
 @pytest.mark.parametrize("family", TOKENIZER)

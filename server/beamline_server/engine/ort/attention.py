@@ -7,6 +7,8 @@ list, in vectors of 16: a row's result depends on nothing but its own query and 
 Axes: N rows, X lists, M rows of keys and values, W places of a list, D width, H heads.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,6 +39,23 @@ _BLOCK = 64
 """Numbers of a value that are summed up together, in four vectors."""
 
 
+class Bias(NamedTuple):
+    """What is added to scores by the distance of what is attended to.
+
+    Attributes:
+        table: A number for each head and distance, (H, distances); (0, 0) adds nothing.
+        distance: The distance of each place of the lists, (X, W).
+    """
+
+    table: Floats
+    distance: Places
+
+
+def no_bias() -> Bias:
+    """Adds nothing."""
+    return Bias(np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int32))
+
+
 def room(heads: int, longest: int) -> tuple[Floats, Floats]:
     """Room for the weights of one row over lists of up to `longest` places, and for the inverse of their sums."""
     return np.zeros(heads * _rounded(longest), np.float32), np.zeros(heads, np.float32)
@@ -58,6 +77,7 @@ def attend(  # noqa: PLR0913, PLR0917 - what attention is made of
     weights: Floats,
     inverse: Floats,
     out: Floats,
+    bias: Bias,
 ) -> None:
     """Scaled dot-product attention of some rows.
 
@@ -72,6 +92,7 @@ def attend(  # noqa: PLR0913, PLR0917 - what attention is made of
         weights: Room for one row, (H * W rounded up to a multiple of 16,).
         inverse: Room for one row, (H,).
         out: Receives the results, (N, D).
+        bias: What is added to scores.
     """
     width = out.shape[1]
     size = width // heads
@@ -81,10 +102,14 @@ def attend(  # noqa: PLR0913, PLR0917 - what attention is made of
         places, count = lists[list_of[row]], int(lengths[list_of[row]])
         if size % LANES == 0:
             score(q, row * stride, k, places, count, heads, size, scale, weights)
+            if len(bias.table) > 0:
+                add_bias(bias.table, bias.distance[list_of[row]], count, weights)
             normalize(weights, count, heads, inverse)
             weigh(v, places, count, heads, size, weights, inverse, y, row * width)
         else:
-            attend_plainly(q, row * stride, k, v, places, count, heads, size, scale, weights, y, row * width)
+            attend_plainly(
+                q, row * stride, k, v, places, count, heads, size, scale, weights, y, row * width, bias, list_of[row]
+            )
 
 
 @compiled
@@ -108,6 +133,15 @@ def score(  # noqa: PLR0913, PLR0917 - as `attend`
                 sum_c = multiply_add(part, load(k, c + j), sum_c)
                 sum_d = multiply_add(part, load(k, d + j), sum_d)
             store_totals(weights, head * rounded + t, sum_a, sum_b, sum_c, sum_d, scale)
+
+
+@compiled
+def add_bias(table: Floats, distance: Places, count: int, weights: Floats) -> None:
+    """Add to the scores of a list, head by head, what the distances of its places say."""
+    rounded = (count + LANES - 1) // LANES * LANES
+    for head in range(len(table)):
+        for t in range(count):
+            weights[head * rounded + t] += table[head, distance[t]]
 
 
 @compiled
@@ -185,6 +219,8 @@ def attend_plainly(  # noqa: PLR0913, PLR0917 - as `attend`
     weights: Floats,
     y: Floats,
     to: int,
+    bias: Bias,
+    list_of_row: int,
 ) -> None:
     """The same number by number, for heads whose size is no multiple of 16."""
     width = heads * size
@@ -195,6 +231,8 @@ def attend_plainly(  # noqa: PLR0913, PLR0917 - as `attend`
             for j in range(size):
                 product += q[at + first + j] * k[o + j]
             weights[t] = product * scale
+            if len(bias.table) > 0:
+                weights[t] += bias.table[first // size, bias.distance[list_of_row, t]]
             most = max(most, weights[t])
         for t in range(count):
             weights[t] = np.exp(weights[t] - most)

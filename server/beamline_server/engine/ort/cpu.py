@@ -10,17 +10,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from beamline_server.bundle import ENCODER, WEIGHTS, Bundle, Dimensions, decoder_pieces
+from beamline_server.bundle import ENCODER, RELATIVE_BIAS, WEIGHTS, Bundle, Dimensions, decoder_pieces
 from beamline_server.engine.admission import ENCODE_TOGETHER, Capacity
 from beamline_server.engine.backend import Cache, Encoded, StepResult
 from beamline_server.engine.ort.attention import TOGETHER
 from beamline_server.engine.ort.c_api import Binding, NativeSession
 from beamline_server.engine.ort.pages import PagedMemory, lacking, whole_pages, widened
-from beamline_server.engine.ort.pieces import Lists, Note, Pieces, beyond, pack_rows, take_in, tell
+from beamline_server.engine.ort.pieces import (
+    Lists,
+    Note,
+    Pieces,
+    Sizes,
+    beyond,
+    pack_rows,
+    take_in,
+    tell,
+    without_bias,
+)
 from beamline_server.engine.ort.settings import ENCODER_INPUTS, settings
 from beamline_server.engine.pack import LEAST_QUERIES, EncoderInputs, Extent, extent, flat, pack_encoder
 from beamline_server.engine.request import MAX_BEAMS
-from beamline_server.engine.table import IntArray, Table, table_bytes
+from beamline_server.engine.table import FloatArray, IntArray, Table, table_bytes
 
 _FLOAT = 4
 _ROW_WIDTHS = 24
@@ -28,6 +38,8 @@ _ROW_WIDTHS = 24
 what stands around it, twice."""
 _SCORES = 3
 """Copies of the scores of the encoder's attention."""
+_BIASES = 2
+"""Copies of what relative positions add to them."""
 _GRANULE = 8
 """Source positions of an encoder call are a multiple of this: few distinct shapes."""
 
@@ -46,8 +58,14 @@ class CpuBackend:
 
     def __init__(self, bundle: Bundle, *, threads: int, note: Note | None = None) -> None:
         dimensions = bundle.manifest.dimensions
-        self.layers, self.width = dimensions.decoder_layers, dimensions.d_model
-        self._heads, self._vocabulary = dimensions.decoder_heads, dimensions.target_vocabulary
+        self.layers, self.width = dimensions.decoder_layers, dimensions.attention
+        self._sizes = Sizes(
+            dimensions.d_model,
+            dimensions.decoder_heads,
+            dimensions.target_vocabulary,
+            dimensions.attention,
+            _relative_bias(bundle),
+        )
         self._note = note
         weights = (WEIGHTS, bundle.read(WEIGHTS))
 
@@ -76,7 +94,17 @@ class CpuBackend:
 
     def new_pieces(self) -> Pieces:
         """The decoder, for one worker."""
-        return Pieces(self._decoder, width=self.width, heads=self._heads, vocabulary=self._vocabulary, note=self._note)
+        return Pieces(self._decoder, self._sizes, note=self._note)
+
+
+def _relative_bias(bundle: Bundle) -> FloatArray:
+    """What self-attention adds to scores, as `Buffers.bias`."""
+    dimensions = bundle.manifest.dimensions
+    relative = dimensions.relative_positions
+    if relative is None:
+        return without_bias()
+    numbers = np.frombuffer(bundle.read(RELATIVE_BIAS), "<f4").astype(np.float32)
+    return numbers.reshape(relative.layers, dimensions.decoder_heads, relative.distances)
 
 
 def most_bytes_of_a_worker(sizes: Dimensions, capacity: Capacity) -> int:
@@ -84,15 +112,17 @@ def most_bytes_of_a_worker(sizes: Dimensions, capacity: Capacity) -> int:
 
     What grows is copied, so that it is there twice for a moment.
     """
-    slot = 2 * sizes.decoder_layers * sizes.d_model * _FLOAT
+    wide = max(sizes.d_model, sizes.attention)
+    relative = sizes.relative_positions is not None
+    slot = (2 * sizes.decoder_layers * sizes.attention + 1) * _FLOAT
     whole = capacity.whole
     own = min(whole.slots, whole.rows * whole_pages(sizes.max_target_tokens))
     cross = min(whole.slots, whole.rows * whole_pages(sizes.max_source_tokens))
     widest = max(MAX_BEAMS * (sizes.max_target_tokens + 1), sizes.max_source_tokens)
-    row = 2 * widest + _ROW_WIDTHS * sizes.d_model + sizes.target_vocabulary
+    row = (3 if relative else 2) * widest + _ROW_WIDTHS * wide + sizes.target_vocabulary
     tokens = max(CpuBackend.encode_tokens, sizes.max_source_tokens)
-    scores = _SCORES * sizes.decoder_heads * sizes.max_source_tokens**2
-    encoder = (tokens * _ROW_WIDTHS * sizes.d_model + scores) * _FLOAT + (ENCODE_TOGETHER + 1) * tokens * slot
+    scores = (_SCORES + _BIASES * relative) * sizes.decoder_heads * sizes.max_source_tokens**2
+    encoder = (tokens * _ROW_WIDTHS * wide + scores) * _FLOAT + (ENCODE_TOGETHER + 1) * tokens * slot
     table = table_bytes(whole.rows, slots=widest, steps=sizes.max_target_tokens)
     pages = (own + cross) * slot + max(own, cross) * slot // 2
     return pages + 2 * whole.rows * row * _FLOAT + encoder + 2 * table
@@ -166,6 +196,6 @@ class CpuCache:
         """As `Bucket.run`."""
         pieces = self._pieces
         pieces.reserve(self.needed)
-        pack_rows(table, self.members, self._own.pages.pages, pieces.buffers)
+        pack_rows(table, self.members, self._own.pages, pieces.buffers)
         own, cross = self._own.pages, self._cross.pages
         return pieces.run(self.needed.rows, candidates, own, cross, self._sources, logprobs=logprobs)

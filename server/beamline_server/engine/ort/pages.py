@@ -26,12 +26,14 @@ class Pages(NamedTuple):
     Attributes:
         keys: (L, M, D).
         values: (L, M, D).
+        positions: Where in its sequence the token of each slot stands, (M,); known where distances count.
         pages: Numbers of the pages of each sequence, (I, most).
         held: How many each has, (I,).
     """
 
     keys: FloatArray
     values: FloatArray
+    positions: Places
     pages: Places
     held: IntArray
 
@@ -85,6 +87,7 @@ class PagedMemory:
             larger = np.zeros((layers, more, width), np.float32)
             larger[:, :slots] = getattr(self.pages, name)
             self.pages = self.pages._replace(**{name: larger})
+        self.pages = self.pages._replace(positions=widened(self.pages.positions, more))
         self._free[:0] = range(more // PAGE - 1, slots // PAGE - 1, -1)
 
 
@@ -95,7 +98,7 @@ def whole_pages(slots: int) -> int:
 
 def _without_pages(layers: int, width: int) -> Pages:
     none = np.zeros((layers, 0, width), np.float32)
-    return Pages(none, none.copy(), np.zeros((0, 1), np.int32), np.zeros(0, np.int64))
+    return Pages(none, none.copy(), np.zeros(0, np.int32), np.zeros((0, 1), np.int32), np.zeros(0, np.int64))
 
 
 def widened(array: NDArray[Any], *shape: int) -> NDArray[Any]:

@@ -1,11 +1,12 @@
 """A decoder step in pieces: graphs that work on rows alone, with attention over slots between them.
 
-Axes: L layers, N rows, D width, I indices of the table, X lists, W places of a list, C candidates, V vocabulary.
+Axes: L layers, N rows, D width of the model, A width of attention, H heads, I indices of the table, X lists, W places
+of a list, C candidates, V vocabulary.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,9 +52,13 @@ class Buffers(NamedTuple):
         slot: Where its own key and value go, (N,).
         own: The slots that it attends to, a list for each row.
         each: 0, 1, …: the list of each row, (N,).
-        query_key_value: Of self-attention, (N, 3D).
-        query: Of cross-attention, (N, D).
-        attended: What attention gives, (N, D).
+        bias: What self-attention adds to scores, a table for all layers or for each: (1 or L, H, distances), or
+            (1, 0, 0).
+        distance: How far each slot of the lists is from the row, at most the last of the table, (N, W).
+        unbiased: What cross-attention adds to scores: nothing.
+        query_key_value: Of self-attention, (N, 3A).
+        query: Of cross-attention, (N, A).
+        attended: What attention gives, (N, A).
         residual: What graphs hand on, in turn, (2, N, D).
         logits: Scores of all tokens, (N, V).
         weighing: Room for attention.
@@ -66,6 +71,9 @@ class Buffers(NamedTuple):
     slot: Places
     own: Lists
     each: Places
+    bias: FloatArray
+    distance: Places
+    unbiased: attention.Bias
     query_key_value: FloatArray
     query: FloatArray
     attended: FloatArray
@@ -75,22 +83,51 @@ class Buffers(NamedTuple):
     choosing: candidates.Room
 
 
-def buffers(rows: int, slots: int, *, width: int, heads: int, vocabulary: int) -> Buffers:
+def without_bias() -> FloatArray:
+    """A table of models whose self-attention adds nothing to scores."""
+    return np.zeros((1, 0, 0), np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the memory of a step is made by.
+
+    Attributes:
+        width: D.
+        heads: H.
+        vocabulary: V.
+        attention: A, if it is not D.
+        bias: As in `Buffers`.
+    """
+
+    width: int
+    heads: int
+    vocabulary: int
+    attention: int | None = None
+    bias: FloatArray = field(default_factory=without_bias)
+
+
+def buffers(rows: int, slots: int, sizes: Sizes) -> Buffers:
     """Buffers for so many rows, which attend to so many slots of their sequences, or positions of their sources."""
+    width, wide = sizes.width, sizes.attention or sizes.width
+    places = (rows, slots + TOGETHER)
     return Buffers(
         ids=np.zeros(rows, np.int64),
         positions=np.zeros(rows, np.int64),
         sequence=np.zeros(rows, np.int32),
         slot=np.zeros(rows, np.int32),
-        own=Lists(np.zeros((rows, slots + TOGETHER), np.int32), np.zeros(rows, np.int32)),
+        own=Lists(np.zeros(places, np.int32), np.zeros(rows, np.int32)),
         each=np.arange(rows, dtype=np.int32),
-        query_key_value=np.zeros((rows, 3 * width), np.float32),
-        query=np.zeros((rows, width), np.float32),
-        attended=np.zeros((rows, width), np.float32),
+        bias=sizes.bias,
+        distance=np.zeros(places if sizes.bias.size else (0, 0), np.int32),
+        unbiased=attention.no_bias(),
+        query_key_value=np.zeros((rows, 3 * wide), np.float32),
+        query=np.zeros((rows, wide), np.float32),
+        attended=np.zeros((rows, wide), np.float32),
         residual=np.zeros((2, rows, width), np.float32),
-        logits=np.zeros((rows, vocabulary), np.float32),
-        weighing=attention.room(heads, slots),
-        choosing=candidates.room(vocabulary),
+        logits=np.zeros((rows, sizes.vocabulary), np.float32),
+        weighing=attention.room(sizes.heads, slots),
+        choosing=candidates.room(sizes.vocabulary),
     )
 
 
@@ -114,22 +151,18 @@ class Pieces:
 
     Args:
         sessions: Of the pieces, in order; other workers use them, too.
-        width: D.
-        heads: Of attention.
-        vocabulary: V.
+        sizes: Of its memory.
         note: Is told, after every run, what pieces give beyond their contract.
     """
 
-    def __init__(
-        self, sessions: Sequence[NativeSession], *, width: int, heads: int, vocabulary: int, note: Note | None
-    ) -> None:
+    def __init__(self, sessions: Sequence[NativeSession], sizes: Sizes, *, note: Note | None) -> None:
         self._sessions = sessions
         self._handles = np.array([session.handle for session in sessions], np.int64)
-        self._heads = heads
+        self._heads = sizes.heads
         self._note = note
         self._run = address("RunWithBinding")
         self._bound: OrderedDict[int, Bound] = OrderedDict()
-        self._new_buffers = partial(buffers, width=width, heads=heads, vocabulary=vocabulary)
+        self._new_buffers = partial(buffers, sizes=sizes)
         self._rows = self._longest = 0
         self.buffers = self._new_buffers(0, 0)
 
@@ -211,29 +244,35 @@ def tell(note: Note | None, extra: Mapping[str, FloatArray]) -> None:
 
 
 @compiled
-def pack_rows(table: Table, members: IntArray, pages: Places, into: Buffers) -> None:
+def pack_rows(table: Table, members: IntArray, own: Pages, into: Buffers) -> None:
     """Write the rows of some sequences, and the slots that each attends to.
 
     Args:
         table: The running sequences.
         members: Indices of those that are meant.
-        pages: Pages of the slots of each index, (I, most).
+        own: Keys and values of self-attention; receives where rows stand, if distances count.
         into: Receives the rows.
     """
-    row = 0
+    row, farthest = 0, into.bias.shape[2] - 1
     for index in members:
-        sequence = table.sequences[index]
+        sequence, pages = table.sequences[index], own.pages[index]
         for r in range(sequence.rows):
             count = 0
             for slot in range(sequence.slots_end):
                 if table.ancestors[index, r, slot]:
-                    into.own.places[row, count] = place(pages[index], slot)
+                    into.own.places[row, count] = place(pages, slot)
                     count += 1
+            if farthest >= 0:
+                # A row comes after those that it descends from: where they stand has been written.
+                own.positions[place(pages, sequence.slot[r])] = sequence.position[r]
+                for t in range(count):
+                    distance = sequence.position[r] - own.positions[into.own.places[row, t]]
+                    into.distance[row, t] = min(distance, farthest)
             into.own.lengths[row] = count
             for behind in range(TOGETHER):
                 into.own.places[row, count + behind] = into.own.places[row, 0]
             into.ids[row], into.positions[row] = sequence.token[r], sequence.position[r]
-            into.sequence[row], into.slot[row] = index, place(pages[index], sequence.slot[r])
+            into.sequence[row], into.slot[row] = index, place(pages, sequence.slot[r])
             row += 1
 
 
@@ -302,11 +341,13 @@ def run_step(  # noqa: PLR0913, PLR0917 - graphs, and what lies between them
             write(buffers, own.keys[layer], own.values[layer], rows)
             query, keys, values = buffers.query_key_value, own.keys[layer], own.values[layer]
             lists, list_of = buffers.own, buffers.each[:rows]
+            bias = attention.Bias(buffers.bias[min(layer, len(buffers.bias) - 1)], buffers.distance)
         else:
             query, keys, values = buffers.query, cross.keys[layer], cross.values[layer]
-            lists, list_of = sources, buffers.sequence[:rows]
+            lists, list_of, bias = sources, buffers.sequence[:rows], buffers.unbiased
         weights, inverse = buffers.weighing
-        attend(query, keys, values, lists.places, lists.lengths, list_of, heads, weights, inverse, buffers.attended)
+        places, lengths = lists
+        attend(query, keys, values, places, lengths, list_of, heads, weights, inverse, buffers.attended, bias)
     find_best(buffers.logits, buffers.choosing, best)
     return 0
 
@@ -333,9 +374,9 @@ def _take_in_example() -> tuple[Any, ...]:
 
 
 def _example_buffers() -> Buffers:
-    return buffers(1, 1, width=1, heads=1, vocabulary=1)
+    return buffers(1, 1, Sizes(width=1, heads=1, vocabulary=1))
 
 
-entry_point(pack_rows, lambda: (example(), np.zeros(1, np.int64), np.zeros((1, 1), np.int32), _example_buffers()))
+entry_point(pack_rows, lambda: (example(), np.zeros(1, np.int64), PagedMemory(1, 1).pages, _example_buffers()))
 entry_point(take_in, _take_in_example)
 entry_point(run_step, _run_example)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from beamline_server.engine.ort.attention import TOGETHER, attend, room
+from beamline_server.engine.ort.attention import TOGETHER, Bias, attend, no_bias, room
 from beamline_server.engine.table import FloatArray
 
 SLOTS = 300
@@ -34,7 +34,7 @@ def case(heads: int, size: int, lengths: list[int], *, scale: float = 1.0, seed:
     return Case(query, keys, values, lists, np.array([*range(len(lengths)), 0], np.int32), heads)
 
 
-def attended(of: Case, rows: list[int] | None = None) -> FloatArray:
+def attended(of: Case, rows: list[int] | None = None, bias: Bias | None = None) -> FloatArray:
     """What the loops give for some of the rows, standing in this order; for all of them if None is given."""
     rows = list(range(len(of.list_of))) if rows is None else rows
     longest = max(map(len, of.lists))
@@ -45,19 +45,22 @@ def attended(of: Case, rows: list[int] | None = None) -> FloatArray:
     lengths = np.array([len(slots) for slots in of.lists], np.int32)
     out = np.full((len(rows), of.keys.shape[1]), np.nan, np.float32)
     query, list_of = np.ascontiguousarray(of.query[rows]), of.list_of[rows]
-    attend(query, of.keys, of.values, places, lengths, list_of, of.heads, *room(of.heads, longest), out)
+    bias = no_bias() if bias is None else bias
+    attend(query, of.keys, of.values, places, lengths, list_of, of.heads, *room(of.heads, longest), out, bias)
     return out
 
 
-def expected(of: Case) -> np.ndarray:
+def expected(of: Case, bias: Bias | None = None) -> np.ndarray:
     """Softmax attention as it is defined, head by head, in double precision."""
     width = of.keys.shape[1]
     rows = []
     for query, number in zip(of.query[:, :width].astype(np.float64), of.list_of, strict=True):
         keys, values = (a[of.lists[number]].astype(np.float64) for a in (of.keys, of.values))
         parts = []
-        for head in np.split(np.arange(width), of.heads):
+        for h, head in enumerate(np.split(np.arange(width), of.heads)):
             scores = keys[:, head] @ query[head] / np.sqrt(len(head))
+            if bias is not None:
+                scores += bias.table[h, bias.distance[number, : len(scores)]]
             weights = np.exp(scores - scores.max())
             parts.append(weights / weights.sum() @ values[:, head])
         rows.append(np.concatenate(parts))
@@ -68,6 +71,16 @@ def expected(of: Case) -> np.ndarray:
 def test_it_is_attention_as_it_is_defined(heads: int, size: int) -> None:
     of = case(heads, size, LENGTHS)
     assert attended(of) == pytest.approx(expected(of), abs=2e-6)
+
+
+@pytest.mark.parametrize(("heads", "size"), HEADS)
+def test_what_distances_say_is_added_to_scores(heads: int, size: int) -> None:
+    of, rng = case(heads, size, LENGTHS), np.random.default_rng(5)
+    table = (3 * rng.standard_normal((heads, 9))).astype(np.float32)
+    bias = Bias(table, rng.integers(0, 9, (len(LENGTHS), max(LENGTHS) + TOGETHER)).astype(np.int32))
+    found = attended(of, bias=bias)
+    assert found == pytest.approx(expected(of, bias), abs=2e-6)
+    assert not np.allclose(found, attended(of), atol=1e-2)
 
 
 @pytest.mark.parametrize(("heads", "size"), HEADS)

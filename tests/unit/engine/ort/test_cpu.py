@@ -1,15 +1,20 @@
 """The backend for the CPU: what runs together gets what it would get alone, wherever its slots are."""
 
 import gc
+import io
 import time
 import tracemalloc
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from beamline_export.bundle_writer import ExportOptions, export
+from beamline_export.progress import Progress
+from beamline_export.testing import write_hugging_face
 from beamline_server.bundle import Bundle, decoder_pieces
 from beamline_server.engine.admission import Capacity
 from beamline_server.engine.backend import StepResult
@@ -128,7 +133,15 @@ def test_some_go_while_others_stay_where_they_are(backend: CpuBackend, alone: li
 
 def test_no_more_memory_is_taken_than_was_foreseen(tiny: Callable[[str], Bundle]) -> None:
     """By the widest and longest searches that fit, beside what runs the graphs."""
-    bundle = tiny("fp32")
+    check_memory(tiny("fp32"))
+
+
+def test_no_more_memory_is_taken_with_relative_positions(tmp_path: Path) -> None:
+    folder = write_hugging_face(tmp_path / "checkpoint", "t5", {}, {})
+    check_memory(export(folder, tmp_path / "bundle", ExportOptions(), Progress(io.StringIO())))
+
+
+def check_memory(bundle: Bundle) -> None:
     sizes, room = bundle.manifest.dimensions, Capacity(48, 1 << 14)
     backend, rules = CpuBackend(bundle, threads=1), model_rules(bundle.manifest)
     longest = SearchOptions(

@@ -7,6 +7,7 @@ from beamline_server.engine.ort import pages as compiled_pages
 from beamline_server.engine.ort import pieces as compiled_pieces
 from beamline_server.engine.ort.attention import TOGETHER
 from beamline_server.engine.ort.pages import PAGE, PagedMemory, widened
+from beamline_server.engine.ort.pieces import Sizes
 from beamline_server.engine.table import IntArray, Table
 from doubles.fed import FedSequences
 from doubles.uncompiled import uncompiled
@@ -54,9 +55,9 @@ def test_rows_find_the_slots_that_they_descend_from(seed: int) -> None:
     members = rng.permutation(6)[: rng.integers(1, 7)]
     memory = memory_for(table, members.tolist(), rng)
     rows = int(table.sequences["rows"][members].sum())
-    ours, plain = (compiled_pieces.buffers(rows, 60, width=2, heads=1, vocabulary=1) for _ in range(2))
-    compiled_pieces.pack_rows(table, members, memory.pages.pages, ours)
-    PLAIN_PIECES.pack_rows(table, members, memory.pages.pages, plain)
+    ours, plain = (compiled_pieces.buffers(rows, 60, Sizes(width=2, heads=1, vocabulary=1)) for _ in range(2))
+    compiled_pieces.pack_rows(table, members, memory.pages, ours)
+    PLAIN_PIECES.pack_rows(table, members, memory.pages, plain)
 
     row = 0
     for index in members.tolist():
@@ -76,10 +77,40 @@ def test_rows_find_the_slots_that_they_descend_from(seed: int) -> None:
     assert np.array_equal(ours.own.lengths, plain.own.lengths)
 
 
+@pytest.mark.parametrize("farthest", [3, 200])
+def test_rows_find_how_far_their_slots_are(farthest: int) -> None:
+    """By the positions of the tokens that were written there, whatever the order of slots."""
+    rng = np.random.default_rng(farthest)
+    table = random_table(rng, 4)
+    members = rng.permutation(4)
+    memory = memory_for(table, members.tolist(), rng)
+    sizes = Sizes(width=2, heads=1, vocabulary=1, bias=np.zeros((1, 1, farthest + 1), np.float32))
+    rows = int(table.sequences["rows"].sum())
+    written: dict[int, int] = {}
+    for index in members.tolist():
+        sequence = table.sequences[index]
+        where = places_of(memory, index, int(sequence.slots_end))
+        for place, position in zip(where.tolist(), rng.integers(0, 90, len(where)).tolist(), strict=True):
+            memory.pages.positions[place] = written[place] = position
+        for r in range(sequence.rows):  # as when tokens of a prefix are fed: in their order
+            sequence.position[r] = 100 + r
+            table.ancestors[index, r, r + 1 : 16] = False
+            written[int(where[r])] = 100 + r
+    ours, plain = (compiled_pieces.buffers(rows, 60, sizes) for _ in range(2))
+    compiled_pieces.pack_rows(table, members, memory.pages, ours)
+    PLAIN_PIECES.pack_rows(table, members, memory.pages, plain)
+    for row in range(rows):
+        count = int(ours.own.lengths[row])
+        distances = [int(ours.positions[row]) - written[int(place)] for place in ours.own.places[row, :count]]
+        assert min(distances) == 0
+        assert ours.distance[row, :count].tolist() == [min(distance, farthest) for distance in distances]
+    assert np.array_equal(ours.distance, plain.distance)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_new_keys_and_values_are_written_into_their_slots_and_nowhere_else(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    buffers = compiled_pieces.buffers(7, 1, width=4, heads=1, vocabulary=1)
+    buffers = compiled_pieces.buffers(7, 1, Sizes(width=4, heads=1, vocabulary=1))
     buffers.query_key_value[:] = rng.standard_normal(buffers.query_key_value.shape)
     buffers.slot[:] = rng.permutation(3 * PAGE)[:7]
     before = rng.standard_normal((2, 3 * PAGE, 4)).astype(np.float32)
