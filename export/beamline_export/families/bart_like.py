@@ -139,7 +139,7 @@ class BartLike:
         """
         config = {**self.defaults, **read_json(folder / "config.json")}
         fields = Fields(config, "config.json")
-        for name, value in (self._told_in_config() | self.fixed).items():
+        for name, value in {**self._told_in_config(), **self.fixed}.items():
             fields.must_be(name, value)
         vocabularies = self.vocabularies(fields)
         spec = self._read_spec(fields, vocabularies)
