@@ -164,6 +164,14 @@ TOKENIZER: Mapping[str, Mapping[str, Effect]] = {
         # Of byte pairs, which it has none of.
         **_all(ANY, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
     },
+    "m2m_100": {
+        **_TOKENIZER,
+        **_all(READ, "src_lang language_codes"),
+        **_all((), "sp_model_kwargs"),
+        **_all(ANY, "tgt_lang num_madeup_words spm_file special_tokens_pattern"),
+        # Of byte pairs, which it has none of.
+        **_all(ANY, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
+    },
     "bart": _TOKENIZERS,
     "bart_relatives": {
         **_TOKENIZERS,

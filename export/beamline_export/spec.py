@@ -94,9 +94,9 @@ class TransformerSpec:
 
     Positions are tables among the weights (sinusoidal or learned, offsets already applied: row 0 is position 0), so
     that no family's formula enters the graphs. `embedding_scale` multiplies token embeddings.
-    `target_norm_before_positions` is about the embedding norm of the decoder. `attention_width` is that of queries, keys
-    and values, all heads together, where it is not `d_model`. A gated feed-forward layer multiplies what it computes by
-    the activation of a second product of the same input.
+    `target_norm_before_positions` is about the embedding norm of the decoder. `attention_width` is that of queries,
+    keys and values, all heads together, where it is not `d_model`. A gated feed-forward layer multiplies what it
+    computes by the activation of a second product of the same input.
     """
 
     architecture: str

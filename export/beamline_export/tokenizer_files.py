@@ -59,7 +59,13 @@ def without_tokenizer(tokens: SpecialTokenIds, *, source_bos: int | None = None)
 
 
 def read_marian_tokenizer(
-    folder: Path, files: Mapping[str, str], config: TokenizerConfig, tokens: SpecialTokenIds
+    folder: Path,
+    files: Mapping[str, str],
+    config: TokenizerConfig,
+    tokens: SpecialTokenIds,
+    *,
+    defaults: Mapping[str, str] = _MARIAN,
+    classes: Collection[str] = ("MarianTokenizer",),
 ) -> TokenizerFiles:
     """Two SentencePiece models and their vocabulary: `source </s>`.
 
@@ -68,6 +74,8 @@ def read_marian_tokenizer(
         files: As in `TokenizerFiles`; all are there.
         config: The tokenizer's settings.
         tokens: Special tokens as the decoder's settings have them.
+        defaults: Special tokens where the settings name none.
+        classes: Those of transformers that read as it is done here.
 
     Raises:
         ExportError: a vocabulary cannot be read, or has no end of sequence.
@@ -78,7 +86,7 @@ def read_marian_tokenizer(
     for token in (end, _MARIAN["unk_token"]):
         if token not in source:
             raise ExportError(f"{folder / 'vocab.json'} has no {token!r}; copy the vocabulary of this model")
-    special = {target[token] for token in config.special(_MARIAN) if token in target}
+    special = {target[token] for token in config.special(defaults) if token in target}
     # The server leaves <unk> out by itself.
     unknown = [target[token] for token in [_MARIAN["unk_token"]] if token in target]
     default = default_special_ids(dataclasses.asdict(tokens)).union(unknown)
@@ -87,7 +95,7 @@ def read_marian_tokenizer(
         files,
         entry_settings(special, default, clean=config.flags.get(_CLEAN_UP, False)),
         with_around(tokens, None, source[end]),
-        settings_without_effect(config, (), _MARIAN["unk_token"], ("MarianTokenizer",)),
+        settings_without_effect(config, (), _MARIAN["unk_token"], classes),
     )
 
 

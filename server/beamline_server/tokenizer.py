@@ -176,7 +176,10 @@ def read_sentencepiece(name: str, content: bytes) -> Any:
 
 
 class _MarianTokenizer:
-    """Two SentencePiece models and a vocabulary that maps their pieces to ids (MarianMT)."""
+    """Two SentencePiece models and a vocabulary that maps their pieces to ids (MarianMT, M2M100).
+
+    Where no language stands before every source, a text may begin with the code of one.
+    """
 
     def __init__(self, read: Read, manifest: Manifest) -> None:
         own = "target_vocab.json" in manifest.tokenizer.files
@@ -187,16 +190,17 @@ class _MarianTokenizer:
         ids = read_vocabulary("vocab.json", read("vocab.json"))
         _check_size(max(ids.values()) + 1, manifest.dimensions.source_vocabulary)
         target_ids = read_vocabulary("target_vocab.json", read("target_vocab.json")) if own else ids
-        self._eos, special, unknown = manifest.special_tokens.source_eos, _special_ids(manifest), ids["<unk>"]
-        self._source = _MarianReader(source, ids, {self._eos}, unknown)
+        self._bos, self._eos = manifest.special_tokens.source_bos, manifest.special_tokens.source_eos
+        special, unknown, codes = _special_ids(manifest), ids["<unk>"], self._bos is None
+        self._source = _MarianReader(source, ids, {self._bos, self._eos}, unknown, codes=codes)
         beyond = _beyond(target_ids.values(), manifest)
-        self._target = _MarianReader(target, target_ids, special | beyond, _known(target_ids.get("<unk>"), beyond))
+        target_unknown = _known(target_ids.get("<unk>"), beyond)
+        self._target = _MarianReader(target, target_ids, special | beyond, target_unknown, codes=codes)
         silent = special | {target_ids.get("<unk>")}
         self._pieces = {number: piece for piece, number in target_ids.items() if number not in silent}
 
     def encode(self, text: str) -> list[int]:
-        ids = self._source.ids(text)
-        return ids if self._eos is None else [*ids, self._eos]
+        return _enclosed(self._source.ids(text), self._bos, self._eos)
 
     def encode_target(self, text: str) -> list[int]:
         return self._target.ids(text)
@@ -212,19 +216,27 @@ class _MarianTokenizer:
 class _MarianReader:
     """Reads texts of one side of a MarianMT model: a SentencePiece model, and the ids of its pieces.
 
-    `control` are ids that no text is read as, but for a language code; those of `</s>` and `<pad>` are added.
+    `codes` tells whether a text may begin with a language code, `>>fra<<` for one. `control` are ids that no text is
+    read as, but for a language code; those of `</s>` and `<pad>` are added.
     """
 
     def __init__(
-        self, model: Any, ids: Mapping[str, int], control: Collection[int | None], unknown: int | None
+        self,
+        model: Any,
+        ids: Mapping[str, int],
+        control: Collection[int | None],
+        unknown: int | None,
+        *,
+        codes: bool,
     ) -> None:
         self._model = model
+        self._codes = codes
         self._ids = ids
         self._control = {*control, ids.get("</s>"), ids.get("<pad>")}
         self._unknown = unknown
 
     def ids(self, text: str) -> list[int]:
-        code = text.find("<<") + 2 if text.startswith(">>") and "<<" in text else 0
+        code = text.find("<<") + 2 if self._codes and text.startswith(">>") and "<<" in text else 0
         language = self._numbers([text[:code]] if code else [])
         words = self._numbers(self._model.encode(text[code:], out_type=str))
         return [*_plain(language, (), self._unknown), *_plain(words, self._control, self._unknown)]

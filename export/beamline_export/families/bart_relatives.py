@@ -5,6 +5,7 @@ from collections.abc import Callable
 from beamline_export.checkpoint import Fields
 from beamline_export.families.bart_like import BartLike, Folder, LearnedPositions, SinusoidalPositions, Vocabularies
 from beamline_export.families.bart_like_weights import Ties
+from beamline_export.families.m2m_100_tokenizer import MODEL_FILE, VOCABULARY_FILE, read_m2m_100_tokenizer
 from beamline_export.families.positions import sinusoidal_positions, tensor2tensor_positions
 from beamline_export.spec import NormPlacement, PaddingInTarget
 from beamline_export.tokenizer_config import read_tokenizer_config
@@ -34,6 +35,17 @@ def _tokenizer_json(*classes: str) -> Callable[[Folder], TokenizerFiles]:
         return read_tokenizer_as_it_is(folder.path, files, config, folder.tokens, classes)
 
     return read
+
+
+_NLLB = _tokenizer_json("NllbTokenizer")
+
+
+def _m2m_100_or_nllb(folder: Folder) -> TokenizerFiles:
+    """NLLB is an M2M100 with another tokenizer."""
+    own = any((folder.path / name).exists() for name in (MODEL_FILE, VOCABULARY_FILE))
+    if own and not (folder.path / "tokenizer.json").exists():
+        return read_m2m_100_tokenizer(folder)
+    return _NLLB(folder)
 
 
 def _two_vocabularies(fields: Fields) -> Vocabularies:
@@ -70,7 +82,7 @@ M2M_100 = BartLike(
     norm_placement=NormPlacement.PRE,
     final_norms=True,
     head_bias=False,
-    tokenizer=_tokenizer_json("NllbTokenizer"),
+    tokenizer=_m2m_100_or_nllb,
     defaults={
         **_FAIRSEQ_IDS,
         "decoder_start_token_id": 2,

@@ -40,6 +40,7 @@ TOKENIZER_CLASSES = {
         transformers.PreTrainedTokenizerFast,
         PreTrainedTokenizerBase,
     ],
+    "m2m_100": [transformers.M2M100Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase],
     "bart_relatives": [
         transformers.MBartTokenizer,
         transformers.MBart50Tokenizer,

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from transformers.models.m2m_100.tokenization_m2m_100 import FAIRSEQ_LANGUAGE_CODES as M2M_100_CODES
 from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES
 
 from beamline_export.bundle_writer import ExportOptions, export
@@ -133,6 +135,68 @@ def test_texts_are_those_of_transformers(name: str, write: Callable[[str], Path]
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     assert all(notice in told.getvalue() for notice in TOKENIZERS[name][2])
     assert not bundle.manifest.generation_defaults.not_supported
+
+
+def write_m2m_100(folder: Path, **settings: Any) -> Path:
+    """A random checkpoint with a small SentencePiece model, and room for 100 language codes after its pieces."""
+    folder.mkdir()
+    text = [line for line in CORPUS[:30] if line.strip()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_prefix=str(folder / "pieces"),
+        vocab_size=700,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "pieces.model"))
+    # As in the real one, some pieces of the model are not in the vocabulary.
+    pieces = [*SPECIAL, *(model.id_to_piece(i) for i in range(3, model.get_piece_size() - 20))]
+    (folder / "pieces.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    tokenizer = transformers.M2M100Tokenizer(str(folder / "pieces.json"), str(folder / "pieces.model"), **settings)
+    ids = {"eos_token_id": 2, "pad_token_id": 1, "bos_token_id": 0, "decoder_start_token_id": 2}
+    sizes = {"vocab_size": len(pieces) + 108, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    write_hugging_face(folder, "m2m_100", {**sizes, **ids}, ids)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("language", ["fr", None])
+def test_texts_of_m2m_100_are_those_of_transformers(language: str | None, tmp_path: Path) -> None:
+    codes = [f"__{code}__" for code in M2M_100_CODES["m2m100"]]
+    folder = write_m2m_100(tmp_path / "checkpoint", src_lang=language)
+    theirs = transformers.M2M100Tokenizer.from_pretrained(folder)
+    told = io.StringIO()
+    bundle = export(folder, tmp_path / "bundle", ExportOptions(), Progress(told))
+    assert f"the language of sources is __{language or 'en'}__" in told.getvalue()
+    assert not bundle.manifest.generation_defaults.not_supported
+    ours = load_tokenizer(bundle)
+    assert ours is not None
+    size = len(json.loads((folder / "vocab.json").read_text()))
+    sources = [*lines(400), ">>fra<< bonjour", "<<", ">> <<"]
+    for text in sources:
+        expected = theirs(text).input_ids
+        assert expected[0] == size + codes.index(f"__{language or 'en'}__")
+        assert ours.encode(text) == expected, text
+        assert ours.decode(expected) == theirs.decode(expected[1:], skip_special_tokens=True), text
+    rng = random.Random(5)
+    for _ in range(100):
+        ids = [rng.randrange(size) for _ in range(rng.randint(1, 30))]
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_an_m2m_100_tokenizer_is_whole_and_knows_its_language(tmp_path: Path) -> None:
+    folder = write_m2m_100(tmp_path / "checkpoint", src_lang="de")
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "src_lang": "xx"}))
+    with pytest.raises(ExportError, match=r"src_lang 'xx' is not known \(known: af, am, "):
+        detect(folder).read(folder)
+    file.write_text(json.dumps({**settings, "language_codes": "none"}))
+    with pytest.raises(ExportError, match=r"language_codes 'none' is not known \(known: m2m100, wmt21\)"):
+        detect(folder).read(folder)
+    (folder / "sentencepiece.bpe.model").unlink()
+    with pytest.raises(ExportError, match=r"lacks sentencepiece\.bpe\.model of its tokenizer; copy both"):
+        detect(folder).read(folder)
 
 
 def test_a_language_that_the_file_does_not_have_is_refused(write: Callable[[str], Path]) -> None:
