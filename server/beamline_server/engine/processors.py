@@ -31,7 +31,8 @@ class SearchRules:
         eos: Tokens that end a hypothesis; without any, each has as many tokens as were asked for.
         banned: Tokens that never occur.
         banned_at_start: Tokens that are not generated first.
-        forced_first: The first token, whatever its score, unless the request gives the target's beginning.
+        forced_first: The first token, whatever its score, unless the request has another or gives the target's
+            beginning.
         forced_last: The token at the length limit, whatever its score.
     """
 
@@ -122,7 +123,7 @@ def forced_token(rules: Rules, sequence: Any) -> int:
     if rules.forced_last != NO_TOKEN and sequence.length + 1 == sequence.max_new:
         return rules.forced_last
     if sequence.length == 0 and sequence.prefix_length == 1:
-        return rules.forced_first
+        return rules.forced_first if sequence.forced_first == NO_TOKEN else sequence.forced_first
     return NO_TOKEN
 
 
