@@ -220,7 +220,14 @@ def asked(rng: random.Random, number: int, at: int, vocabulary: int) -> Generati
     # As of a language that a request asks for.
     start, first = (rng.choice([None, None, None, rng.randrange(vocabulary)]) for _ in range(2))
     return GenerationRequest(
-        RequestId(number), source, options, deadline, rng.random() < 0.5, prefix, decoder_start=start, forced_first=first
+        RequestId(number),
+        source,
+        options,
+        deadline,
+        rng.random() < 0.5,
+        prefix,
+        decoder_start=start,
+        forced_first=first,
     )
 
 
