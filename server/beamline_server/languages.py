@@ -201,7 +201,7 @@ def near_names(name: str, known: Iterable[str]) -> list[str]:
     same_language = [key for key in names if _language(key) == _language(given)]
     begun = [key for key in names if len(given) > 1 and key.startswith(given)]
     like = difflib.get_close_matches(given, list(names), n=_MOST_SHOWN, cutoff=_LIKENESS)
-    return [names[key] for key in dict.fromkeys([*same_language, *begun, *like])][:_MOST_SHOWN]
+    return [names[key] for key in same_language or begun or like][:_MOST_SHOWN]
 
 
 def _language(name: str) -> str:

@@ -228,13 +228,16 @@ class RequestReader:
     ) -> Source:
         """The source of one input with its options; an empty one where there are violations."""
         tokens, truncated = self._source_tokens(path, entry, marks.around, request.truncate_source, violations)
-        begin = {"decoder_start": marks.decoder_start, "forced_first": marks.forced_first}
         if not entry.HasField("target_prefix"):
-            return Source(tokens, truncated, options, **begin)
+            return Source(
+                tokens, truncated, options, decoder_start=marks.decoder_start, forced_first=marks.forced_first
+            )
         prefix = self._prefixes.read(f"{path}.target_prefix", entry.target_prefix, request.search, marks)
         if prefix.problem is not None:
             violations.append(Violation(prefix.field, prefix.problem))
-        return Source(tokens, truncated, self._prefixes.leaves(len(prefix.tokens), options), prefix.tokens, **begin)
+        options = self._prefixes.leaves(len(prefix.tokens), options)
+        # Behind a prefix no first token is forced.
+        return Source(tokens, truncated, options, prefix.tokens, decoder_start=marks.decoder_start)
 
     def _source_tokens(
         self, path: str, entry: pb.Input, around: Around, truncate: bool, violations: list[Violation]
