@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from beamline.text_lines import NotText, TextLine, read_lines
 from beamline_export.agreement import Tokens
+from beamline_export.languages import default_around
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle, GenerationDefaults, Manifest
 from beamline_server.engine.request import (
@@ -222,7 +223,7 @@ def resolve(expectations: Expectations, bundle: Bundle) -> list[Example]:
     for number, line in expectations.lines:
         example = Example(
             number,
-            _source(line, tokenizer),
+            _source(line, tokenizer, bundle.manifest),
             None if line.target_ids is None else tuple(line.target_ids),
             line.target,
             tuple(line.logprobs or ()),
@@ -239,10 +240,10 @@ def resolve(expectations: Expectations, bundle: Bundle) -> list[Example]:
     return examples
 
 
-def _source(line: Line, tokenizer: Tokenizer | None) -> Tokens:
+def _source(line: Line, tokenizer: Tokenizer | None, manifest: Manifest) -> Tokens:
     if line.source is None or tokenizer is None:
         return tuple(line.source_ids or ())
-    return tuple(tokenizer.encode(line.source))
+    return tuple(tokenizer.encode(line.source, default_around(manifest)))
 
 
 def _options(line: Line, manifest: Manifest) -> SearchOptions:

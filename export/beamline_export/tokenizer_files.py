@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from beamline_export.languages import opus_languages
 from beamline_export.spec import ExportError, SpecialTokenIds
 from beamline_export.tokenizer_config import CONFIG_FILE, TokenizerConfig
+from beamline_server.languages import Languages
 from beamline_server.tokenizer import default_special_ids, read_json_tokenizer, read_vocabulary, unreadable
 
 _MARIAN = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -41,6 +43,7 @@ class TokenizerFiles:
         tokens: The special tokens, with what stands around a source.
         without_effect: Settings that would change answers and do not, with their values.
         notices: What the user should know, a line each.
+        languages: Those that requests can name; None if there are none.
     """
 
     kind: str
@@ -49,6 +52,7 @@ class TokenizerFiles:
     tokens: SpecialTokenIds
     without_effect: Mapping[str, str] = field(default_factory=dict)
     notices: Sequence[str] = ()
+    languages: Languages | None = None
 
 
 def without_tokenizer(tokens: SpecialTokenIds, *, source_bos: int | None = None) -> TokenizerFiles:
@@ -88,6 +92,7 @@ def read_marian_tokenizer(
         _settings(special, default, clean=config.flags.get(_CLEAN_UP, False)),
         _around(tokens, None, source[end]),
         _without_effect(config, (), _MARIAN["unk_token"], ("MarianTokenizer",)),
+        languages=opus_languages(source),
     )
 
 

@@ -53,6 +53,7 @@ def read(folder: Path) -> Checkpoint:
         names.foreign(),
         tokenizer_settings=tokenizer.settings,
         notices=(*names.notices, *tokenizer.notices),
+        languages=tokenizer.languages,
     )
 
 
