@@ -16,7 +16,7 @@ from beamline_export.agreement import Tokens, search_all
 from beamline_export.checkpoint import check_file
 from beamline_export.expectations import bounded_lines
 from beamline_export.graph_writer import GraphWriter
-from beamline_export.languages import default_around
+from beamline_export.languages import default_around, require_default_target
 from beamline_export.parity import Progress
 from beamline_export.precision import Fp32Store
 from beamline_export.spec import Array, ExportError
@@ -115,10 +115,11 @@ def encode_sentences(sentences: Sentences, bundle: Bundle) -> list[Tokens]:
     """Source ids of each sentence: by the bundle's tokenizer, or as they stand there if it has none.
 
     Raises:
-        ExportError: names the lines that are longer than the model's positions, or no token ids; or texts need a
-            language that is not known.
+        ExportError: names the lines that are longer than the model's positions, or no token ids; or the model
+            needs languages and its checkpoint names none.
     """
     tokenizer, dimensions = load_tokenizer(bundle), bundle.manifest.dimensions
+    require_default_target(bundle.manifest)
     around = NOTHING_AROUND if tokenizer is None else default_around(bundle.manifest)
     sources: list[Tokens] = []
     problems: list[str] = []

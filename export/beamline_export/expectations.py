@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from beamline.text_lines import NotText, TextLine, read_lines
 from beamline_export.agreement import Tokens
-from beamline_export.languages import default_around
+from beamline_export.languages import default_around, require_default_target
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle, GenerationDefaults, Manifest
 from beamline_server.engine.request import (
@@ -217,8 +217,9 @@ def resolve(expectations: Expectations, bundle: Bundle) -> list[Example]:
 
     Raises:
         ExportError: names the lines with ids that the model does not have, that are too long for it, or that hold text
-            although it has no tokenizer.
+            although it has no tokenizer; or the model needs languages and its checkpoint names none.
     """
+    require_default_target(bundle.manifest)
     tokenizer, examples, problems = load_tokenizer(bundle), [], []
     for number, line in expectations.lines:
         example = Example(

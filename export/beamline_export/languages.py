@@ -100,10 +100,10 @@ def opus_languages(vocabulary: Mapping[str, int]) -> Languages | None:
 
 
 def default_around(manifest: Manifest) -> Around:
-    """What stands around a text that is given to an export, which names no language.
+    """What stands around a text that is given to an export, with which no language can be named.
 
     Raises:
-        ExportError: the model needs one.
+        ExportError: the model needs the language of a text.
     """
     languages = manifest.model_languages()
     if "source" in languages.needed:
@@ -112,3 +112,18 @@ def default_around(manifest: Manifest) -> Around:
             f"as {languages.names['source'][0]}"
         )
     return languages.marks().around
+
+
+def require_default_target(manifest: Manifest) -> None:
+    """Searches of an export begin as the model's own settings say: they have to say it.
+
+    Raises:
+        ExportError: the model needs a language to begin a target with.
+    """
+    languages = manifest.model_languages()
+    if "target" in languages.needed:
+        setting = "forced_bos_token_id" if languages.forces_first else "decoder_start_token_id"
+        raise ExportError(
+            f"the model needs the language of each target; give the id of the one of this file as {setting} in "
+            "generation_config.json"
+        )

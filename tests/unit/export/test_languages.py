@@ -1,14 +1,19 @@
 """The languages of a checkpoint: which tokens are their codes, and what an export does with texts that name none."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
-from beamline_export.languages import default_around, opus_languages, read_languages
+from beamline_export.families.registry import detect
+from beamline_export.languages import default_around, opus_languages, read_languages, require_default_target
 from beamline_export.spec import ExportError
+from beamline_export.testing import write_hugging_face
+from beamline_export.vocabularies import check_vocabularies
 from beamline_server.languages import Around, Languages
 from doubles.service import make_manifest
 
@@ -96,3 +101,35 @@ def test_texts_of_an_export_have_the_default_language(tmp_path: Path) -> None:
     assert default_around(make_manifest()) == Around()
     with pytest.raises(ExportError, match=re.escape("name the one of this file as src_lang in tokenizer_config.json")):
         default_around(make_manifest(languages=described.model_dump()))
+
+
+@pytest.mark.parametrize(
+    ("begins", "setting"), [("forced_first", "forced_bos_token_id"), ("decoder_start", "decoder_start_token_id")]
+)
+def test_searches_of_an_export_have_the_default_target(tmp_path: Path, begins: str, setting: str) -> None:
+    described = read(tmp_path, "fr_XX", "en_XX", begins=begins)
+    assert described is not None
+    tokens = {"decoder_start": 2, "eos": [2], "source_eos": 2}
+    own = {"forced_bos": 4} if begins == "forced_first" else {"decoder_start": 4}
+    require_default_target(make_manifest(languages=described.model_dump(), special_tokens={**tokens, **own}))
+    with pytest.raises(ExportError, match=f"as {setting} in generation_config.json"):
+        require_default_target(make_manifest(languages=described.model_dump(), special_tokens=tokens))
+
+
+def test_a_post_processor_with_a_language_of_its_own_is_no_contradiction(tmp_path: Path) -> None:
+    """As mBART's `text </s> en_XX`, whose last id is not the end of sequence."""
+    ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    write_hugging_face(tmp_path, "bart", {"vocab_size": len(WORDS), **ids}, ids)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(KNOWN, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<s>", "</s>", "en_XX", "fr_XX"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s> en_XX", special_tokens=[("</s>", 2), ("en_XX", 5)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    checkpoint = detect(tmp_path).read(tmp_path)
+    tokens = dataclasses.replace(checkpoint.special_tokens, source_bos=None, source_eos=2)
+    plain = dataclasses.replace(checkpoint, special_tokens=tokens)
+    with pytest.raises(ExportError, match="is not what the post-processor"):
+        check_vocabularies(plain, tmp_path)
+    languages = read(tmp_path, "fr_XX", "en_XX", marked="source_after", begins="decoder_start")
+    assert check_vocabularies(dataclasses.replace(plain, languages=languages), tmp_path) == []

@@ -230,7 +230,7 @@ def test_a_model_without_languages_has_none() -> None:
     assert found.marks().forced_first is None
 
 
-async def test_the_service_tells_and_takes_languages() -> None:
+async def test_the_service_tells_languages_and_hands_them_to_the_engine() -> None:
     manifest = make_manifest(languages={**MBART_50, "default_source": "fr_XX"}, special_tokens=SPECIAL)
     async with serving(manifest=manifest) as service:
         model = (await service.stub.GetInfo(pb.GetInfoRequest(), timeout=9)).model
@@ -239,3 +239,7 @@ async def test_the_service_tells_and_takes_languages() -> None:
         await service.stub.Generate(asked(None, "en_XX"), timeout=9)
         (request,) = await service.engine.submitted()
         assert (request.source, request.forced_first, request.decoder_start) == ((FR, *b"ab", EOS), EN, None)
+    async with serving(manifest=make_manifest(languages=MBART, special_tokens=SPECIAL)) as service:
+        await service.stub.Generate(asked("fr_XX", "en_XX"), timeout=9)
+        (request,) = await service.engine.submitted()
+        assert (request.source, request.forced_first, request.decoder_start) == ((*b"ab", EOS, FR), None, EN)
