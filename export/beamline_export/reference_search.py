@@ -120,7 +120,7 @@ def processed(row: NDArray[np.float32], step: int, rules: SearchRules, options: 
     """Bans and forced tokens, applied after the log-softmax."""
     row = row.copy()
     row[list(rules.banned)] = -np.inf
-    if step == 0:
+    if step == (0 if rules.forced_first is None else 1):
         row[list(rules.banned_at_start)] = -np.inf
     if step < options.min_new_tokens:
         row[list(rules.eos)] = -np.inf

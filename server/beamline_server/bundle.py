@@ -285,8 +285,6 @@ class Manifest(_Model):
         if self.languages is not None:
             tokens, sizes = self.special_tokens, self.dimensions
             yield from self.languages.problems(sizes.source_vocabulary, sizes.target_vocabulary, tokens.eos)
-            if tokens.banned_at_start and self.languages.target_begins == "forced_first":
-                yield "languages: no token is banned at the start behind a language that is forced to be first"
 
     def _golden_problems(self) -> Iterator[str]:
         dimensions = self.dimensions

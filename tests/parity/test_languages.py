@@ -67,7 +67,7 @@ class Model:
 @pytest.fixture(scope="module")
 def bart(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("bart")
-    generation = {"bad_words_ids": [[BANNED]]}
+    generation = {"bad_words_ids": [[BANNED]], "begin_suppress_tokens": [*range(20, 60)]}
     checkpoint = write_hugging_face(folder / "checkpoint", "bart", {}, generation, seed=3)
     bundle = export(checkpoint, folder / "bundle", ExportOptions(), Progress(io.StringIO()))
     assert "languages" not in json.loads((folder / "bundle" / "manifest.json").read_text())

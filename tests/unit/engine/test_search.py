@@ -322,6 +322,17 @@ def test_a_request_forces_its_own_first_token(model_forces: int | None, min_new_
     assert found.score == pytest.approx(-2 / 3)
 
 
+@pytest.mark.parametrize(("model_forces", "forces"), [(5, None), (None, 6), (5, 6)])
+def test_tokens_that_are_banned_at_the_start_are_not_right_behind_a_forced_one(
+    model_forces: int | None, forces: int | None
+) -> None:
+    rules = table_rules(8, SearchRules(eos=(EOS,), banned_at_start=(2,), forced_first=model_forces))
+    asked = GenerationRequest(RequestId(1), SOURCE, SearchOptions(max_new_tokens=4), forced_first=forces)
+    outcome = run_alone(TableBackend(lambda *_: only(2, 3), rules), rules, asked)
+    assert isinstance(outcome, Completed)
+    assert outcome.hypotheses[0].tokens == (forces or model_forces, 3, 2, 2)
+
+
 def test_the_models_last_token_goes_before_a_requests_first_one() -> None:
     rules = table_rules(8, SearchRules(eos=(EOS,), forced_last=EOS))
     asked = GenerationRequest(RequestId(1), SOURCE, SearchOptions(max_new_tokens=1), forced_first=6)

@@ -206,12 +206,11 @@ def problems(languages: dict[str, Any], **special: Any) -> list[str]:
 
 def test_a_manifest_of_languages_is_held_to_itself() -> None:
     assert not problems(MBART_50)
-    assert not problems(MBART, banned_at_start=[3])
+    assert not problems(MBART)
     assert not problems(OPUS)
     assert "no source language" in problems({**MBART_50, "default_source": "it"})[0]
     assert "nothing is marked with it" in problems({**MBART_50, "source_marked": "none"})[0]
     assert "nothing is marked with it" in problems({**OPUS, "source_marked": "none"})[0]
-    assert "banned at the start" in problems(MBART_50, banned_at_start=[3])[0]
     far = {"codes": {"en": {"token": VOCABULARY, "source": True, "target": True}}}
     assert len(problems({**MBART_50, **far})) == 2
     assert "ends the sequence" in problems({**MBART_50, "codes": {"en": {"token": EOS, "target": True}}})[0]
