@@ -34,6 +34,10 @@ class CallOptions(TypedDict, total=False):
     """Cut a source that is too long instead of refusing it. Default: False."""
     priority: Priority
     """Who waits for whom. Default: normal."""
+    source_language: str | None
+    """Of the sources' texts, one of `ModelInfo.source_languages`. Default: the model's."""
+    target_language: str | None
+    """Of the targets, one of `ModelInfo.target_languages`. Default: the model's."""
     timeout_s: float | None
     """Time for the whole call, retries included, in seconds. Default: the client's."""
     request_id: str | None
@@ -90,6 +94,7 @@ class CallBuilder:
             output=_output(options),
             truncate_source=options.get("truncate", False),
             priority=_priority(options),
+            **_languages(options),
         )
         return self._call(request, options)
 
@@ -101,6 +106,7 @@ class CallBuilder:
             output=_output(options),
             truncate_source=options.get("truncate", False),
             priority=_priority(options),
+            **_languages(options),
         )
         return self._call(request, options)
 
@@ -142,6 +148,24 @@ def require_result(last: Piece | Result | None) -> None:
 
 def _priority(options: CallOptions) -> pb.Priority:
     return converters.PRIORITIES[options["priority"]] if "priority" in options else pb.PRIORITY_UNSPECIFIED
+
+
+class _Languages(TypedDict):
+    source_language: str | None
+    target_language: str | None
+
+
+def _languages(options: CallOptions) -> _Languages:
+    source, target = options.get("source_language"), options.get("target_language")
+    violations = []
+    for name, language in (("source_language", source), ("target_language", target)):
+        try:
+            (language or "").encode()
+        except UnicodeEncodeError as error:
+            violations.append(FieldViolation(name, f"not valid Unicode at character {error.start}"))
+    if violations:
+        raise InvalidRequest("a language cannot be sent", violations=violations)
+    return {"source_language": source, "target_language": target}
 
 
 def _with_likeliest(unknown: str) -> str:

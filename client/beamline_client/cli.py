@@ -89,6 +89,8 @@ def _call_options(arguments: argparse.Namespace) -> CallOptions:
         token_logprobs=arguments.json,
         truncate=arguments.truncate,
         priority=Priority(arguments.priority),
+        source_language=arguments.source_language,
+        target_language=arguments.target_language,
     )
 
 
@@ -176,6 +178,10 @@ def _parser() -> argparse.ArgumentParser:
         help="what a text that cannot be translated (too long, no UTF-8) does: end everything once the texts before it "
         "are written, or leave an empty line (default: %(default)s)",
     )
+
+    languages = parser.add_argument_group("languages", "of models that have several; by default the model's own")
+    languages.add_argument("--from", dest="source_language", metavar="LANGUAGE", help="language of the texts")
+    languages.add_argument("--to", dest="target_language", metavar="LANGUAGE", help="language to translate them to")
 
     search = parser.add_argument_group("search")
     search.add_argument("--beam", type=_positive(int), metavar="N", help="number of beams; 1 is greedy search")

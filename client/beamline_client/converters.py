@@ -199,6 +199,10 @@ def info_from_pb(message: pb.GetInfoResponse) -> ServerInfo:
             has_tokenizer=model.has_tokenizer,
             fingerprint=model.fingerprint,
             ignored_settings=dict(model.ignored_settings),
+            source_languages=tuple(model.source_languages),
+            target_languages=tuple(model.target_languages),
+            default_source_language=model.default_source_language or None,
+            default_target_language=model.default_target_language or None,
         ),
         limits=Limits(
             max_inputs=limits.max_inputs,

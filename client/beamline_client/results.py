@@ -162,6 +162,14 @@ class ModelInfo:
     """SHA-256 of its manifest, in hexadecimal: the same value means the same model."""
     ignored_settings: Mapping[str, str] = field(default_factory=dict)
     """Settings of its checkpoint that would change answers and have no effect, by name."""
+    source_languages: tuple[str, ...] = ()
+    """What a call can give as `source_language`; empty if it can give none."""
+    target_languages: tuple[str, ...] = ()
+    """What a call can give as `target_language`; empty if it can give none."""
+    default_source_language: str | None = None
+    """Of sources whose call gives none; None if there is none."""
+    default_target_language: str | None = None
+    """Of targets whose call gives none; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from beamline_client.results import Input, Piece, Result, ServerInfo, TargetPref
 
 PROGRAM = "beamline translate"
 
+_LANGUAGE_FLAGS = {"source_language": "--from", "target_language": "--to"}
 _ANY_SIZE = 2**31 - 1  # bytes; the server's limit is what counts, and no request is larger
 
 
@@ -111,6 +112,7 @@ def translate(task: Task) -> Tally:
     """
     with ExitStack() as stack:
         stack.enter_context(_prefix_named(task.target_prefix))
+        stack.enter_context(_languages_named())
         source = stack.enter_context(_source(task))
         client = stack.enter_context(Client(task.server, timeout_s=task.timeout_s, max_send_bytes=_ANY_SIZE))
         intake = _intake(task, client)
@@ -169,12 +171,36 @@ def _prefix_named(prefix: TargetPrefix | None) -> Iterator[None]:
         raise TextUnusable(f"{_prefix_flag(prefix)}: {problem}") from error
 
 
+@contextmanager
+def _languages_named() -> Iterator[None]:
+    """Tells a refusal of the languages, which all inputs of a request have, by the command's flags."""
+    try:
+        yield
+    except InvalidRequest as error:
+        found = [(_LANGUAGE_FLAGS.get(violation.field), violation.description) for violation in error.violations]
+        if not found or any(flag is None for flag, _ in found):
+            raise
+        raise TextUnusable("; ".join(f"{flag} {problem}" for flag, problem in found)) from error
+
+
+def _check_languages(task: Task, info: ServerInfo, target: str) -> None:
+    """Refuses a language that the server would take no notice of: one of before knows none, and lists none."""
+    known = {"source_language": info.model.source_languages, "target_language": info.model.target_languages}
+    for name, languages in known.items():
+        if task.options.get(name) is not None and not languages:
+            side = name.removesuffix("_language")
+            raise TextUnusable(
+                f"the model of the server at {target} takes no {side} language: leave {_LANGUAGE_FLAGS[name]} out"
+            )
+
+
 def _prefix_flag(prefix: TargetPrefix | None) -> str:
     return "--target-prefix" if isinstance(prefix, str) else "--target-prefix-ids"
 
 
 def _intake(task: Task, client: Client) -> Intake:
     info, truncate, prefix = _info(client), task.options.get("truncate", False), task.target_prefix
+    _check_languages(task, info, client.target)
     limits, text_cost = info.limits, search_cost(task.options.get("search"), info.default_search)
     if prefix is None:
         return Intake(limits, truncate, text_cost=text_cost)

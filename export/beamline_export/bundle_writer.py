@@ -316,7 +316,7 @@ class _Writing:
         Raises:
             ExportError: the server would refuse it.
         """
-        spec = self.checkpoint.spec
+        spec, languages = self.checkpoint.spec, self.checkpoint.languages
         told = self.activations
         data = {
             "format_version": FORMAT_VERSION,
@@ -342,6 +342,8 @@ class _Writing:
                 "files": list(self.checkpoint.tokenizer_files),
                 **self.checkpoint.tokenizer_settings,
             },
+            # Left out where there are none: servers of before know no such field.
+            **({} if languages is None else {"languages": languages.model_dump(exclude_defaults=True)}),
             "files": self.sums,
             "golden": golden or [_DRAFTED_GOLDEN],
             "golden_tolerance": _GOLDEN_TOLERANCE[self.options.precision],

@@ -16,6 +16,7 @@ from beamline_export.agreement import Tokens, search_all
 from beamline_export.checkpoint import check_file
 from beamline_export.expectations import bounded_lines
 from beamline_export.graph_writer import GraphWriter
+from beamline_export.languages import default_around, require_default_target
 from beamline_export.parity import Progress
 from beamline_export.precision import Fp32Store
 from beamline_export.spec import Array, ExportError
@@ -23,6 +24,7 @@ from beamline_server.bundle import Bundle, GenerationDefaults
 from beamline_server.engine.ort.cpu import CpuBackend
 from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, SearchOptions
 from beamline_server.graphs import TensorSpec
+from beamline_server.languages import NOTHING_AROUND
 from beamline_server.models.forced import forced_decode
 from beamline_server.models.load import model_rules, usable_cores
 from beamline_server.tokenizer import load_tokenizer
@@ -113,14 +115,20 @@ def encode_sentences(sentences: Sentences, bundle: Bundle) -> list[Tokens]:
     """Source ids of each sentence: by the bundle's tokenizer, or as they stand there if it has none.
 
     Raises:
-        ExportError: names the lines that are longer than the model's positions, or no token ids.
+        ExportError: names the lines that are longer than the model's positions, or no token ids; or the model
+            needs languages and its checkpoint names none.
     """
     tokenizer, dimensions = load_tokenizer(bundle), bundle.manifest.dimensions
+    require_default_target(bundle.manifest)
+    around = NOTHING_AROUND if tokenizer is None else default_around(bundle.manifest)
     sources: list[Tokens] = []
     problems: list[str] = []
     for number, text in sentences.lines:
         try:
-            source = _token_ids(text, dimensions.source_vocabulary) if tokenizer is None else tokenizer.encode(text)
+            if tokenizer is None:
+                source = _token_ids(text, dimensions.source_vocabulary)
+            else:
+                source = tokenizer.encode(text, around)
         except ValueError as error:
             problems.append(f"line {number}: {error}")
             continue

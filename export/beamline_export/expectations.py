@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from beamline.text_lines import NotText, TextLine, read_lines
 from beamline_export.agreement import Tokens
+from beamline_export.languages import default_around, require_default_target
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle, GenerationDefaults, Manifest
 from beamline_server.engine.request import (
@@ -216,13 +217,14 @@ def resolve(expectations: Expectations, bundle: Bundle) -> list[Example]:
 
     Raises:
         ExportError: names the lines with ids that the model does not have, that are too long for it, or that hold text
-            although it has no tokenizer.
+            although it has no tokenizer; or the model needs languages and its checkpoint names none.
     """
+    require_default_target(bundle.manifest)
     tokenizer, examples, problems = load_tokenizer(bundle), [], []
     for number, line in expectations.lines:
         example = Example(
             number,
-            _source(line, tokenizer),
+            _source(line, tokenizer, bundle.manifest),
             None if line.target_ids is None else tuple(line.target_ids),
             line.target,
             tuple(line.logprobs or ()),
@@ -239,10 +241,10 @@ def resolve(expectations: Expectations, bundle: Bundle) -> list[Example]:
     return examples
 
 
-def _source(line: Line, tokenizer: Tokenizer | None) -> Tokens:
+def _source(line: Line, tokenizer: Tokenizer | None, manifest: Manifest) -> Tokens:
     if line.source is None or tokenizer is None:
         return tuple(line.source_ids or ())
-    return tuple(tokenizer.encode(line.source))
+    return tuple(tokenizer.encode(line.source, default_around(manifest)))
 
 
 def _options(line: Line, manifest: Manifest) -> SearchOptions:

@@ -83,8 +83,6 @@ def read_generation(
     # `generate` leaves the end of sequence out of the bad words, but not out of the suppressed tokens.
     banned = ({word[0] for word in words if len(word) == 1} - set(eos)) | set(settings.ids("suppress_tokens"))
     banned_at_start = settings.ids("begin_suppress_tokens")
-    if banned_at_start and forced_bos is not None:
-        unsupported["begin_suppress_tokens"] = f"{list(banned_at_start)}: for the token after forced_bos_token_id"
     defaults = _search_defaults(settings, unsupported, max_positions)
     renormalize = settings.flag("renormalize_logits", False)
     if renormalize and (banned_at_start or defaults["min_new_tokens"]):

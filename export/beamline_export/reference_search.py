@@ -73,6 +73,8 @@ def reference_search(
     options: SearchOptions,
     decoder_start: int,
     target_prefix: Sequence[int] = (),
+    *,
+    forced_first: int | None = None,
 ) -> SearchTrace:
     """Search one sentence.
 
@@ -82,9 +84,12 @@ def reference_search(
         options: How to search.
         decoder_start: First decoder input.
         target_prefix: Tokens that are given, after the decoder start; a forced first token gives way to them.
+        forced_first: The first token, instead of what the rules have.
     """
     if target_prefix:
         rules = replace(rules, forced_first=None)
+    elif forced_first is not None:
+        rules = replace(rules, forced_first=forced_first)
     beams = [Candidate((), np.float32(0))]
     finished: list[Ranked] = []
     steps: list[Step] = []
@@ -115,7 +120,7 @@ def processed(row: NDArray[np.float32], step: int, rules: SearchRules, options: 
     """Bans and forced tokens, applied after the log-softmax."""
     row = row.copy()
     row[list(rules.banned)] = -np.inf
-    if step == 0:
+    if step == (0 if rules.forced_first is None else 1):
         row[list(rules.banned_at_start)] = -np.inf
     if step < options.min_new_tokens:
         row[list(rules.eos)] = -np.inf

@@ -12,6 +12,8 @@ from enum import Enum, StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from beamline_server.languages import Languages
+
 Array = NDArray[np.float32]
 
 # Of a kind, in a message. Who translates names wants to see what there is.
@@ -184,6 +186,7 @@ class Checkpoint:
         advice: What to do about names that do not fit.
         tokenizer_settings: Further fields of the bundle's `TokenizerEntry`.
         notices: What the user should know about the checkpoint, a line each.
+        languages: Those that requests can name; None if the model has none.
     """
 
     spec: TransformerSpec
@@ -198,6 +201,7 @@ class Checkpoint:
     advice: str = ""
     tokenizer_settings: Mapping[str, object] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    languages: Languages | None = None
 
 
 def _linear(name: str, out_features: int, in_features: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from beamline_export.languages import SourceMarked, TargetBegins, opus_languages, read_languages
 from beamline_export.spec import ExportError, SpecialTokenIds
 from beamline_export.tokenizer_config import CONFIG_FILE, TokenizerConfig
+from beamline_server.languages import Languages
 from beamline_server.tokenizer import default_special_ids, read_json_tokenizer, read_vocabulary, unreadable
 
 _MARIAN = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -41,6 +43,7 @@ class TokenizerFiles:
         tokens: The special tokens, with what stands around a source.
         without_effect: Settings that would change answers and do not, with their values.
         notices: What the user should know, a line each.
+        languages: Those that requests can name; None if there are none.
     """
 
     kind: str
@@ -49,6 +52,7 @@ class TokenizerFiles:
     tokens: SpecialTokenIds
     without_effect: Mapping[str, str] = field(default_factory=dict)
     notices: Sequence[str] = ()
+    languages: Languages | None = None
 
 
 def without_tokenizer(tokens: SpecialTokenIds, *, source_bos: int | None = None) -> TokenizerFiles:
@@ -96,6 +100,7 @@ def read_marian_tokenizer(
         entry_settings(special, default, clean=config.flags.get(_CLEAN_UP, False)),
         with_around(tokens, None, source[end]),
         settings_without_effect(config, (), _MARIAN["unk_token"], classes),
+        languages=opus_languages(source),
     )
 
 
@@ -127,19 +132,57 @@ def read_bart_tokenizer(
 
 
 def read_tokenizer_as_it_is(
-    folder: Path, files: Mapping[str, str], config: TokenizerConfig, tokens: SpecialTokenIds, classes: Collection[str]
+    folder: Path,
+    files: Mapping[str, str],
+    config: TokenizerConfig,
+    tokens: SpecialTokenIds,
+    *,
+    classes: Collection[str],
+    target_begins: Mapping[SourceMarked, TargetBegins],
 ) -> TokenizerFiles:
     """A tokenizer.json that says everything, and whose post-processor alone says what stands around a source.
 
-    Arguments and errors are those of `read_marian_tokenizer`; `classes` are those of transformers that read it so.
+    Other arguments and errors are those of `read_marian_tokenizer`.
+
+    Args:
+        folder: The checkpoint.
+        files: As in `TokenizerFiles`.
+        config: The tokenizer's settings.
+        tokens: Special tokens as the decoder's settings have them.
+        classes: Those of transformers that read it so.
+        target_begins: How a target begins with its language, by where a source has the code of its own; empty for a
+            family without languages.
     """
     tokenizer = load_json_tokenizer(folder / "tokenizer.json")
     before, after = added_around(tokenizer)
     notices = [] if before or after else [_nothing_around(())]
+    languages = _languages(folder, tokenizer, (before, after), target_begins)
     notices += _default_language(tokenizer, config, (*before, *after))
+    if languages is not None:
+        before, after = ([i for i in ids if i not in languages.ids] for ids in (before, after))
     read = _JsonFiles(tokenizer, files, config, tokens, {}, (*classes, *_PLAIN_CLASSES))
     without_effect = _prefix_space(tokenizer, config, None)
-    return read.told(before[0] if before else None, after[-1] if after else None, without_effect, notices)
+    told = read.told(before[0] if before else None, after[-1] if after else None, without_effect, notices)
+    return dataclasses.replace(told, languages=languages)
+
+
+def _languages(
+    folder: Path,
+    tokenizer: Any,
+    around: tuple[Sequence[int], Sequence[int]],
+    target_begins: Mapping[SourceMarked, TargetBegins],
+) -> Languages | None:
+    """The languages of a tokenizer.json that puts one of their codes around a text; that one is the default."""
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    known: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    marked: tuple[SourceMarked, SourceMarked] = ("source_before", "source_after")
+    for source_marked, ids in zip(marked, around, strict=True):
+        begins = target_begins.get(source_marked, "none")
+        found = read_languages(folder, known, special, source_marked=source_marked, target_begins=begins)
+        default = found and next((name for name, code in found.codes.items() if code.token in ids), None)
+        if found is not None and default is not None and target_begins:
+            return found.model_copy(update={"default_source": default})
+    return None
 
 
 def _default_language(tokenizer: Any, config: TokenizerConfig, around: Sequence[int]) -> Iterator[str]:
@@ -157,7 +200,7 @@ def _default_language(tokenizer: Any, config: TokenizerConfig, around: Sequence[
         )
     # Blenderbot and Pegasus have none.
     if codes := [token for token in tokens if token not in {*config.named.values(), *_ROBERTA.values()}]:
-        yield f"the language of sources is {' and '.join(codes)}, which tokenizer.json puts around every text"
+        yield f"the language of sources is {' and '.join(codes)} where a request names none, as tokenizer.json has it"
 
 
 @dataclass(frozen=True, slots=True)

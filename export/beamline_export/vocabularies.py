@@ -56,7 +56,9 @@ def check_vocabularies(checkpoint: Checkpoint, folder: Path) -> list[str]:
     source, target = _FILES[checkpoint.tokenizer_kind]
     target = target if target in checkpoint.tokenizer_files else source
     spec = checkpoint.spec
-    if checkpoint.tokenizer_kind == "tokenizers":
+    languages = checkpoint.languages
+    # What a post-processor puts around a text is left out where languages stand there.
+    if checkpoint.tokenizer_kind == "tokenizers" and (languages is None or not languages.marks_sources):
         _check_around(checkpoint, folder / source)
     read = {name: _read(checkpoint.tokenizer_kind, folder / name, spec.source_vocabulary) for name in {source, target}}
     return [

@@ -7,7 +7,7 @@ and nothing is made in its size before the files have shown that it is true (`bu
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from beamline_server.engine.request import MAX_BEAMS, MAX_LENGTH_PENALTY
 
@@ -37,6 +37,10 @@ MOST_TOLERANCE = 0.1
 """Of golden inputs: twice an export's widest. More would let another model pass."""
 MOST_SENTENCES = 1_000_000
 """That ranges are measured with; an export takes 1,000."""
+MOST_LANGUAGES = 4096
+"""Of a model; the largest ones have some four hundred."""
+LONGEST_LANGUAGE = 64
+"""Characters of a language's name."""
 LARGEST_FLOAT = 3.4e38
 """Of fp32, in which ranges are measured."""
 LARGEST_NUMBER = 1 << 53
@@ -45,6 +49,12 @@ LONGEST_TEXT = 300
 """Characters of a text that is only told."""
 _DEEPEST = 4
 """Nesting of what is only told."""
+
+
+class Model(BaseModel):
+    """A part of a manifest: nothing is in it that is not described."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 def _count(most: int, least: int = 1) -> Any:
@@ -72,6 +82,7 @@ Range = Annotated[float, _number(0, LARGEST_FLOAT)]
 Ends = Annotated[tuple[TokenId, ...], Field(max_length=MOST_ENDS)]
 Banned = Annotated[tuple[TokenId, ...], Field(max_length=MOST_BANNED)]
 Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
+LanguageName = Annotated[str, Field(min_length=1, max_length=LONGEST_LANGUAGE)]
 
 
 def _bounded(value: Any, depth: int = _DEEPEST) -> Any:

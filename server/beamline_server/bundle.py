@@ -31,11 +31,13 @@ from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from beamline_server import bounds
+from beamline_server.bounds import Model as _Model
 from beamline_server.graph_file import read_graph
 from beamline_server.graphs import ElementType, GraphSpec, decoder_piece_graph, decoder_step_graph, encoder_graph
+from beamline_server.languages import Languages, ModelLanguages
 
 FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
@@ -117,10 +119,6 @@ def printable(text: str) -> str:
 def in_short(error: BaseException) -> str:
     """What an error of a library says, in a line of bounded length."""
     return " ".join(str(error).split())[: bounds.LONGEST_TEXT] or type(error).__name__
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class FileEntry(_Model):
@@ -264,6 +262,7 @@ class Manifest(_Model):
     special_tokens: SpecialTokens
     generation_defaults: GenerationDefaults
     tokenizer: TokenizerEntry
+    languages: Languages | None = None
     files: Annotated[dict[str, FileEntry], Field(max_length=bounds.MOST_FILES)]
     golden: Annotated[tuple[Golden, ...], Field(min_length=1)]
     golden_tolerance: bounds.Tolerance
@@ -271,12 +270,18 @@ class Manifest(_Model):
     parity: bounds.Told
     producers: dict[bounds.Text, bounds.Text]
 
+    def model_languages(self) -> ModelLanguages:
+        """The languages that requests can name."""
+        tokens = self.special_tokens
+        return ModelLanguages(self.languages, forced_bos=tokens.forced_bos, decoder_start=tokens.decoder_start)
+
     def problems(self) -> Iterator[str]:
         """What contradicts itself although each field is valid."""
         yield from self._file_problems()
         yield from self._token_problems()
         yield from self._golden_problems()
         yield from self._activation_problems()
+        yield from self._language_problems()
         dimensions, defaults = self.dimensions, self.generation_defaults
         if dimensions.attention % dimensions.decoder_heads:
             width = "d_model" if dimensions.attention_width is None else "attention_width"
@@ -337,6 +342,11 @@ class Manifest(_Model):
         calibrated = activations.scaled == "calibrated"
         if (activations.sentences is not None, bool(activations.ranges)) != (calibrated, calibrated):
             yield "activations: ranges, and how many sentences they are from, belong to those that are calibrated"
+
+    def _language_problems(self) -> Iterator[str]:
+        if self.languages is not None:
+            tokens, sizes = self.special_tokens, self.dimensions
+            yield from self.languages.problems(sizes.source_vocabulary, sizes.target_vocabulary, tokens.eos)
 
     def _golden_problems(self) -> Iterator[str]:
         dimensions = self.dimensions

@@ -66,6 +66,9 @@ def description(manifest: Manifest, fingerprint: str) -> Iterator[Row]:
     yield "created", manifest.created
     yield "fingerprint", fingerprint
     yield "tokenizer", f"{manifest.tokenizer.kind} {' '.join(manifest.tokenizer.files)}".rstrip()
+    if manifest.languages is not None:
+        yield "languages", ""
+        yield from _indented(_languages(manifest))
     yield "dimensions", ""
     yield from _indented(dimensions.model_dump())
     yield "special tokens", ""
@@ -82,6 +85,19 @@ def description(manifest: Manifest, fingerprint: str) -> Iterator[Row]:
     yield "", f"{sum(entry.bytes for entry in manifest.files.values()):,} bytes in all"
     yield "exported with", ""
     yield from _indented(manifest.producers)
+
+
+def _languages(manifest: Manifest) -> Mapping[str, object]:
+    """The languages of each side, with what there is to tell about them."""
+    assert manifest.languages is not None
+    found = manifest.model_languages()
+    told: dict[str, object] = {"source marked": manifest.languages.source_marked}
+    told["target begins"] = manifest.languages.target_begins
+    for side, names in found.names.items():
+        if names:
+            told[side] = names
+            told[f"default {side}"] = found.default[side] or ("none; required" if side in found.needed else "none")
+    return told
 
 
 def aligned(rows: Iterable[Row]) -> str:

@@ -1,8 +1,8 @@
 """Text to token ids and back, with the tokenizer files of a bundle.
 
 Text is text: special tokens that are written in it are read as the characters they are made of, or as unknown where a
-vocabulary has them as words. Marian's language code at the beginning of a text is the one exception. That holds for
-sources and for the beginnings of targets.
+vocabulary has them as words. Marian's language code at the beginning of a text is the one exception, unless a request
+names its language. That holds for sources and for the beginnings of targets.
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from beamline_server.bundle import EXPORT_AGAIN, Bundle, BundleError, Manifest, in_short
+from beamline_server.languages import NOTHING_AROUND, Around
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _FIRST_BYTE = 3
@@ -38,8 +39,8 @@ Read = Callable[[str], bytes]
 class Tokenizer(Protocol):
     """Text to ids and back. Thread-safe."""
 
-    def encode(self, text: str) -> list[int]:
-        """Source ids of a text, with the model's begin- and end-of-sequence ids."""
+    def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
+        """Source ids of a text, with the model's begin- and end-of-sequence ids, and those of languages around it."""
         ...
 
     def encode_target(self, text: str) -> list[int]:
@@ -92,9 +93,15 @@ def unreadable(error: Exception) -> str:
 
 def _special_ids(manifest: Manifest) -> frozenset[int]:
     """Target ids that leave no trace in text."""
+    languages = _codes(manifest) if manifest.languages is not None and manifest.languages.begins_targets else ()
     if manifest.tokenizer.special is not None:
-        return frozenset(manifest.tokenizer.special)
-    return default_special_ids(manifest.special_tokens.model_dump())
+        return frozenset(manifest.tokenizer.special).union(languages)
+    return default_special_ids(manifest.special_tokens.model_dump()).union(languages)
+
+
+def _codes(manifest: Manifest) -> frozenset[int]:
+    """Ids of the languages that requests can name."""
+    return frozenset() if manifest.languages is None else manifest.languages.ids
 
 
 def default_special_ids(tokens: Mapping[str, Any]) -> frozenset[int]:
@@ -130,9 +137,9 @@ class CleanedUp:
     def __init__(self, inner: Tokenizer) -> None:
         self._inner = inner
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
         """As `Tokenizer.encode`."""
-        return self._inner.encode(text)
+        return self._inner.encode(text, around)
 
     def encode_target(self, text: str) -> list[int]:
         """As `Tokenizer.encode_target`."""
@@ -191,16 +198,21 @@ class _MarianTokenizer:
         _check_size(max(ids.values()) + 1, manifest.dimensions.source_vocabulary)
         target_ids = read_vocabulary("target_vocab.json", read("target_vocab.json")) if own else ids
         self._bos, self._eos = manifest.special_tokens.source_bos, manifest.special_tokens.source_eos
-        special, unknown, codes = _special_ids(manifest), ids["<unk>"], self._bos is None
-        self._source = _MarianReader(source, ids, {self._bos, self._eos}, unknown, codes=codes)
+        special, unknown = _special_ids(manifest), ids["<unk>"]
+        marked = manifest.languages is not None and manifest.languages.marks_sources
+        self._codes_in_text = codes = self._bos is None and not marked
+        self._source = _MarianReader(source, ids, {self._bos, self._eos, *_codes(manifest)}, unknown, codes=codes)
         beyond = _beyond(target_ids.values(), manifest)
         target_unknown = _known(target_ids.get("<unk>"), beyond)
         self._target = _MarianReader(target, target_ids, special | beyond, target_unknown, codes=codes)
         silent = special | {target_ids.get("<unk>")}
         self._pieces = {number: piece for piece, number in target_ids.items() if number not in silent}
 
-    def encode(self, text: str) -> list[int]:
-        return _enclosed(self._source.ids(text), self._bos, self._eos)
+    def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
+        # A code that stands before it makes it `>>fra<< text`, of which transformers read ` text` as words.
+        begun = self._codes_in_text and around.before
+        ids = self._source.words(f" {text}") if begun else self._source.ids(text)
+        return [*around.before, *_enclosed(ids, self._bos, self._eos), *around.after]
 
     def encode_target(self, text: str) -> list[int]:
         return self._target.ids(text)
@@ -238,8 +250,11 @@ class _MarianReader:
     def ids(self, text: str) -> list[int]:
         code = text.find("<<") + 2 if self._codes and text.startswith(">>") and "<<" in text else 0
         language = self._numbers([text[:code]] if code else [])
-        words = self._numbers(self._model.encode(text[code:], out_type=str))
-        return [*_plain(language, (), self._unknown), *_plain(words, self._control, self._unknown)]
+        return [*_plain(language, (), self._unknown), *self.words(text[code:])]
+
+    def words(self, text: str) -> list[int]:
+        """The ids of a text in which no language code is meant."""
+        return _plain(self._numbers(self._model.encode(text, out_type=str)), self._control, self._unknown)
 
     def _numbers(self, pieces: Sequence[str]) -> list[int | None]:
         return [self._ids.get(piece, self._unknown) for piece in pieces]
@@ -268,14 +283,14 @@ class _SentencePieceTokenizer:
         self._bos, self._eos = manifest.special_tokens.source_bos, manifest.special_tokens.source_eos
         self._special = _special_ids(manifest)
         self._size = self._target.get_piece_size()
-        self._control = _control_pieces(self._source) | {self._bos, self._eos}
+        self._control = _control_pieces(self._source) | {self._bos, self._eos} | _codes(manifest)
         beyond = _beyond(range(self._size), manifest)
         self._target_control = _control_pieces(self._target) | self._special | beyond
         self._target_unknown = _known(self._target.unk_id(), beyond)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
         ids = _plain(self._source.encode(text), self._control, self._source.unk_id())
-        return _enclosed(ids, self._bos, self._eos)
+        return [*around.before, *_enclosed(ids, self._bos, self._eos), *around.after]
 
     def encode_target(self, text: str) -> list[int]:
         return _plain(self._target.encode(text), self._target_control, self._target_unknown)
@@ -295,7 +310,8 @@ def _control_pieces(model: Any) -> frozenset[int]:
 class _JsonTokenizer:
     """A `tokenizer.json` of the tokenizers library (BART).
 
-    Special ids that its post-processor does not add are added here.
+    Special ids that its post-processor does not add are added here. Where languages are marked around a source, the
+    post-processor, which puts one of them there for good, is left out.
     """
 
     def __init__(self, read: Read, manifest: Manifest) -> None:
@@ -305,11 +321,13 @@ class _JsonTokenizer:
         tokens, sizes = manifest.special_tokens, manifest.dimensions
         self._bos, self._eos = tokens.source_bos, tokens.source_eos
         self._special = _special_ids(manifest)
-        self._source = _JsonReader(source, sizes.source_vocabulary, {self._bos, self._eos})
+        self._whole = manifest.languages is None or not manifest.languages.marks_sources
+        self._source = _JsonReader(source, sizes.source_vocabulary, {self._bos, self._eos, *_codes(manifest)})
         self._target = _JsonReader(self._decoder, sizes.target_vocabulary, self._special)
 
-    def encode(self, text: str) -> list[int]:
-        return _enclosed(self._source.ids(text, whole=True), self._bos, self._eos)
+    def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
+        ids = _enclosed(self._source.ids(text, whole=self._whole), self._bos, self._eos)
+        return [*around.before, *ids, *around.after]
 
     def encode_target(self, text: str) -> list[int]:
         return self._target.ids(text, whole=False)
@@ -354,9 +372,9 @@ class _ByteTokenizer:
         self._eos, special = manifest.special_tokens.source_eos, _special_ids(manifest)
         self._text = frozenset(range(_FIRST_BYTE, BYTES_END)) - special
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
         ids = self.encode_target(text)
-        return ids if self._eos is None else [*ids, self._eos]
+        return [*around.before, *ids, *([] if self._eos is None else [self._eos]), *around.after]
 
     def encode_target(self, text: str) -> list[int]:
         return [_FIRST_BYTE + byte for byte in text.encode()]

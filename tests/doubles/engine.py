@@ -12,7 +12,7 @@ answer, or a `BrokenContract` that says what was wrong.
 import hashlib
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -147,6 +147,7 @@ class TableBackend:
         faults: Calls that fail.
         gate: Where each step waits for leave.
         device: The kind that it stands for: on "cpu" buckets are finer, elsewhere all arrays are padded.
+        starts: Decoder starts that requests may have of their own, besides the model's.
 
     Attributes:
         encoded: The sources of each encoder call.
@@ -163,8 +164,10 @@ class TableBackend:
         faults: Faults | None = None,
         gate: Gate | None = None,
         device: str = "cpu",
+        starts: Collection[int] = (),
     ) -> None:
         self.device = device
+        self.starts = frozenset([rules.decoder_start, *starts])
         self.rules = rules
         self._table = table
         self._faults = faults or Faults()

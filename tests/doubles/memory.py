@@ -68,6 +68,7 @@ class Answers(Protocol):
     """What a memory asks its backend for."""
 
     rules: ModelRules
+    starts: frozenset[int]
     trace: list[TracedStep]
 
     def begin_step(self) -> BaseException | None:
@@ -212,7 +213,7 @@ class TableMemory:
         expect(path[-1][2] == own_slot, "a row does not see itself")
         prefix = tuple(token for _, token, _ in path)
         rules = self._backend.rules
-        expect(prefix[0] == rules.decoder_start, f"a prefix begins with {prefix[0]}")
+        expect(prefix[0] in self._backend.starts, f"a prefix begins with {prefix[0]}")
         logprobs = self._backend.look_up(held.source, prefix)
         expect(logprobs.shape == (rules.vocabulary,), "the table does not have the vocabulary's size")
         return logprobs

@@ -181,14 +181,17 @@ class NaiveEngine:
 
     def _continuations(self, asked: GenerationRequest, path: Path) -> list[Path]:
         rules, options, length = self._rules.search, asked.options, len(path.tokens)
-        forced = rules.forced_first if length == 0 and not asked.target_prefix else None
+        first = rules.forced_first if asked.forced_first is None else asked.forced_first
+        first = None if asked.target_prefix else first
+        forced = first if length == 0 else None
         if rules.forced_last is not None and length + 1 == options.max_new_tokens:
             forced = rules.forced_last
         if forced is not None:
             return [path.continued(forced, np.float32(0))]
-        forbidden = {*rules.banned, *(rules.banned_at_start if length == 0 else ())}
+        forbidden = {*rules.banned, *(rules.banned_at_start if length == (0 if first is None else 1) else ())}
         forbidden |= set(rules.eos) if length < options.min_new_tokens else set()
-        row = self._table(asked.source, (self._rules.decoder_start, *asked.target_prefix, *path.tokens))
+        start = self._rules.decoder_start if asked.decoder_start is None else asked.decoder_start
+        row = self._table(asked.source, (start, *asked.target_prefix, *path.tokens))
         allowed = [token for token in range(len(row)) if token not in forbidden and row[token] > -np.inf]
         allowed.sort(key=lambda token: -row[token])
         return [path.continued(token, row[token]) for token in allowed]

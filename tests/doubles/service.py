@@ -50,6 +50,7 @@ from beamline_server.engine.request import (
     Timing,
 )
 from beamline_server.engine.workers import EngineLoad, WorkerState
+from beamline_server.languages import NOTHING_AROUND, Around
 from beamline_server.metrics import Metrics
 from beamline_server.rpc.aio_server import AioServer
 from beamline_server.rpc.desk import Desk
@@ -81,9 +82,9 @@ class ManualClock:
 class ByteTokenizer:
     """A tokenizer whose tokens are the bytes of UTF-8, with end-of-sequence 256."""
 
-    def encode(self, text: str) -> list[int]:
-        """The bytes of a text, and end-of-sequence."""
-        return [*text.encode(), EOS]
+    def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
+        """The bytes of a text, and end-of-sequence, with what stands around them."""
+        return [*around.before, *text.encode(), EOS, *around.after]
 
     def encode_target(self, text: str) -> list[int]:
         """The bytes of a text."""

@@ -17,6 +17,7 @@ import transformers
 
 from beamline_export.reference import quiet_transformers
 from beamline_server.bundle import Bundle, BundleError
+from beamline_server.languages import Around, Languages
 from beamline_server.tokenizer import Tokenizer, load_tokenizer
 from doubles.service import make_manifest
 
@@ -542,3 +543,80 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
 def test_a_sentencepiece_model_larger_than_the_model_is_named(pieces: Path) -> None:
     with pytest.raises(BundleError, match="it has ids up to"):
         load_tokenizer(bundle_of(pieces, "sentencepiece", ["source.spm", "target.spm"], vocabulary=10))
+
+
+def with_languages(bundle: Bundle, marked: str, begins: str, **codes: int) -> Tokenizer:
+    entry = {"source": marked.startswith("source"), "target": True}
+    described = {"codes": {n: {"token": i, **entry} for n, i in codes.items()}, "source_marked": marked}
+    languages = Languages.model_validate({**described, "target_begins": begins})
+    return loaded(Bundle(bundle.path, bundle.manifest.model_copy(update={"languages": languages}), ""))
+
+
+def test_a_marian_language_that_is_asked_for_is_that_in_the_text(tmp_path: Path) -> None:
+    """As `>>deu<< text`; then no code in the text is one."""
+    for name in MARIAN_FILES:
+        shutil.copy(MODEL / name, tmp_path)
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text()) | {">>deu<<": 6000, ">>fra<<": 6001}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    with quiet_transformers():
+        theirs = transformers.MarianTokenizer.from_pretrained(tmp_path)
+    sizes = {"vocabulary": 6002, "target_vocabulary": 6002}
+    ours = with_languages(
+        bundle_of(tmp_path, "marian", MARIAN_FILES, **sizes), "target_before", "none", deu=6000, fra=6001
+    )
+    for text in TEXTS:
+        assert ours.encode(text, Around(before=(6000,))) == theirs(f">>deu<< {text}")["input_ids"]
+    assert ours.encode(">>fra<< a") == theirs(">>fra<< a")["input_ids"]
+    assert 6001 not in ours.encode(">>fra<< a", Around(before=(6000,)))
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.json as those of multilingual models: its post-processor puts one of its languages in front."""
+    folder = tmp_path_factory.mktemp("coded")
+    words = {"[UNK]": 0, "a": 1, "b": 2, "</s>": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>", "en_XX", "fr_XX"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="en_XX $A </s>", special_tokens=[("en_XX", 4), ("</s>", 3)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_languages_stand_around_a_text_in_place_of_the_post_processors(coded: Path) -> None:
+    tokens = {"source_eos": 3, "eos": [3], "decoder_start": 3, "pad": None}
+    bundle = bundle_of(coded, "tokenizers", ["tokenizer.json"], **tokens)
+    assert loaded(bundle).encode("a b") == [4, 1, 2, 3]
+    before = with_languages(bundle, "source_before", "forced_first", en_XX=4, fr_XX=5)
+    assert before.encode("a b", Around(before=(5,))) == [5, 1, 2, 3]
+    behind = with_languages(bundle, "source_after", "decoder_start", en_XX=4, fr_XX=5)
+    assert behind.encode("a b", Around(after=(5,))) == [1, 2, 3, 5]
+    target = with_languages(bundle, "none", "forced_first", en_XX=4, fr_XX=5)
+    assert target.encode("a b") == [4, 1, 2, 3]
+
+
+def test_a_language_that_is_written_in_a_text_is_text(coded: Path, pieces: Path) -> None:
+    tokens = {"source_eos": 3, "eos": [3], "decoder_start": 3, "pad": None}
+    bundle = bundle_of(coded, "tokenizers", ["tokenizer.json"], **tokens)
+    ours = with_languages(bundle, "source_before", "forced_first", en_XX=4, fr_XX=5)
+    assert ours.encode("fr_XX a", Around(before=(4,))) == [4, 0, 1, 3]
+    assert ours.encode_target("fr_XX a") == [0, 1]
+    # A word that is no special token of its file is one where it is a language.
+    other = with_languages(bundle, "source_before", "forced_first", word=2)
+    assert other.encode("a b", Around(before=(2,))) == [2, 1, 0, 3]
+    files = ["source.spm", "target.spm"]
+    tokens = {"source_eos": 2, "eos": [2], "decoder_start": 1, "pad": None}
+    spm = bundle_of(pieces, "sentencepiece", files, **tokens)
+    cat = loaded(spm).encode("cat")
+    coded_spm = with_languages(spm, "source_after", "forced_first", x=cat[0])
+    assert coded_spm.encode("cat", Around(after=(cat[0],))) == [0, *cat[1:], cat[0]]
+
+
+def test_a_language_that_a_target_begins_with_leaves_no_trace(coded: Path) -> None:
+    tokens = {"source_eos": 3, "eos": [3], "decoder_start": 3, "pad": None}
+    bundle = bundle_of(coded, "tokenizers", ["tokenizer.json"], **tokens)
+    words = {"a": 1, "b": 2}
+    assert with_languages(bundle, "source_before", "forced_first", **words).decode([3, 2, 1, 0, 3]).split() == ["[UNK]"]
+    assert with_languages(bundle, "target_before", "none", **words).decode([3, 2, 1, 3]).split() == ["b", "a"]

@@ -170,6 +170,7 @@ class BartLike:
             names.names,
             names.foreign(),
             tokenizer_settings=tokenizer.settings,
+            languages=tokenizer.languages,
             notices=(*names.notices, *tokenizer.notices),
         )
 

@@ -7,6 +7,7 @@ from beamline_export.families.bart_like import BartLike, Folder, LearnedPosition
 from beamline_export.families.bart_like_weights import Ties
 from beamline_export.families.m2m_100_tokenizer import MODEL_FILE, VOCABULARY_FILE, read_m2m_100_tokenizer
 from beamline_export.families.positions import sinusoidal_positions, tensor2tensor_positions
+from beamline_export.languages import SourceMarked, TargetBegins
 from beamline_export.spec import NormPlacement, PaddingInTarget
 from beamline_export.tokenizer_config import read_tokenizer_config
 from beamline_export.tokenizer_files import (
@@ -22,8 +23,15 @@ def _token_ids(folder: Folder) -> TokenizerFiles:
     return without_tokenizer(folder.tokens)
 
 
-def _tokenizer_json(*classes: str) -> Callable[[Folder], TokenizerFiles]:
-    """Reads a tokenizer.json, if there is one, as these classes of transformers do."""
+def _tokenizer_json(
+    *classes: str, before: TargetBegins = "none", after: TargetBegins = "none"
+) -> Callable[[Folder], TokenizerFiles]:
+    """Reads a tokenizer.json, if there is one, as these classes of transformers do.
+
+    `before` and `after` are how a target begins with its language where a source has the code of its own there.
+    """
+    begins: dict[SourceMarked, TargetBegins] = {"source_before": before, "source_after": after}
+    target_begins = {marked: begin for marked, begin in begins.items() if begin != "none"}
 
     def read(folder: Folder) -> TokenizerFiles:
         if not (folder.path / "tokenizer.json").exists():
@@ -32,12 +40,14 @@ def _tokenizer_json(*classes: str) -> Callable[[Folder], TokenizerFiles]:
         files = {"tokenizer.json": "tokenizer.json"}
         if config.tokenizer_class is not None and config.tokenizer_class.removesuffix("Fast") in ROBERTA_CLASSES:
             return read_bart_tokenizer(folder.path, files, config, folder.tokens)
-        return read_tokenizer_as_it_is(folder.path, files, config, folder.tokens, classes)
+        return read_tokenizer_as_it_is(
+            folder.path, files, config, folder.tokens, classes=classes, target_begins=target_begins
+        )
 
     return read
 
 
-_NLLB = _tokenizer_json("NllbTokenizer")
+_NLLB = _tokenizer_json("NllbTokenizer", before="forced_first", after="forced_first")
 
 
 def _m2m_100_or_nllb(folder: Folder) -> TokenizerFiles:
@@ -71,7 +81,7 @@ MBART = BartLike(
     norm_placement=NormPlacement.PRE,
     embedding_norm=True,
     final_norms=True,
-    tokenizer=_tokenizer_json("MBartTokenizer", "MBart50Tokenizer"),
+    tokenizer=_tokenizer_json("MBartTokenizer", "MBart50Tokenizer", before="forced_first", after="decoder_start"),
     defaults={**_FAIRSEQ_IDS, "forced_eos_token_id": 2},
 )
 

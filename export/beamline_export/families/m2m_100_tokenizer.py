@@ -7,6 +7,7 @@ from beamline_export.families.bart_like import Folder
 from beamline_export.spec import ExportError
 from beamline_export.tokenizer_config import CONFIG_FILE, read_tokenizer_config
 from beamline_export.tokenizer_files import TokenizerFiles, read_marian_tokenizer
+from beamline_server.languages import Language, Languages
 
 MODEL_FILE, VOCABULARY_FILE = "sentencepiece.bpe.model", "vocab.json"
 _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -33,10 +34,13 @@ def read_m2m_100_tokenizer(folder: Folder) -> TokenizerFiles:
     if language not in codes:
         raise ExportError(f"{CONFIG_FILE}: src_lang {language!r} is not known (known: {', '.join(codes)})")
     first = len(read_json(folder.path / VOCABULARY_FILE))
+    entries = {code: Language(token=first + i, source=True, target=True) for i, code in enumerate(codes)}
     return dataclasses.replace(
         read,
-        tokens=dataclasses.replace(read.tokens, source_bos=first + codes.index(language)),
-        notices=[*read.notices, f"the language of sources is __{language}__, which stands before every text"],
+        notices=[*read.notices, f"the language of sources is {language} where a request names none"],
+        languages=Languages(
+            codes=entries, source_marked="source_before", target_begins="forced_first", default_source=language
+        ),
     )
 
 

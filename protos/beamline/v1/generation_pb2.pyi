@@ -99,20 +99,24 @@ class OutputOptions(_message.Message):
     def __init__(self, token_ids: _Optional[bool] = ..., token_logprobs: _Optional[bool] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "inputs", "search", "output", "truncate_source", "priority")
+    __slots__ = ("model", "inputs", "search", "output", "truncate_source", "priority", "source_language", "target_language")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     SEARCH_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_SOURCE_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
     model: str
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
     search: SearchOptions
     output: OutputOptions
     truncate_source: bool
     priority: Priority
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., search: _Optional[_Union[SearchOptions, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., truncate_source: _Optional[bool] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    source_language: str
+    target_language: str
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., search: _Optional[_Union[SearchOptions, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., truncate_source: _Optional[bool] = ..., priority: _Optional[_Union[Priority, str]] = ..., source_language: _Optional[str] = ..., target_language: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("results",)
@@ -121,20 +125,24 @@ class GenerateResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[Result, _Mapping]]] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
-    __slots__ = ("model", "input", "search", "output", "truncate_source", "priority")
+    __slots__ = ("model", "input", "search", "output", "truncate_source", "priority", "source_language", "target_language")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     SEARCH_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_SOURCE_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
     model: str
     input: Input
     search: SearchOptions
     output: OutputOptions
     truncate_source: bool
     priority: Priority
-    def __init__(self, model: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., search: _Optional[_Union[SearchOptions, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., truncate_source: _Optional[bool] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    source_language: str
+    target_language: str
+    def __init__(self, model: _Optional[str] = ..., input: _Optional[_Union[Input, _Mapping]] = ..., search: _Optional[_Union[SearchOptions, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., truncate_source: _Optional[bool] = ..., priority: _Optional[_Union[Priority, str]] = ..., source_language: _Optional[str] = ..., target_language: _Optional[str] = ...) -> None: ...
 
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("piece", "result")
@@ -214,7 +222,7 @@ class GetInfoResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., default_search: _Optional[_Union[SearchOptions, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "precision", "device", "source_vocabulary_size", "target_vocabulary_size", "has_tokenizer", "fingerprint", "ignored_settings")
+    __slots__ = ("name", "architecture", "precision", "device", "source_vocabulary_size", "target_vocabulary_size", "has_tokenizer", "fingerprint", "ignored_settings", "source_languages", "target_languages", "default_source_language", "default_target_language")
     class IgnoredSettingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -231,6 +239,10 @@ class ModelInfo(_message.Message):
     HAS_TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     IGNORED_SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_LANGUAGES_FIELD_NUMBER: _ClassVar[int]
+    TARGET_LANGUAGES_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_SOURCE_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_TARGET_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     precision: str
@@ -240,7 +252,11 @@ class ModelInfo(_message.Message):
     has_tokenizer: bool
     fingerprint: str
     ignored_settings: _containers.ScalarMap[str, str]
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., source_vocabulary_size: _Optional[int] = ..., target_vocabulary_size: _Optional[int] = ..., has_tokenizer: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., ignored_settings: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    source_languages: _containers.RepeatedScalarFieldContainer[str]
+    target_languages: _containers.RepeatedScalarFieldContainer[str]
+    default_source_language: str
+    default_target_language: str
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., source_vocabulary_size: _Optional[int] = ..., target_vocabulary_size: _Optional[int] = ..., has_tokenizer: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., ignored_settings: _Optional[_Mapping[str, str]] = ..., source_languages: _Optional[_Iterable[str]] = ..., target_languages: _Optional[_Iterable[str]] = ..., default_source_language: _Optional[str] = ..., default_target_language: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_inputs", "max_text_bytes", "max_source_tokens", "max_new_tokens", "max_beam_size", "max_message_bytes", "max_duration", "max_target_tokens", "max_request_cost")

@@ -5,7 +5,7 @@ grows by as many as it may take, which `SearchRules.extra_candidates` adds up:
 
     processor             what it does                                             extra candidates
     banned                these tokens never occur                                 one per token
-    banned at the start   these are not generated first                            one per token
+    banned at the start   these are not generated first, behind a forced one       one per token
     minimum length        no end of sequence among the first `min_new` tokens      one per end-of-sequence token
     forced token          replaces all candidates, with log-probability 0          none
 
@@ -30,8 +30,9 @@ class SearchRules:
     Attributes:
         eos: Tokens that end a hypothesis; without any, each has as many tokens as were asked for.
         banned: Tokens that never occur.
-        banned_at_start: Tokens that are not generated first.
-        forced_first: The first token, whatever its score, unless the request gives the target's beginning.
+        banned_at_start: Tokens that are not generated first, or where a first token is forced, not right behind it.
+        forced_first: The first token, whatever its score, unless the request has another or gives the target's
+            beginning.
         forced_last: The token at the length limit, whatever its score.
     """
 
@@ -111,7 +112,8 @@ def is_forbidden(rules: Rules, sequence: Any, token: int) -> bool:
     """Whether a token may not come next: banned, banned at the start, or an end below the minimum length."""
     if is_one_of(token, rules.banned):
         return True
-    if sequence.length == 0 and is_one_of(token, rules.banned_at_start):
+    starts_at = 0 if first_token(rules, sequence) == NO_TOKEN else 1
+    if sequence.length == starts_at and is_one_of(token, rules.banned_at_start):
         return True
     return sequence.length < sequence.min_new and is_one_of(token, rules.eos)
 
@@ -121,9 +123,15 @@ def forced_token(rules: Rules, sequence: Any) -> int:
     """The token that has to come next, or NO_TOKEN."""
     if rules.forced_last != NO_TOKEN and sequence.length + 1 == sequence.max_new:
         return rules.forced_last
-    if sequence.length == 0 and sequence.prefix_length == 1:
-        return rules.forced_first
-    return NO_TOKEN
+    return first_token(rules, sequence) if sequence.length == 0 else NO_TOKEN
+
+
+@compiled
+def first_token(rules: Rules, sequence: Any) -> int:
+    """The token that a sequence is forced to begin with, or NO_TOKEN: its own, the model's, none behind a prefix."""
+    if sequence.prefix_length > 1:
+        return NO_TOKEN
+    return rules.forced_first if sequence.forced_first == NO_TOKEN else sequence.forced_first
 
 
 @compiled

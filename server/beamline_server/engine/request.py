@@ -69,6 +69,8 @@ class GenerationRequest:
         target_prefix: Target tokens that are given, after the decoder start; what is generated continues them.
         caller: Who asks; callers share the engine fairly.
         priority: Who waits for whom.
+        decoder_start: First decoder input, where the request has one of its own (a language); None is the model's.
+        forced_first: The first token, as in `SearchRules`, where the request has one of its own; None is the model's.
     """
 
     id: RequestId
@@ -79,6 +81,8 @@ class GenerationRequest:
     target_prefix: tuple[int, ...] = ()
     caller: str = ""
     priority: Priority = Priority.NORMAL
+    decoder_start: int | None = None
+    forced_first: int | None = None
 
     @property
     def account(self) -> Account:

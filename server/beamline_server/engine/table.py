@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from beamline_server.engine.admission import MOST_ROWS
 from beamline_server.engine.compiled import compiled, entry_point
+from beamline_server.engine.processors import NO_TOKEN
 from beamline_server.engine.request import EarlyStopping, Finish, GenerationRequest, Hypothesis, LengthPenaltyKind
 
 DEAD = np.float32(-np.inf)
@@ -54,6 +55,7 @@ _SEQUENCE = np.dtype(
         ("source_length", np.int64),
         ("prefix_length", np.int64),
         ("part", np.int64),  # tokens of the prefix that are fed in one step at most
+        ("forced_first", np.int64),  # its own first token, or NO_TOKEN for the model's
         # Summed log-probabilities of the live hypotheses, best first.
         ("score", np.float32, MOST_ROWS),
         # Rows of the next step; those of the live hypotheses are the last ones.
@@ -72,7 +74,7 @@ _SEQUENCE = np.dtype(
 """A running sequence; few numbers that every step reads come first, in two lines of a processor's cache."""
 _ASKED = [
     *("gnmt", "when_full", "never", "beams", "min_new", "max_new", "exponent"),
-    *("source_length", "prefix_length", "part"),
+    *("source_length", "prefix_length", "part", "forced_first"),
 ]
 """What of it is known when it comes."""
 
@@ -119,9 +121,10 @@ class SequenceTable:
     def enter(self, index: int, request: GenerationRequest, decoder_start: int, *, part: int = MOST_ROWS) -> None:
         """Write down what a request asks for, at a free index; `search.start` begins the search.
 
-        `part` is how many tokens of the prefix are fed in one step at most.
+        `decoder_start` is the model's; `part` is how many tokens of the prefix are fed in one step at most.
         """
-        prefix, options = (decoder_start, *request.target_prefix), request.options
+        start = decoder_start if request.decoder_start is None else request.decoder_start
+        prefix, options = (start, *request.target_prefix), request.options
         if len(prefix) > self.arrays.prefix.shape[1]:
             self._grow(prefix=len(prefix))
         self.arrays.prefix[index, : len(prefix)] = prefix
@@ -138,6 +141,7 @@ class SequenceTable:
             len(request.source),
             len(prefix),
             part,
+            NO_TOKEN if request.forced_first is None else request.forced_first,
         )
 
     def leave(self, index: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from beamline.v1 import generation_pb2 as pb
+from beamline_server.languages import NOTHING_AROUND, Around
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +28,24 @@ class ContentReader:
     Args:
         vocabulary: Number of ids of that side.
         max_text_bytes: Most bytes of UTF-8 in one text.
-        encode: Gives the ids of a text; None for a model that takes token ids alone.
+        encode: Gives the ids of a text, with those around it; None for a model that takes token ids alone.
     """
 
-    def __init__(self, vocabulary: int, max_text_bytes: int, encode: Callable[[str], list[int]] | None) -> None:
+    def __init__(self, vocabulary: int, max_text_bytes: int, encode: Callable[[str, Around], list[int]] | None) -> None:
         self._vocabulary = vocabulary
         self._max_text_bytes = max_text_bytes
         self._encode = encode
 
-    def read(self, path: str, message: pb.Input | pb.TargetPrefix) -> Content:
-        """The content of a message that has this path."""
+    def read(self, path: str, message: pb.Input | pb.TargetPrefix, around: Around = NOTHING_AROUND) -> Content:
+        """The content of a message that has this path; `around` stands around a text."""
         content = message.WhichOneof("content")
         if content == "text":
-            return self._text(f"{path}.text", message.text)
+            return self._text(f"{path}.text", message.text, around)
         if content == "token_ids":
             return self._ids(f"{path}.token_ids", message.token_ids.ids)
         return Content(path, (), "is missing; expected text or token_ids")
 
-    def _text(self, field: str, text: str) -> Content:
+    def _text(self, field: str, text: str, around: Around) -> Content:
         limit = self._max_text_bytes
         if self._encode is None:
             return Content(field, (), "cannot be read: this model has no tokenizer; expected token_ids")
@@ -53,7 +54,7 @@ class ContentReader:
         # No character has more than four bytes: most texts need no encoding to be measured.
         if 4 * len(text) > limit and (size := len(text.encode())) > limit:
             return Content(field, (), f"has {size} bytes; expected at most {limit}")
-        tokens = tuple(self._encode(text))
+        tokens = tuple(self._encode(text, around))
         return Content(field, tokens, None if tokens else "has no tokens")
 
     def _ids(self, field: str, ids: Sequence[int]) -> Content:

@@ -3,7 +3,7 @@
 Pure but for the tokenizer. All violations of a request are found before any is reported.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -17,9 +17,11 @@ from beamline_server.engine.request import (
     Priority,
     SearchOptions,
 )
+from beamline_server.languages import Around, Marks
 from beamline_server.rpc.content import ContentReader
 from beamline_server.rpc.desk import Source
 from beamline_server.rpc.errors import InvalidRequest, ModelNotFound
+from beamline_server.rpc.languages import LanguageReader
 from beamline_server.rpc.target_prefix import TargetPrefixReader
 from beamline_server.settings import Settings, SettingsError
 from beamline_server.tokenizer import Tokenizer
@@ -150,10 +152,14 @@ class RequestReader:
         # Truncation keeps the id that ends a source, if there is one.
         self._source_eos = manifest.special_tokens.source_eos
         sizes, longest_text = manifest.dimensions, limits.max_text_bytes
-        of_source, of_target = (None, None) if tokenizer is None else (tokenizer.encode, tokenizer.encode_target)
+        of_source, of_target = (None, None) if tokenizer is None else (tokenizer.encode, _target_encoder(tokenizer))
         self._sources = ContentReader(sizes.source_vocabulary, longest_text, of_source)
         targets = ContentReader(sizes.target_vocabulary, longest_text, of_target)
-        self._prefixes = TargetPrefixReader(targets, manifest.special_tokens, limits.max_target_tokens)
+        languages = manifest.model_languages()
+        self._languages = LanguageReader(languages)
+        # So it does a language that stands behind that.
+        self._behind_source = languages.ids if languages.ends_sources else frozenset[int]()
+        self._prefixes = TargetPrefixReader(targets, manifest.special_tokens, languages, limits.max_target_tokens)
 
     def generate(self, request: pb.GenerateRequest) -> Order:
         """Check a request and resolve it.
@@ -184,7 +190,8 @@ class RequestReader:
         options = self._defaults
         if request.HasField("search"):
             options = _SearchReader(request.search, self._defaults, self._limits, violations).options()
-        sources = [self._source(path, entry, request, options, violations) for path, entry in inputs]
+        marks = self._languages.read(request, inputs, violations)
+        sources = [self._source(path, entry, request, options, marks, violations) for path, entry in inputs]
         if (priority := _priority(request.priority)) is None:
             violations.append(Violation("priority", f"is {request.priority}; expected a value of the enum"))
         elif priority is not Priority.NORMAL:
@@ -216,22 +223,27 @@ class RequestReader:
         entry: pb.Input,
         request: pb.GenerateRequest | pb.GenerateStreamRequest,
         options: SearchOptions,
+        marks: Marks,
         violations: list[Violation],
     ) -> Source:
         """The source of one input with its options; an empty one where there are violations."""
-        tokens, truncated = self._source_tokens(path, entry, request.truncate_source, violations)
+        tokens, truncated = self._source_tokens(path, entry, marks.around, request.truncate_source, violations)
         if not entry.HasField("target_prefix"):
-            return Source(tokens, truncated, options)
-        prefix = self._prefixes.read(f"{path}.target_prefix", entry.target_prefix, request.search)
+            return Source(
+                tokens, truncated, options, decoder_start=marks.decoder_start, forced_first=marks.forced_first
+            )
+        prefix = self._prefixes.read(f"{path}.target_prefix", entry.target_prefix, request.search, marks)
         if prefix.problem is not None:
             violations.append(Violation(prefix.field, prefix.problem))
-        return Source(tokens, truncated, self._prefixes.leaves(len(prefix.tokens), options), prefix.tokens)
+        options = self._prefixes.leaves(len(prefix.tokens), options)
+        # Behind a prefix no first token is forced.
+        return Source(tokens, truncated, options, prefix.tokens, decoder_start=marks.decoder_start)
 
     def _source_tokens(
-        self, path: str, entry: pb.Input, truncate: bool, violations: list[Violation]
+        self, path: str, entry: pb.Input, around: Around, truncate: bool, violations: list[Violation]
     ) -> tuple[tuple[int, ...], bool]:
         """The source ids of one input, and whether they were cut."""
-        content, limit = self._sources.read(path, entry), self._limits.max_source_tokens
+        content, limit = self._sources.read(path, entry, around), self._limits.max_source_tokens
         tokens, problem = content.tokens, content.problem
         truncated = len(tokens) > limit
         if problem is None and truncated and not truncate:
@@ -241,10 +253,14 @@ class RequestReader:
         return self._cut(tokens) if truncated else tokens, truncated
 
     def _cut(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        limit = self._limits.max_source_tokens
-        if tokens[-1] == self._source_eos:
-            return (*tokens[: limit - 1], tokens[-1])
-        return tokens[:limit]
+        limit, kept = self._limits.max_source_tokens, int(tokens[-1] in self._behind_source)
+        kept += tokens[-1 - kept] == self._source_eos
+        kept = min(kept, limit)
+        return (*tokens[: limit - kept], *tokens[len(tokens) - kept :])
+
+
+def _target_encoder(tokenizer: Tokenizer) -> Callable[[str, Around], list[int]]:
+    return lambda text, around: [*around.before, *tokenizer.encode_target(text), *around.after]
 
 
 def _priority(number: int) -> Priority | None:

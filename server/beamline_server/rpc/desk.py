@@ -74,6 +74,8 @@ class Source:
     options: SearchOptions
     target_prefix: tuple[int, ...] = ()
     priority: Priority = Priority.NORMAL
+    decoder_start: int | None = None
+    forced_first: int | None = None
 
 
 class _Ticket(Protocol):
@@ -188,6 +190,8 @@ class Desk:
                 target_prefix=source.target_prefix,
                 caller=call.caller,
                 priority=source.priority,
+                decoder_start=source.decoder_start,
+                forced_first=source.forced_first,
             )
             for source in sources
         )

@@ -50,6 +50,7 @@ def versions() -> Mapping[str, str]:
 def info_message(model: ServedModel, settings: Settings, limits: Limits, defaults: SearchOptions) -> pb.GetInfoResponse:
     """The answer to GetInfo, which never changes while the server runs."""
     manifest = model.bundle.manifest
+    languages = manifest.model_languages()
     return pb.GetInfoResponse(
         model=pb.ModelInfo(
             name=model.name,
@@ -61,6 +62,10 @@ def info_message(model: ServedModel, settings: Settings, limits: Limits, default
             has_tokenizer=manifest.tokenizer.kind != "none",
             fingerprint=model.bundle.fingerprint,
             ignored_settings=manifest.generation_defaults.not_supported,
+            source_languages=languages.names["source"],
+            target_languages=languages.names["target"],
+            default_source_language=languages.default["source"] or "",
+            default_target_language=languages.default["target"] or "",
         ),
         limits=pb.Limits(
             max_inputs=limits.max_inputs,

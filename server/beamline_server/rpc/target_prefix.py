@@ -5,6 +5,7 @@ from dataclasses import replace
 from beamline.v1 import generation_pb2 as pb
 from beamline_server.bundle import SpecialTokens
 from beamline_server.engine.request import SearchOptions
+from beamline_server.languages import Around, Marks, ModelLanguages
 from beamline_server.rpc.content import Content, ContentReader
 
 
@@ -14,19 +15,25 @@ class TargetPrefixReader:
     Args:
         content: Reads content of the target's side.
         special: The model's special tokens.
+        languages: The model's.
         longest: Most tokens of a target, its prefix included.
     """
 
-    def __init__(self, content: ContentReader, special: SpecialTokens, longest: int) -> None:
+    def __init__(self, content: ContentReader, special: SpecialTokens, languages: ModelLanguages, longest: int) -> None:
         self._content = content
         self._eos = frozenset(special.eos)
         self._start = special.decoder_start
+        self._languages = languages
         self._longest = longest
 
-    def read(self, path: str, message: pb.TargetPrefix, search: pb.SearchOptions) -> Content:
-        """The prefix at this path, if there is room for it beside what the search options ask for."""
-        content = self._content.read(path, message)
-        problem = content.problem or self._meaning(content.tokens) or self._room(len(content.tokens), search)
+    def read(self, path: str, message: pb.TargetPrefix, search: pb.SearchOptions, marks: Marks) -> Content:
+        """The prefix at this path, if there is room for it beside what the search options ask for.
+
+        A language that the target begins with stands before text; ids are taken as they are.
+        """
+        content = self._content.read(path, message, Around(before=self._languages.code_before_prefix(marks)))
+        start = self._start if marks.decoder_start is None else marks.decoder_start
+        problem = content.problem or self._meaning(content.tokens, start) or self._room(len(content.tokens), search)
         return replace(content, problem=problem)
 
     def leaves(self, prefix: int, options: SearchOptions) -> SearchOptions:
@@ -36,10 +43,10 @@ class TargetPrefixReader:
             return options
         return replace(options, max_new_tokens=room, min_new_tokens=min(options.min_new_tokens, room))
 
-    def _meaning(self, tokens: tuple[int, ...]) -> str | None:
+    def _meaning(self, tokens: tuple[int, ...], start: int) -> str | None:
         """What is wrong with what the ids mean, if anything."""
-        if tokens[0] == self._start and self._start not in self._eos:
-            return f"begins with the decoder's start, id {self._start}, which is put before it anyway; leave it out"
+        if tokens[0] == start and start not in self._eos:
+            return f"begins with the decoder's start, id {start}, which is put before it anyway; leave it out"
         ends = (index for index, token in enumerate(tokens) if token in self._eos)
         # `generate` would go on behind it, where no target that the model has learned from does.
         if (index := next(ends, None)) is not None:

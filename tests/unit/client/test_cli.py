@@ -557,6 +557,53 @@ class TestTargetPrefix:
         assert server.requests() == []
 
 
+class TestLanguages:
+    """`--from` and `--to`."""
+
+    @pytest.fixture(autouse=True)
+    def multilingual(self, server: FakeServer) -> None:
+        server.info.model.source_languages.extend(["fra", "eng"])
+        server.info.model.target_languages.extend(["fra", "eng"])
+
+    @pytest.mark.parametrize("arguments", [[], ["--stream"]])
+    def test_they_are_sent_if_they_are_given(
+        self, server: FakeServer, translate: Translate, arguments: list[str]
+    ) -> None:
+        assert translate("one", "--from", "fra", "--to", "eng", *arguments)[0] == 0
+        assert translate("one", "--to", "eng", *arguments)[0] == 0
+        both, one = server.requests()
+        assert (both.source_language, both.target_language) == ("fra", "eng")
+        assert (one.HasField("source_language"), one.target_language) == (False, "eng")
+
+    @pytest.mark.parametrize("further", [[], ["--on-error", "skip"], ["--stream"]], ids=lambda further: further[-1:])
+    def test_a_refusal_is_told_once_by_their_flags(
+        self, server: FakeServer, translate: Translate, further: list[str]
+    ) -> None:
+        refuse = TestTargetPrefix.refusing(("source_language", "is missing"), ("target_language", "is 'x'; expected y"))
+        server.generate = refuse
+        server.stream = refuse  # type: ignore[assignment]  # never returns
+
+        told = "beamline translate: --from is missing; --to is 'x'; expected y\n"
+        assert translate("one", "two", "--to", "x", *further) == (2, "", told)
+
+    @pytest.mark.parametrize(("flag", "side"), [("--from", "source"), ("--to", "target")])
+    def test_a_model_without_languages_takes_none(
+        self, server: FakeServer, translate: Translate, flag: str, side: str
+    ) -> None:
+        getattr(server.info.model, f"{side}_languages").clear()
+
+        status, out, err = translate("one", flag, "eng")
+
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"takes no {side} language: leave {flag} out" in err
+        assert server.requests() == []
+
+    def test_one_that_cannot_be_sent_is_named(self, server: FakeServer, translate: Translate) -> None:
+        told = "beamline translate: --to not valid Unicode at character 1\n"
+        assert translate("one", "--to", "x\udce9") == (2, "", told)
+        assert server.requests() == []
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         "arguments",

@@ -71,14 +71,24 @@ def test_one_input_gives_one_result(server: FakeServer, call: Call) -> None:
 @pytest.mark.parametrize("method", ["generate_one", "stream"])
 def test_every_option_reaches_the_server(server: FakeServer, call: Call, method: str) -> None:
     search = SearchOptions(beam_size=4, n_best=2)
-    call(server.target, method, "x", search=search, token_ids=True, truncate=True, priority=Priority.BATCH)
+    languages = {"source_language": "fra", "target_language": "eng"}
+    call(server.target, method, "x", search=search, token_ids=True, truncate=True, priority=Priority.BATCH, **languages)
 
     request = server.calls[0].request
     assert request.search == pb.SearchOptions(beam_size=4, n_best=2)
     assert request.output == pb.OutputOptions(token_ids=True, token_logprobs=False)
     assert request.truncate_source
     assert request.priority == pb.PRIORITY_BATCH
+    assert (request.source_language, request.target_language) == ("fra", "eng")
     assert request.model == ""
+
+
+@pytest.mark.parametrize("method", ["generate_one", "stream"])
+def test_a_language_that_is_not_given_is_not_sent(server: FakeServer, call: Call, method: str) -> None:
+    call(server.target, method, "x", source_language=None)
+
+    assert not server.calls[0].request.HasField("source_language")
+    assert not server.calls[0].request.HasField("target_language")
 
 
 def test_an_unknown_option_is_a_type_error(server: FakeServer, call: Call) -> None:

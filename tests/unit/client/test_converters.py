@@ -193,6 +193,10 @@ def test_server_info_keeps_everything() -> None:
         has_tokenizer=True,
         fingerprint="ab",
         ignored_settings={"do_sample": "true"},
+        source_languages=["fra", "deu"],
+        target_languages=["eng"],
+        default_source_language="fra",
+        default_target_language="eng",
     )
     limits = pb.Limits(
         max_inputs=1,
@@ -213,7 +217,11 @@ def test_server_info_keeps_everything() -> None:
     )
 
     for field in pb.ModelInfo.DESCRIPTOR.fields:
-        assert getattr(info.model, field.name) == getattr(model, field.name)
+        value = getattr(info.model, field.name)
+        assert (list(value) if isinstance(value, tuple) else value) == getattr(model, field.name)
     assert info.limits == Limits(1, 2, 3, 4, 5, 6, 7.0, 8, 9)
     assert info.default_search == SearchOptions(beam_size=4)
     assert info.versions == {"beamline": "0.1.0"}
+    none = convert.info_from_pb(pb.GetInfoResponse()).model
+    assert (none.source_languages, none.target_languages) == ((), ())
+    assert none.default_source_language is none.default_target_language is None

@@ -38,6 +38,16 @@ def test_the_program_with_a_target_prefix_runs(server: FakeServer, capsys: pytes
     assert capsys.readouterr().out == "I have JE NE SAIS PAS.\n"
 
 
+def test_the_program_with_languages_runs(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    section = PAGE.partition("## Languages")[2].partition("\n## ")[0]
+    [program] = re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+
+    exec(program.replace("localhost:8001", server.target), {})
+
+    assert capsys.readouterr().out == "JE NE SAIS PAS.\n"
+    assert (server.requests()[0].source_language, server.requests()[0].target_language) == ("fra", "eng")
+
+
 @pytest.mark.parametrize("body", re.findall(r"^grpcurl .*-d '(\{\"inputs\".*?)'", PAGE, re.MULTILINE))
 def test_what_is_sent_from_a_shell_is_a_request(body: str) -> None:
     assert json_format.Parse(body, pb.GenerateRequest()).inputs

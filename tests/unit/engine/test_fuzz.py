@@ -217,7 +217,18 @@ def asked(rng: random.Random, number: int, at: int, vocabulary: int) -> Generati
     prefix = tuple(rng.randrange(vocabulary) for _ in range(rng.choice([0, 0, 0, 0, 1, 15, 16, 17, 30, 70])))
     source = (*range(rng.choice([0, 1, 4, 19, 69])), number)
     deadline = float(at + rng.randint(0, 20)) if rng.random() < 0.1 else None
-    return GenerationRequest(RequestId(number), source, options, deadline, rng.random() < 0.5, prefix)
+    # As of a language that a request asks for.
+    start, first = (rng.choice([None, None, None, rng.randrange(vocabulary)]) for _ in range(2))
+    return GenerationRequest(
+        RequestId(number),
+        source,
+        options,
+        deadline,
+        rng.random() < 0.5,
+        prefix,
+        decoder_start=start,
+        forced_first=first,
+    )
 
 
 def with_holes(table: LogprobTable, rng: random.Random) -> LogprobTable:
@@ -261,7 +272,8 @@ def rows_of(steps: Sequence[TracedStep]) -> dict[RequestId, int]:
 def run(seed: int) -> int:
     """One traffic; returns how many steps of sequences were compared."""
     given = traffic(random.Random(seed))
-    backend = TwiceBackend(given.table, given.rules, device="cuda" if seed % 4 == 3 else "cpu")
+    starts = range(given.rules.vocabulary)
+    backend = TwiceBackend(given.table, given.rules, device="cuda" if seed % 4 == 3 else "cpu", starts=starts)
     clock = ManualClock()
     core = EngineCore(backend, given.rules, CAPACITY, clock=clock, observer=NullObserver(), encode_tokens=ENCODE_TOKENS)
     naive = NaiveEngine(given.table, given.rules, CAPACITY, encode_tokens=ENCODE_TOKENS)

@@ -44,13 +44,15 @@ def oracle(table: LogprobTable, rules: ModelRules, asked: GenerationRequest) -> 
     """The reference search on a model that has read the prefix; its tokens are counted from there."""
 
     def next_logprobs(generated: Sequence[Sequence[int]]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-        start = (rules.decoder_start, *asked.target_prefix)
+        first = rules.decoder_start if asked.decoder_start is None else asked.decoder_start
+        start = (first, *asked.target_prefix)
         return np.stack([table(asked.source, (*start, *tokens[1:])) for tokens in generated])
 
     search: NextLogprobs = next_logprobs
     # A token that is forced to be the target's first is not, once the target has begun.
     processors = replace(rules.search, forced_first=None) if asked.target_prefix else rules.search
-    return reference_search(search, processors, asked.options, rules.decoder_start)
+    first = None if asked.target_prefix else asked.forced_first
+    return reference_search(search, processors, asked.options, rules.decoder_start, forced_first=first)
 
 
 def assert_as_oracle(
@@ -112,7 +114,10 @@ def batches(draw: st.DrawFn) -> Batch:
             max_new_tokens=new,
         )
         prefix = prefix_of(draw(st.sampled_from(LENGTHS)), number)
-        asked = GenerationRequest(RequestId(number), (9, number), options, target_prefix=prefix)
+        start, first = draw(st.none() | tokens), draw(st.none() | tokens)
+        asked = GenerationRequest(
+            RequestId(number), (9, number), options, target_prefix=prefix, decoder_start=start, forced_first=first
+        )
         coming.append((draw(st.integers(0, 5)), asked))
     levels = draw(st.none() | st.integers(1, 6))
     table = RandomTable(VOCABULARY, draw(st.integers(0, 1 << 16)), levels=levels)
@@ -122,7 +127,7 @@ def batches(draw: st.DrawFn) -> Batch:
 @given(batches(), st.sampled_from(["cpu", "cuda"]))
 @settings(max_examples=6 * settings().max_examples // 10)
 def test_prefixes_of_all_lengths_run_beside_each_other(batch: Batch, device: str) -> None:
-    backend = TableBackend(batch.table, batch.rules, device=device)
+    backend = TableBackend(batch.table, batch.rules, device=device, starts=range(VOCABULARY))
     core = EngineCore(backend, batch.rules, Capacity(64, 1 << 16), clock=ManualClock(), observer=NullObserver())
     events: list[Event] = []
     for step in range(6):

@@ -307,6 +307,56 @@ def test_a_forced_first_token_is_first_with_probability_one() -> None:
     assert (found.tokens, found.token_logprobs) == ((5, 2, 2), (0.0, -1.0, -1.0))
 
 
+@pytest.mark.parametrize("model_forces", [None, 5])
+@pytest.mark.parametrize("min_new_tokens", [0, 3])
+def test_a_request_forces_its_own_first_token(model_forces: int | None, min_new_tokens: int) -> None:
+    """It goes before the model's, is certain even where it is banned or an end, and is one of the tokens."""
+    search_rules = SearchRules(eos=(EOS,), banned=(6,), banned_at_start=(6,), forced_first=model_forces)
+    rules = table_rules(8, search_rules)
+    options = SearchOptions(beam_size=2, min_new_tokens=min_new_tokens, max_new_tokens=3)
+    asked = GenerationRequest(RequestId(1), SOURCE, options, forced_first=6)
+    outcome = run_alone(TableBackend(lambda *_: only(2), rules), rules, asked)
+    assert isinstance(outcome, Completed)
+    (found,) = outcome.hypotheses
+    assert (found.tokens, found.token_logprobs) == ((6, 2, 2), (0.0, -1.0, -1.0))
+    assert found.score == pytest.approx(-2 / 3)
+
+
+@pytest.mark.parametrize(("model_forces", "forces"), [(5, None), (None, 6), (5, 6)])
+def test_tokens_that_are_banned_at_the_start_are_not_right_behind_a_forced_one(
+    model_forces: int | None, forces: int | None
+) -> None:
+    rules = table_rules(8, SearchRules(eos=(EOS,), banned_at_start=(2,), forced_first=model_forces))
+    asked = GenerationRequest(RequestId(1), SOURCE, SearchOptions(max_new_tokens=4), forced_first=forces)
+    outcome = run_alone(TableBackend(lambda *_: only(2, 3), rules), rules, asked)
+    assert isinstance(outcome, Completed)
+    assert outcome.hypotheses[0].tokens == (forces or model_forces, 3, 2, 2)
+
+
+def test_the_models_last_token_goes_before_a_requests_first_one() -> None:
+    rules = table_rules(8, SearchRules(eos=(EOS,), forced_last=EOS))
+    asked = GenerationRequest(RequestId(1), SOURCE, SearchOptions(max_new_tokens=1), forced_first=6)
+    outcome = run_alone(TableBackend(lambda *_: only(2), rules), rules, asked)
+    assert isinstance(outcome, Completed)
+    assert outcome.hypotheses[0].tokens == (EOS,)
+
+
+def test_a_first_token_gives_way_to_a_prefix_and_a_decoder_start_stands_before_it() -> None:
+    rules = table_rules(8, SearchRules(eos=(EOS,)))
+    seen: list[Tokens] = []
+
+    def table(_: Tokens, prefix: Tokens) -> FloatArray:
+        seen.append(prefix)
+        return only(2)
+
+    options = SearchOptions(max_new_tokens=2)
+    asked = GenerationRequest(RequestId(1), SOURCE, options, target_prefix=(3,), decoder_start=7, forced_first=6)
+    outcome = run_alone(TableBackend(table, rules, starts=[7]), rules, asked)
+    assert isinstance(outcome, Completed)
+    assert outcome.hypotheses[0].tokens == (2, 2)
+    assert seen[-1] == (7, 3, 2)
+
+
 def test_candidates_are_as_many_as_an_exact_search_needs_and_no_more_than_there_are() -> None:
     rules = SearchRules(eos=(1, 2), banned=(3,), banned_at_start=(4, 5, 6))
     # Three per beam, so that two ends leave one; and one for each token that may be taken away.

@@ -123,11 +123,12 @@ def test_texts_are_those_of_transformers(name: str, write: Callable[[str], Path]
     bundle = export(folder, tmp_path / "bundle", ExportOptions(), Progress(told))
     ours = load_tokenizer(bundle)
     assert ours is not None
+    around = bundle.manifest.model_languages().marks().around
     sources = list(lines(400))
     assert len(set(sources)) > 390
     for text in sources:
         expected = theirs(text, split_special_tokens=True).input_ids
-        assert ours.encode(text) == expected, text
+        assert ours.encode(text, around) == expected, text
         assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True), text
     rng = random.Random(name)
     for _ in range(100):
@@ -167,16 +168,19 @@ def test_texts_of_m2m_100_are_those_of_transformers(language: str | None, tmp_pa
     theirs = transformers.M2M100Tokenizer.from_pretrained(folder)
     told = io.StringIO()
     bundle = export(folder, tmp_path / "bundle", ExportOptions(), Progress(told))
-    assert f"the language of sources is __{language or 'en'}__" in told.getvalue()
+    assert f"the language of sources is {language or 'en'} where" in told.getvalue()
     assert not bundle.manifest.generation_defaults.not_supported
     ours = load_tokenizer(bundle)
     assert ours is not None
+    languages = bundle.manifest.model_languages()
+    assert sorted(languages.needed) == ["target"]
+    assert len(languages.names["target"]) == 100
     size = len(json.loads((folder / "vocab.json").read_text()))
     sources = [*lines(400), ">>fra<< bonjour", "<<", ">> <<"]
     for text in sources:
         expected = theirs(text).input_ids
         assert expected[0] == size + codes.index(f"__{language or 'en'}__")
-        assert ours.encode(text) == expected, text
+        assert ours.encode(text, languages.marks(target="de").around) == expected, text
         assert ours.decode(expected) == theirs.decode(expected[1:], skip_special_tokens=True), text
     rng = random.Random(5)
     for _ in range(100):
@@ -214,3 +218,42 @@ def test_a_space_before_a_text_is_as_the_file_has_it(write: Callable[[str], Path
     file.write_text(json.dumps({**json.loads(file.read_text()), "add_prefix_space": False}))
     ignored = detect(folder).read(folder).generation["not_supported"]
     assert ignored == {"tokenizer_config.json: add_prefix_space": "false; true is used, as in tokenizer.json"}
+
+
+def test_a_request_names_the_languages_of_m2m_100_as_transformers_do(tmp_path: Path) -> None:
+    folder = write_m2m_100(tmp_path / "checkpoint")
+    theirs = transformers.M2M100Tokenizer.from_pretrained(folder)
+    bundle = export(folder, tmp_path / "bundle", ExportOptions(), Progress(io.StringIO()))
+    ours, languages = load_tokenizer(bundle), bundle.manifest.model_languages()
+    assert ours is not None
+    for source, target in (("fr", "en"), ("de", "zu"), ("zh", "fr")):
+        theirs.src_lang = source
+        marks = languages.marks(source, target)
+        assert ours.encode("bonjour", marks.around) == theirs("bonjour").input_ids
+        assert (marks.forced_first, marks.decoder_start) == (theirs.get_lang_id(target), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "target", "begins"),
+    [
+        ("mbart", "de_DE", "ro_RO", "decoder_start"),
+        ("mbart50", "fr_XX", "ro_RO", "forced_first"),
+        ("nllb", "deu_Latn", "zho_Hans", "forced_first"),
+    ],
+)
+def test_a_request_names_the_languages_of_a_tokenizer_json(
+    name: str, source: str, target: str, begins: str, write: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = write(name)
+    with quiet_transformers():
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        theirs.src_lang = source
+    ours_at = export(folder, tmp_path / "bundle", ExportOptions(), Progress(io.StringIO()))
+    ours, languages = load_tokenizer(ours_at), ours_at.manifest.model_languages()
+    assert ours is not None
+    marks = languages.marks(source, target)
+    for text in ("bonjour", "Grüße, 世界", ""):
+        assert ours.encode(text, marks.around) == theirs(text, split_special_tokens=True).input_ids
+    code = theirs.convert_tokens_to_ids(target)
+    expected = (code, None) if begins == "decoder_start" else (None, code)
+    assert (marks.decoder_start, marks.forced_first) == expected

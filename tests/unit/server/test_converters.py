@@ -9,6 +9,7 @@ import pytest
 from beamline.v1 import generation_pb2 as pb
 from beamline_server.bundle import GenerationDefaults
 from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, Priority, SearchOptions
+from beamline_server.languages import NOTHING_AROUND, Around
 from beamline_server.rpc.converters import Limits, Order, RequestReader, default_search, limits_of
 from beamline_server.rpc.errors import InvalidRequest, ModelNotFound
 from beamline_server.settings import Settings, SettingsError
@@ -206,7 +207,7 @@ def test_text_for_a_model_without_tokenizer() -> None:
 
 def test_text_without_tokens() -> None:
     class Mute(ByteTokenizer):
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
             return []
 
     assert violations(text("a"), make_reader(tokenizer=Mute())) == [("inputs[0].text", "has no tokens")]

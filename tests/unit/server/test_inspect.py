@@ -94,3 +94,20 @@ def test_what_is_no_part_of_the_bundle_is_told_on_the_side(
     assert main([str(tmp_path), *flags]) == 0
     [line] = capsys.readouterr().err.splitlines()
     assert line.endswith("'note 6\\n' and 3 more")
+
+
+def test_it_tells_the_languages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    codes = {"fra": {"token": 3, "target": True, "source": True}, "eng": {"token": 4, "target": True}}
+    languages = {"codes": codes, "source_marked": "source_after", "target_begins": "forced_first"}
+    write_bundle(tmp_path, languages={**languages, "default_source": "fra"})
+    assert main([str(tmp_path)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    at = lines.index("languages")
+    assert lines[at + 1 : at + 7] == [
+        "source marked source_after",
+        "target begins forced_first",
+        "source fra",
+        "default source fra",
+        "target fra eng",
+        "default target none; required",
+    ]

@@ -12,6 +12,7 @@ from google.rpc import error_details_pb2
 from prometheus_client import CollectorRegistry
 
 from beamline.v1 import generation_pb2 as pb
+from beamline_server.languages import NOTHING_AROUND, Around
 from beamline_server.metrics import Metrics, Outcome
 from beamline_server.rpc.call import Call, current_call, generates
 from beamline_server.rpc.errors import MethodNotFound
@@ -26,7 +27,7 @@ LABELS = ("grpc_type", "grpc_service", "grpc_method")
 
 
 class Broken(ByteTokenizer):
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
         raise ValueError(f"secret {text}")
 
 

@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from beamline_server.engine.request import Finish, Hypothesis
+from beamline_server.languages import NOTHING_AROUND, Around
 from beamline_server.rpc.streaming import GrowingText, PieceWriter
 from beamline_server.tokenizer import CleanedUp
 from doubles.service import EOS, ByteTokenizer
@@ -19,7 +20,7 @@ TEXTS = st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from
 class SpaceEater:
     """Decodes words as SentencePiece does: each token brings the space before it, and the first one loses it."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
         return [len(word) for word in text.split()]
 
     def encode_target(self, text: str) -> list[int]:
