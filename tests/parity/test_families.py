@@ -302,8 +302,9 @@ def test_relative_positions_are_refused_where_graphs_do_not_have_them(tmp_path: 
     checkpoint = write(HuggingFaceCase("t5", 0), tmp_path / "checkpoint")
     with pytest.raises(ExportError, match="not in the CUDA graph yet; export it with --precision fp32 or int8"):
         exported(checkpoint, "fp16")
-    with pytest.raises(DeviceError, match="relative ones, which run on the CPU alone so far"):
-        choose_device("cuda", "fp32", relative=True)
+    for precision in ("fp32", "int8"):
+        with pytest.raises(DeviceError, match="relative ones, which run on the CPU alone so far"):
+            choose_device("cuda", precision, relative=True)
     assert choose_device("auto", "fp32", relative=True) == "cpu"
 
 

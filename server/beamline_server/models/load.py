@@ -90,10 +90,12 @@ def choose_device(wanted: str, precision: str, *, relative: bool = False) -> str
 
     if wanted == "cpu":
         return wanted
-    if precision == "int8":
-        reason: str | None = "the bundle is int8, which runs on the CPU; export it with --precision fp16"
-    elif relative:
-        reason = "the model's positions are relative ones, which run on the CPU alone so far; serve it with device cpu"
+    if relative:
+        reason: str | None = (
+            "the model's positions are relative ones, which run on the CPU alone so far; serve it with device cpu"
+        )
+    elif precision == "int8":
+        reason = "the bundle is int8, which runs on the CPU; export it with --precision fp16"
     else:
         reason = what_is_missing()
     if wanted == "cuda" and reason is not None:
