@@ -9,9 +9,10 @@ from beamline_export.families.positions import Table
 from beamline_export.renamer import Renamer
 from beamline_export.spec import Array, ExportError, TransformerSpec
 
-_SHARED = "model.shared.weight"
-_SOURCE = "model.encoder.embed_tokens.weight"
-_TARGET = "model.decoder.embed_tokens.weight"
+SHARED = "model.shared.weight"
+SOURCE = "model.encoder.embed_tokens.weight"
+TARGET = "model.decoder.embed_tokens.weight"
+HEAD = "lm_head.weight"
 _PARTS = ("shared.", "encoder.", "decoder.")
 
 
@@ -28,12 +29,25 @@ class Ties:
     sides: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Names of the embeddings.
+
+    Attributes:
+        head: That of the head.
+        tied: Those of all that may be one: transformers take the first that a file has for those that it lacks.
+    """
+
+    head: str = HEAD
+    tied: tuple[str, ...] = (SHARED, HEAD, TARGET, SOURCE)
+
+
 def rename(
     spec: TransformerSpec,
     ties: Ties,
     state: Mapping[str, Array],
     *,
-    head: str,
+    tables: Tables,
     head_bias: bool,
     positions: int | Table,
 ) -> Renamer:
@@ -43,14 +57,14 @@ def rename(
         spec: The architecture.
         ties: Which embeddings are one.
         state: The checkpoint's tensors; one that was saved as a bare model, without its head, is the same.
-        head: Name of the head's table.
+        tables: Names of the embeddings.
         head_bias: Whether the model has a `final_logits_bias`.
         positions: The row of position 0 in a learned table, or what computes a table that the file lacks.
     """
     if state and all(name.startswith(_PARTS) for name in state):
         state = {f"model.{name}": array for name, array in state.items()}
     names = Renamer(state)
-    _take_embeddings(names, ties, head)
+    _take_embeddings(names, ties, tables)
     if head_bias:
         names.take("head.bias", "final_logits_bias")
     # transformers leave it out where it is zero.
@@ -104,32 +118,26 @@ def _after_padding(table: Array, first: int, name: str) -> Array:
     return table[first:]
 
 
-def _take_embeddings(names: Renamer, ties: Ties, head: str) -> None:
+def _take_embeddings(names: Renamer, ties: Ties, tables: Tables) -> None:
     """Source and target embedding and the head, as transformers loads them.
 
     A table that the file has is used as it is, whatever the config ties; one that it lacks is the first of those that
     it is tied to.
     """
-    tables = {"source_embedding": _SOURCE, "target_embedding": _TARGET, "head.weight": head}
-    tied = _tied(ties, head)
-    for canonical, name in tables.items():
+    named = {"source_embedding": SOURCE, "target_embedding": TARGET, "head.weight": tables.head}
+    tied = tables.tied if ties.sides else (tables.head, TARGET)
+    tied = tied if ties.head else ()
+    for canonical, name in named.items():
         names.take(canonical, name, *(other for other in tied if name in tied and other != name))
-    names.share_equal(*tables)
+    names.share_equal(*named)
     if ties.head:
         names.tell_untied(
-            "tie_word_embeddings is true", *(tables if ties.sides else ("target_embedding", "head.weight"))
+            "tie_word_embeddings is true", *(named if ties.sides else ("target_embedding", "head.weight"))
         )
-    if ties.head and ties.sides and not tables.keys() & names.weights.keys():
-        names.names |= dict.fromkeys(tables, _SHARED)
-    elif tables.keys() <= names.weights.keys():
-        names.leave_out(_SHARED)  # which transformers loads and does not use
-
-
-def _tied(ties: Ties, head: str) -> tuple[str, ...]:
-    """What a tied table is where the file lacks it: the first of these that the file has."""
-    if not ties.head:
-        return ()
-    return (_SHARED, head, _TARGET, _SOURCE) if ties.sides else (head, _TARGET)
+    if ties.head and ties.sides and not named.keys() & names.weights.keys():
+        names.names |= dict.fromkeys(named, tied[0])
+    elif named.keys() <= names.weights.keys():
+        names.leave_out(SHARED)  # which transformers loads and does not use
 
 
 def _take_layers(names: Renamer, spec: TransformerSpec) -> None:

@@ -147,8 +147,7 @@ class RequestReader:
         self._limits = limits
         self._defaults = defaults
         self._has_tokenizer = tokenizer is not None
-        # Truncation keeps the id that ends a source, if there is one.
-        self._source_eos = manifest.special_tokens.source_eos
+        self._source_end = _source_end(manifest, tokenizer)
         sizes, longest_text = manifest.dimensions, limits.max_text_bytes
         of_source, of_target = (None, None) if tokenizer is None else (tokenizer.encode, tokenizer.encode_target)
         self._sources = ContentReader(sizes.source_vocabulary, longest_text, of_source)
@@ -241,10 +240,21 @@ class RequestReader:
         return self._cut(tokens) if truncated else tokens, truncated
 
     def _cut(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Without what is too much before the ids that end a source, if it has them."""
         limit = self._limits.max_source_tokens
-        if tokens[-1] == self._source_eos:
-            return (*tokens[: limit - 1], tokens[-1])
-        return tokens[:limit]
+        ends = (self._source_end[i:] for i in range(len(self._source_end)))
+        end = next((end for end in ends if len(end) <= limit and tokens[-len(end) :] == end), ())
+        return (*tokens[: limit - len(end)], *end)
+
+
+def _source_end(manifest: Manifest, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The ids that end every source: with some tokenizers a language code after the end of sequence."""
+    bos, eos = manifest.special_tokens.source_bos, manifest.special_tokens.source_eos
+    if eos is None:
+        return ()
+    around = () if tokenizer is None else tuple(tokenizer.encode(""))
+    end = around[1:] if bos is not None and around[:1] == (bos,) else around
+    return end if end[-1:] == (eos,) else (eos,)
 
 
 def _priority(number: int) -> Priority | None:

@@ -218,6 +218,22 @@ def test_truncation_keeps_the_end_of_sequence() -> None:
     assert source.truncated
 
 
+def test_truncation_keeps_a_language_code_and_the_end_of_sequence_before_it() -> None:
+    """As transformers' mBART, whose sources end with both."""
+
+    class WithLanguage(ByteTokenizer):
+        def encode(self, text: str) -> list[int]:
+            return [*super().encode(text), 200]
+
+    manifest = make_manifest()
+    tokens = manifest.special_tokens.model_copy(update={"source_eos": 200})
+    reader = make_reader(tokenizer=WithLanguage(), manifest=manifest.model_copy(update={"special_tokens": tokens}))
+    [source] = reader.generate(text("abcdefghijklm", truncate_source=True)).sources
+    assert source.tokens == (*b"abcdefgh", EOS, 200)
+    [source] = reader.generate(ids(*range(11), 200, truncate_source=True)).sources
+    assert source.tokens == (*range(9), 200)
+
+
 def test_truncation_of_ids_that_have_no_end_of_sequence() -> None:
     [source] = read(ids(*range(12), truncate_source=True)).sources
     assert source.tokens == tuple(range(10))
