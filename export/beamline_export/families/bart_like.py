@@ -15,7 +15,7 @@ from beamline_export.checkpoint import (
     read_state_dict,
 )
 from beamline_export.families.activations import ACTIVATIONS
-from beamline_export.families.bart_like_weights import Ties, rename
+from beamline_export.families.bart_like_weights import Tables, Ties, rename
 from beamline_export.families.positions import Table
 from beamline_export.generation import read_generation
 from beamline_export.known_settings import CONFIG, contradictions, without_effect
@@ -109,7 +109,7 @@ class BartLike:
         embedding_norm: Whether embeddings are normalized.
         target_norm_before_positions: Whether those of the decoder are before positions are added.
         final_norms: Whether both stacks end with a norm.
-        head: Name of the head's table.
+        tables: Names of the embeddings.
         head_bias: Whether the head has a bias, `final_logits_bias`.
         vocabularies: Reads their sizes and ties.
         tokenizer: Reads the tokenizer.
@@ -125,7 +125,7 @@ class BartLike:
     embedding_norm: bool = False
     target_norm_before_positions: bool = False
     final_norms: bool = False
-    head: str = "lm_head.weight"
+    tables: Tables = field(default_factory=Tables)
     head_bias: bool = True
     vocabularies: Callable[[Fields], Vocabularies] = one_vocabulary
     defaults: Mapping[str, object] = field(default_factory=dict)
@@ -154,7 +154,7 @@ class BartLike:
             spec,
             vocabularies.ties,
             read_state_dict(folder),
-            head=self.head,
+            tables=self.tables,
             head_bias=self.head_bias,
             positions=self.positions.offset if isinstance(self.positions, LearnedPositions) else self.positions.table,
         )

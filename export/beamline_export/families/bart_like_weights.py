@@ -9,6 +9,10 @@ from beamline_export.families.positions import Table
 from beamline_export.renamer import Renamer
 from beamline_export.spec import Array, ExportError, TransformerSpec
 
+SHARED = "model.shared.weight"
+SOURCE = "model.encoder.embed_tokens.weight"
+TARGET = "model.decoder.embed_tokens.weight"
+HEAD = "lm_head.weight"
 _PARTS = ("shared.", "encoder.", "decoder.")
 
 
@@ -27,12 +31,31 @@ class Ties:
     told: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Names of the embeddings.
+
+    Attributes:
+        head: That of the head.
+        tied: Those of all that may be one: transformers take the first that a file has for those that it lacks.
+        shared: That of the table that is saved beside those that it is.
+        source: That of the encoder.
+        target: That of the decoder.
+    """
+
+    head: str = HEAD
+    tied: tuple[str, ...] = (SHARED, HEAD, TARGET, SOURCE)
+    shared: str = SHARED
+    source: str = SOURCE
+    target: str = TARGET
+
+
 def rename(
     spec: TransformerSpec,
     ties: Ties,
     state: Mapping[str, Array],
     *,
-    head: str,
+    tables: Tables,
     head_bias: bool,
     positions: int | Table,
 ) -> Renamer:
@@ -42,14 +65,14 @@ def rename(
         spec: The architecture.
         ties: Which embeddings are one.
         state: The checkpoint's tensors; one that was saved as a bare model, without its head, is the same.
-        head: Name of the head's table.
+        tables: Names of the embeddings.
         head_bias: Whether the model has a `final_logits_bias`.
         positions: The row of position 0 in a learned table, or what computes a table that the file lacks.
     """
     if state and all(name.startswith(_PARTS) for name in state):
         state = {f"model.{name}": array for name, array in state.items()}
     names = Renamer(state)
-    take_embeddings(names, ties, head)
+    take_embeddings(names, ties, tables)
     if head_bias:
         names.take("head.bias", "final_logits_bias")
     # transformers leave it out where it is zero.
@@ -103,30 +126,26 @@ def _after_padding(table: Array, first: int, name: str) -> Array:
     return table[first:]
 
 
-def take_embeddings(names: Renamer, ties: Ties, head: str, model: str = "model.") -> None:
-    """Source and target embedding and the head, as transformers loads them; names of the model begin with `model`.
+def take_embeddings(names: Renamer, ties: Ties, tables: Tables) -> None:
+    """Source and target embedding and the head, as transformers loads them.
 
     A table that the file has is used as it is, whatever the config ties; one that it lacks is the first of those that
     it is tied to.
     """
-    shared = f"{model}shared.weight"
-    source, target = (f"{model}{side}.embed_tokens.weight" for side in ("encoder", "decoder"))
-    tables = {"source_embedding": source, "target_embedding": target, "head.weight": head}
-    tied: tuple[str, ...] = ()
-    if ties.head:
-        # What a tied table is where the file lacks it: the first of these that the file has.
-        tied = (shared, head, target, source) if ties.sides else (head, target)
-    for canonical, name in tables.items():
+    named = {"source_embedding": tables.source, "target_embedding": tables.target, "head.weight": tables.head}
+    tied = tables.tied if ties.sides else (tables.head, tables.target)
+    tied = tied if ties.head else ()
+    for canonical, name in named.items():
         names.take(canonical, name, *(other for other in tied if name in tied and other != name))
-    names.share_equal(*tables)
+    names.share_equal(*named)
     if ties.head and ties.told:
         names.tell_untied(
-            "tie_word_embeddings is true", *(tables if ties.sides else ("target_embedding", "head.weight"))
+            "tie_word_embeddings is true", *(named if ties.sides else ("target_embedding", "head.weight"))
         )
-    if ties.head and ties.sides and not tables.keys() & names.weights.keys():
-        names.names |= dict.fromkeys(tables, shared)
-    elif tables.keys() <= names.weights.keys():
-        names.leave_out(shared)  # which transformers loads and does not use
+    if ties.head and ties.sides and not named.keys() & names.weights.keys():
+        names.names |= dict.fromkeys(named, tied[0])
+    elif named.keys() <= names.weights.keys():
+        names.leave_out(tables.shared)  # which transformers loads and does not use
 
 
 def _take_layers(names: Renamer, spec: TransformerSpec) -> None:

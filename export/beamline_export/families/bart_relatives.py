@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from beamline_export.checkpoint import Fields
 from beamline_export.families.bart_like import BartLike, Folder, LearnedPositions, SinusoidalPositions, Vocabularies
-from beamline_export.families.bart_like_weights import Ties
+from beamline_export.families.bart_like_weights import HEAD, SHARED, SOURCE, TARGET, Tables, Ties
 from beamline_export.families.m2m_100_tokenizer import MODEL_FILE, VOCABULARY_FILE, read_m2m_100_tokenizer
 from beamline_export.families.positions import sinusoidal_positions, tensor2tensor_positions
 from beamline_export.languages import SourceMarked, TargetBegins
@@ -74,6 +74,9 @@ def _two_vocabularies(fields: Fields) -> Vocabularies:
 _FAIRSEQ_IDS: dict[str, object] = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 _PARLAI_IDS: dict[str, object] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
+_SOURCE_FIRST = Tables(tied=(SHARED, HEAD, SOURCE, TARGET))
+_FSMT_HEAD = "model.decoder.output_projection.weight"
+
 MBART = BartLike(
     model_type="mbart",
     model_class="MBartForConditionalGeneration",
@@ -117,6 +120,7 @@ BLENDERBOT = BartLike(
     positions=LearnedPositions(0),
     norm_placement=NormPlacement.PRE,
     final_norms=True,
+    tables=_SOURCE_FIRST,
     tokenizer=_tokenizer_json("BlenderbotTokenizer"),
     defaults={**_PARLAI_IDS, "forced_eos_token_id": 2, "encoder_no_repeat_ngram_size": 3},
 )
@@ -127,6 +131,7 @@ BLENDERBOT_SMALL = BartLike(
     positions=LearnedPositions(0),
     embedding_norm=True,
     target_norm_before_positions=True,
+    tables=_SOURCE_FIRST,
     tokenizer=_token_ids,
     defaults={**_PARLAI_IDS, "forced_eos_token_id": 2},
 )
@@ -136,6 +141,7 @@ PLBART = BartLike(
     model_class="PLBartForConditionalGeneration",
     positions=LearnedPositions(2),
     embedding_norm=True,
+    tables=_SOURCE_FIRST,
     tokenizer=_token_ids,
     defaults={**_FAIRSEQ_IDS, "forced_eos_token_id": 2, "scale_embedding": True},
 )
@@ -145,6 +151,7 @@ MVP = BartLike(
     model_class="MvpForConditionalGeneration",
     positions=LearnedPositions(2),
     embedding_norm=True,
+    tables=_SOURCE_FIRST,
     tokenizer=_tokenizer_json("MvpTokenizer"),
     defaults={**_FAIRSEQ_IDS, "decoder_start_token_id": 2},
     fixed={"use_prompt": False},
@@ -154,7 +161,7 @@ FSMT = BartLike(
     model_type="fsmt",
     model_class="FSMTForConditionalGeneration",
     positions=SinusoidalPositions(tensor2tensor_positions, PaddingInTarget.WITH_PREVIOUS),
-    head="model.decoder.output_projection.weight",
+    tables=Tables(_FSMT_HEAD, (TARGET, SOURCE, _FSMT_HEAD)),
     head_bias=False,
     vocabularies=_two_vocabularies,
     tokenizer=_token_ids,

@@ -15,7 +15,7 @@ import numpy as np
 from beamline_export.checkpoint import MOST_LAYERS, MOST_POSITIONS, Fields, read_json, read_optional_json
 from beamline_export.checkpoint import read_state_dict as read_tensors
 from beamline_export.families.activations import ACTIVATIONS
-from beamline_export.families.bart_like_weights import Ties, take_embeddings
+from beamline_export.families.bart_like_weights import HEAD, Tables, Ties, take_embeddings
 from beamline_export.families.relative_positions import Buckets, bias_by_offset, read_buckets
 from beamline_export.generation import read_generation
 from beamline_export.known_settings import CONFIG, T5_ALIASES, contradictions, without_effect
@@ -36,6 +36,8 @@ from beamline_export.tokenizer_config import CONFIG_FILE, tokenizer_class
 
 _POSITIONS, _POSITIONS_OF_BYTES = 512, 1024
 """Tokens of a text where config.json says nothing: what models were trained with. Distances know no limit."""
+_SHARED, _SOURCE, _TARGET = "shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"
+_TABLES = Tables(tied=(_SHARED, HEAD, _TARGET, _SOURCE), shared=_SHARED, source=_SOURCE, target=_TARGET)
 _CROSS_BIAS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 """In the first checkpoints; no model reads it."""
 
@@ -174,7 +176,7 @@ def _limits(config: Mapping[str, Any], spec: TransformerSpec) -> list[str]:
 def _rename(spec: TransformerSpec, buckets: Buckets, ties: Ties, state: Mapping[str, Array], head_size: int) -> Renamer:
     names = Renamer(state)
     names.ignore(_CROSS_BIAS)
-    take_embeddings(names, ties, "lm_head.weight", model="")
+    take_embeddings(names, ties, _TABLES)
     names.weights["head.bias"] = np.zeros(spec.target_vocabulary, np.float32)
     for side, layers in (("encoder", spec.encoder_layers), ("decoder", spec.decoder_layers)):
         attentions = ["SelfAttention"] if side == "encoder" else ["SelfAttention", "EncDecAttention"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from beamline_export.families.registry import detect
 from beamline_export.reference import HuggingFaceReference, quiet_transformers
 from beamline_export.spec import Checkpoint, ExportError, check_weights
-from beamline_export.testing import write_hugging_face
+from beamline_export.testing import HUGGING_FACE_CLASSES, write_hugging_face
 
 SHARED, HEAD = "model.shared.weight", "lm_head.weight"
 SOURCE, TARGET = "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"
@@ -27,8 +27,12 @@ CASES = [
     pytest.param("marian", {**SEPARATE, "tie_word_embeddings": False}, id="marian-separate-untied"),
     pytest.param("bart", {}, id="bart"),
     pytest.param("bart", {"tie_word_embeddings": False}, id="bart-untied"),
+    pytest.param("mbart", {}, id="mbart"),
+    pytest.param("m2m_100", {}, id="m2m_100"),
+    pytest.param("pegasus", {"tie_word_embeddings": False}, id="pegasus-untied"),
+    *(pytest.param(name, {}, id=name) for name in ("pegasus", "blenderbot", "blenderbot-small", "plbart", "mvp")),
 ]
-CLASSES = {"marian": transformers.MarianMTModel, "bart": transformers.BartForConditionalGeneration}
+CLASSES = {family: getattr(transformers, name) for family, name in HUGGING_FACE_CLASSES.items()}
 
 
 def with_tables(folder: Path, names: tuple[str, ...]) -> Path:
