@@ -18,7 +18,9 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pt")
 _MOST_UNKNOWN, _LONGEST_SHOWN = 24, 60
 """Names in a message, and characters of one."""
 
-_SUFFIXES = (".safetensors", ".pt")
+_SUFFIXES = (".safetensors", ".pt", ".ckpt")
+_WRAPPED_AS = ("state_dict", "model_state_dict", "model")
+"""Where training loops keep the state dict in what they save: Lightning, PyTorch's tutorials, fairseq."""
 
 MOST_BYTES = 64 << 20
 """Of a file that holds no weights: a tokenizer of 256,000 tokens has half as many."""
@@ -132,6 +134,8 @@ def weight_files_not_read(folder: Path) -> Iterator[str]:
 def _read_tensors(file: Path) -> dict[str, Array]:
     """One file's tensors; one tensor under two names (tied weights) is one array, so that it is stored once."""
     tensors = _load(file)
+    if isinstance(tensors, dict):
+        tensors = next((inner for name in _WRAPPED_AS if isinstance(inner := tensors.get(name), dict)), tensors)
     if not isinstance(tensors, dict):
         raise ExportError(f"{file} holds a {type(tensors).__name__}, not a state dict; save model.state_dict()")
     _check_names(file, tensors.keys())

@@ -52,14 +52,19 @@ def check_vocabularies(checkpoint: Checkpoint, folder: Path) -> list[str]:
     if checkpoint.tokenizer_kind == "none":
         return list(_not_read(folder))
     source, target = _FILES[checkpoint.tokenizer_kind]
-    target = target if target in checkpoint.tokenizer_files else source
+    contents = checkpoint.tokenizer_contents
+    target = target if target in checkpoint.tokenizer_files or target in contents else source
     spec = checkpoint.spec
     if checkpoint.tokenizer_kind == "tokenizers":
         _check_around(checkpoint, folder / source)
-    read = {name: _read(checkpoint.tokenizer_kind, folder / name, spec.source_vocabulary) for name in {source, target}}
+    files = {name: folder / checkpoint.tokenizer_files.get(name, name) for name in {source, target}}
+    read = {
+        name: _read(checkpoint.tokenizer_kind, file, contents.get(name), spec.source_vocabulary)
+        for name, file in files.items()
+    }
     return [
-        *_outside(read[source], folder / source, "source", spec.source_vocabulary),
-        *_outside(read[target], folder / target, "target", spec.target_vocabulary),
+        *_outside(read[source], files[source], "source", spec.source_vocabulary),
+        *_outside(read[target], files[target], "target", spec.target_vocabulary),
         *_without_text(read[target], target, spec.target_vocabulary),
     ]
 
@@ -119,11 +124,12 @@ def _check_around(checkpoint: Checkpoint, file: Path) -> None:
             )
 
 
-def _read(kind: str, file: Path, size: int) -> _Vocabulary:
+def _read(kind: str, file: Path, content: bytes | None, size: int) -> _Vocabulary:
+    """A side's vocabulary; `content`, if given, stands for the file's."""
     if kind == "tokenizers":
         return _read_json(file, size)
     try:
-        content = file.read_bytes()
+        content = file.read_bytes() if content is None else content
         if kind == "marian":
             return _Vocabulary(read_vocabulary(file.name, content))
         model = read_sentencepiece(file.name, content)

@@ -17,8 +17,16 @@ def interleaved_positions(positions: int, width: int) -> Array:
 
 
 def sinusoidal_positions(positions: int, width: int) -> Array:
-    """Marian's table, (positions, width): all sines first, then all cosines, of the paper's frequencies."""
+    """MarianMT's table, (positions, width): all sines first, then all cosines, of the paper's frequencies."""
     return _halves(np.arange(positions), width)
+
+
+def stretched_positions(positions: int, width: int, first: int = 0) -> Array:
+    """The table of Tensor2Tensor, fairseq and Marian itself, (positions, width): sines first, then cosines.
+
+    The frequencies reach 1/10000 in the last feature of each half; row 0 is position `first`.
+    """
+    return _halves_to_the_end(np.arange(first, first + positions), width)
 
 
 def _interleaved(positions: NDArray[np.int64], width: int) -> Array:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beamline_export.checkpoint import Fields, read_json
-from beamline_export.families import bart, marian, nn_transformer
+from beamline_export.families import bart, fairseq, marian, nn_transformer
 from beamline_export.reference import Reference
 from beamline_export.spec import Checkpoint, ExportError
 
@@ -22,6 +22,7 @@ FAMILIES = {
     "marian": Family(marian.read, marian.reference),
     "bart": Family(bart.read, bart.reference),
     "nn_transformer": Family(nn_transformer.read, nn_transformer.reference),
+    "fairseq": Family(fairseq.read, fairseq.reference),
 }
 
 
