@@ -65,7 +65,7 @@ def check_vocabularies(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return [
         *_outside(read[source], files[source], "source", spec.source_vocabulary),
         *_outside(read[target], files[target], "target", spec.target_vocabulary),
-        *_without_text(read[target], target, spec.target_vocabulary),
+        *_without_text(read[target], target, spec.target_vocabulary, checkpoint.removed_tokens),
     ]
 
 
@@ -165,10 +165,10 @@ def _outside(vocabulary: _Vocabulary, file: Path, side: str, size: int) -> Itera
         yield f"{file.name} has tokens that the model does not have ({_listed(outside)}): they are {told}"
 
 
-def _without_text(vocabulary: _Vocabulary, name: str, size: int) -> Iterator[str]:
-    known = {i for i in vocabulary.tokens.values() if i < size}
-    if len(known) < size:
-        yield f"{name} has tokens for {len(known)} of the {size} ids that the model may give; the others leave no text"
+def _without_text(vocabulary: _Vocabulary, name: str, size: int, removed: Collection[int]) -> Iterator[str]:
+    known = {i for i in vocabulary.tokens.values() if i < size} - set(removed)
+    if len(known) < (given := size - len(set(removed))):
+        yield f"{name} has tokens for {len(known)} of the {given} ids that the model may give; the others leave no text"
 
 
 def _listed(items: Iterable[str]) -> str:

@@ -48,13 +48,17 @@ def halves(first: int, count: int, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def check_agreement(bundle: Bundle, forward: Forward, *, count: int = 8, sources: int | None = None) -> None:
-    """Forced log-probabilities within 1e-4, and greedy and beam-4 outputs that are equal, of `count` sources."""
+def check_agreement(bundle: Bundle, forward: Forward, *, count: int = 8, words: range | None = None) -> None:
+    """Forced log-probabilities within 1e-4, and greedy and beam-4 outputs that are equal, of `count` sources.
+
+    `words` are what sources are made of, by default the whole vocabulary.
+    """
     rules, backend = model_rules(bundle.manifest), build_backend(bundle, "cpu", threads=1)
     size = bundle.manifest.dimensions
-    sources = sources or size.source_vocabulary
+    words = words or range(size.source_vocabulary)
     end = bundle.manifest.special_tokens.source_eos
-    inputs = random_sources(sources, end, min(20, size.max_source_tokens), count=count, seed=3)
+    drawn_inputs = random_sources(words.stop, end, min(20, size.max_source_tokens), count=count, seed=3)
+    inputs = [tuple(i if i in words else words[-1] for i in source) for source in drawn_inputs]
     rng = np.random.default_rng(1)
     own = [i for i in range(size.target_vocabulary) if i != rules.decoder_start]
     forced = np.array([[rules.decoder_start, *rng.choice(own, 9)] for _ in inputs])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beamline_export.checkpoint import Fields, read_json
-from beamline_export.families import bart, fairseq, marian, nn_transformer
+from beamline_export.families import bart, fairseq, marian, marian_npz, nn_transformer, opennmt_py, tensor2tensor
 from beamline_export.reference import Reference
 from beamline_export.spec import Checkpoint, ExportError
 
@@ -23,6 +23,9 @@ FAMILIES = {
     "bart": Family(bart.read, bart.reference),
     "nn_transformer": Family(nn_transformer.read, nn_transformer.reference),
     "fairseq": Family(fairseq.read, fairseq.reference),
+    "marian_npz": Family(marian_npz.read, marian_npz.reference),
+    "opennmt_py": Family(opennmt_py.read, opennmt_py.reference),
+    "tensor2tensor": Family(tensor2tensor.read, tensor2tensor.reference),
 }
 
 
