@@ -115,7 +115,8 @@ def _weight_files(folder: Path) -> list[Path]:
                     raise ExportError(f"{index} names {shard!r}, which is no file of the folder")
             return [folder / shard for shard in sorted(set(shards.values()))]
     like = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
-    hint = f"; if {like[0]} holds them, call it model{Path(like[0]).suffix}" if like else ""
+    named = "model.safetensors" if like and like[0].endswith(".safetensors") else "model.pt"
+    hint = f"; if {like[0]} holds them, call it {named}" if like else ""
     raise ExportError(f"{folder} holds no weights; one of {', '.join(WEIGHT_FILES)} is expected{hint}")
 
 

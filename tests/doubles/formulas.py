@@ -4,7 +4,9 @@ Nothing here is shared with the export: a mistake there would otherwise be made 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, *, causal: boo
         scores = query[:, own] @ key[:, own].T / math.sqrt(size)
         if causal:
             scores = scores + torch.full(scores.shape, -math.inf).triu(1)
-        parts.append(scores.exp() / scores.exp().sum(1, keepdim=True) @ value[:, own])
+        parts.append(scores.softmax(1) @ value[:, own])
     return torch.cat(parts, dim=1)
 
 
@@ -105,3 +107,8 @@ def drawn(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor
         else:
             tensors[name] = 1.7 * noise / math.sqrt(min(shape))
     return tensors
+
+
+def save_npz(file: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """An archive of arrays, whose names may be any."""
+    np.savez(file, **arrays)  # type: ignore[arg-type]

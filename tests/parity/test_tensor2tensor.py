@@ -15,7 +15,7 @@ from beamline_export.bundle_writer import ExportOptions, export
 from beamline_export.progress import Progress
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle
-from doubles.formulas import attend, check_agreement, drawn, halves, normalized
+from doubles.formulas import attend, check_agreement, drawn, halves, normalized, save_npz
 
 pytestmark = pytest.mark.parity
 
@@ -135,7 +135,7 @@ def written(folder: Path, options: dict[str, Any], saved: dict[str, np.ndarray[A
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "tensor2tensor", **config}))
     (folder / "hparams.json").write_text(json.dumps(options))
-    np.savez(folder / "model.npz", **saved)  # type: ignore[arg-type]
+    save_npz(folder / "model.npz", saved)
     return folder
 
 

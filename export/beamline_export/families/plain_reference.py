@@ -63,7 +63,7 @@ class PlainReference:
         read = self._before(x, f"{name}_norm")
         of = read if memory is None else memory
         query, key, value = (
-            self._linear(f"{name}.{part}", what).unflatten(-1, (heads, -1)).transpose(1, 2)
+            self._linear(f"{name}.{part}", what).view(*what.shape[:2], heads, -1).transpose(1, 2)
             for part, what in (("query", read), ("key", of), ("value", of))
         )
         y = functional.scaled_dot_product_attention(query, key, value, is_causal=causal)

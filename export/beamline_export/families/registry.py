@@ -18,6 +18,10 @@ class Family:
     reference: Callable[[Path, Checkpoint], Reference]
 
 
+OWN_SETTINGS = ("nn_transformer", "fairseq", "marian_npz", "opennmt_py", "tensor2tensor")
+"""Families whose reference is built from the same settings as the graphs: a wrong one does not show."""
+
+
 FAMILIES = {
     "marian": Family(marian.read, marian.reference),
     "bart": Family(bart.read, bart.reference),

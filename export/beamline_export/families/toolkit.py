@@ -18,7 +18,7 @@ from beamline_server.tokenizer import default_special_ids, read_vocabulary
 
 DEFAULT_POSITIONS = 512
 """Of toolkits that compute positions as far as they are asked for."""
-_DEFAULT_NEW_TOKENS = 200
+DEFAULT_NEW_TOKENS = 200
 _LENGTHS = ("max_length", "max_new_tokens")
 
 
@@ -62,7 +62,7 @@ def read_search(
     """
     own = {name: value for name, value in read_settings(fields, data, ("model_type",)).items() if value is not None}
     check_all(fields, *others)
-    lengths = {} if any(name in own for name in _LENGTHS) else {"max_new_tokens": _DEFAULT_NEW_TOKENS}
+    lengths = {} if any(name in own for name in _LENGTHS) else {"max_new_tokens": DEFAULT_NEW_TOKENS}
     found = read_generation({**ids, **lengths, **own}, None, max_positions=max_positions)
     tokens = dataclasses.replace(found.tokens, banned=tuple(sorted({*found.tokens.banned, *banned})))
     return dataclasses.replace(found, tokens=tokens)
