@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from beamline_export.checkpoint import MOST_BYTES, MOST_TENSORS, check_file
+from beamline_export.checkpoint import MOST_TENSORS, check_file
 from beamline_export.spec import Array, ExportError
 
 _MOST_GROWTH = 4
 """fp32 over bytes; arrays that lie over one another would be more."""
-_LONGEST_HEADER = 10_000
+_LONGEST_HEADER, _LONGEST_NAME, _LONGEST_TEXT = 10_000, 1000, 1 << 20
 
 
 def read_npz(file: Path, texts: Collection[str] = ()) -> tuple[dict[str, Array], dict[str, bytes]]:
@@ -46,6 +46,8 @@ def read_npz(file: Path, texts: Collection[str] = ()) -> tuple[dict[str, Array],
 def _check_entries(file: Path, entries: list[zipfile.ZipInfo]) -> None:
     if len(entries) > MOST_TENSORS:
         raise ExportError(f"{file} holds {len(entries):,} arrays, more than any model has ({MOST_TENSORS:,})")
+    if any(len(entry.filename) > _LONGEST_NAME for entry in entries):
+        raise ExportError(f"{file} holds an array with a name of more than {_LONGEST_NAME:,} characters; copy it again")
     if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
         raise ExportError(
             f"{file}: {packed[0][:60]} in it is compressed; save it again with numpy.savez, which does not compress"
@@ -68,8 +70,8 @@ def _read_array(file: Path, name: str, content: bytes) -> np.ndarray[tuple[int, 
 
 
 def read_text(found: dict[str, bytes], name: str) -> str | None:
-    """A text that an archive holds as bytes, without the zeros behind it; None if it is absent."""
+    """A text that an archive holds as bytes, without the zeros behind it; None if it is absent or endless."""
     content = found.get(name)
-    if content is None or len(content) > MOST_BYTES:
+    if content is None or len(content) > _LONGEST_TEXT:
         return None
     return content.rstrip(b"\0").decode("utf-8", "replace")

@@ -18,6 +18,9 @@ def read_yaml(text: str, source: str, *, typed: bool = True) -> dict[str, Any]:
         ExportError: it is none; `source` says what it is, in the message.
     """
     try:
+        # Lists of aliases of lists of aliases, a few lines long, would fill any message, and any memory.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _TEXTS)):
+            raise ExportError(f"{source} holds YAML aliases, which no such file needs; copy it again")
         data = yaml.load(text, _TYPED if typed else _TEXTS)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         told = " ".join(str(error).split())[:200]

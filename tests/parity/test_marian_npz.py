@@ -5,6 +5,7 @@ import json
 import math
 import zipfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,8 @@ def test_tied_tables_are_stored_once(tmp_path: Path) -> None:
         ),
         ({"transformer-postprocess-top": "a"}, "transformer-postprocess-top 'a' is not supported"),
         ({"transformer-tied-layers": [1, 1]}, r"transformer-tied-layers \[1, 1\] is not supported"),
+        ({"transformer-postprocess": ["dan"]}, "transformer-postprocess must be a text, not a list"),
+        ({"right-left": True}, "right-left True is not supported"),
         ({"lemma-dim-emb": -2}, "lemma-dim-emb -2 is not supported"),
         ({"type": "s2s"}, "type 's2s' is not supported"),
         ({"enc-depth": 3}, "missing: encoder_l3_"),
@@ -251,6 +254,11 @@ def test_archives_that_are_none(tmp_path: Path) -> None:
     refused("special:model.yml cannot be read as YAML")
     save_npz(file, {"special:model.yml": np.frombuffer(b"!!python/object/apply:os.system [x]", np.int8)})
     refused("special:model.yml cannot be read as YAML")
+    laughs = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrstuvwxyz"))
+    save_npz(file, {"special:model.yml": np.frombuffer((laughs + "type: *z\n").encode(), np.int8)})
+    refused("special:model.yml holds YAML aliases")
+    save_npz(file, {"x" * 1100: np.ones(1)})
+    refused("a name of more than 1,000 characters")
     header = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999,), }"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("huge.npy", header.ljust(127) + b"\n")

@@ -53,6 +53,7 @@ _ONLY: Mapping[str, object] = {
     "lemma-dim-emb": 0,
     "factors-dim-emb": 0,
     "factors-combine": "sum",
+    "right-left": False,
     "transformer-tied-layers": [],
     "input-types": [],
     **dict.fromkeys(("transformer-no-projection", "transformer-no-bias", "transformer-no-affine"), False),
@@ -157,7 +158,10 @@ def _read_norms(options: Fields) -> bool:
 def _operations(options: Fields, name: str, default: str) -> str:
     """What is done to a layer's input or output, by Marian's letters, without dropout."""
     value = options.raw(name)
-    return str(default if value is None else value)[:20].replace("d", "")
+    if not isinstance(value, str | None):
+        options.problems.append(f"{name} must be a text, not a {type(value).__name__}")
+        return default
+    return (default if value is None else value)[:20].replace("d", "")
 
 
 def _take_weights(names: Renamer, spec: TransformerSpec, *, learned: bool) -> TransformerSpec:

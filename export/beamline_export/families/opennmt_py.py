@@ -166,7 +166,11 @@ def _leave_out_table(names: Renamer, embeddings: str, width: int) -> None:
     """The position table in the file, if it is the one that is computed."""
     for name in (f"{embeddings}.make_embedding.pe.pe", f"{embeddings}.pe.pe"):
         held = as_table(names.left()[name], width) if names.has(name) else None
-        if held is not None and np.abs(held - interleaved_positions(len(held), width)).max() < _SAME_TABLE:
+        if (
+            held is not None
+            and len(held)
+            and np.abs(held - interleaved_positions(len(held), width)).max() < _SAME_TABLE
+        ):
             names.leave_out(name)
 
 

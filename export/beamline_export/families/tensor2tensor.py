@@ -30,12 +30,13 @@ _ONLY: Mapping[str, object] = {
     "prepend_mode": "none",
     "causal_decoder_self_attention": True,
     **dict.fromkeys(("proximity_bias", "unidirectional_encoder"), False),
-    **dict.fromkeys(("attention_key_channels", "attention_value_channels"), 0),
+    **dict.fromkeys(("attention_key_channels", "attention_value_channels", "hard_attention_k"), 0),
+    **dict.fromkeys(("max_area_width", "max_area_height", "memory_height"), 1),
 }
 """Hyperparameters that change the model, and the only value of each that is supported."""
 _EPSILON = 1e-6
 _SCALES = {"sqrt_depth": True, "rescale": False, "none": False}
-_SHARD = r"(?:.*/)?(symbol_modality_\d+_\d+(?:_\d+)?/(shared|input_emb|target_emb|softmax))/weights_(\d+)"
+_SHARD = r"(?:.*/)?(symbol_modality_\d+_\d+(?:_\d+)?/(shared|input_emb|target_emb|softmax))/weights_(\d{1,5})"
 _BODY = r"(?:.*/)?body/((?:encoder|decoder)/.*|target_space_embedding/kernel)"
 _SPACES = "target_space_embedding/kernel"
 _SPACE = "target_space_id"
@@ -204,7 +205,7 @@ def _tables(names: Renamer, kind: str) -> Iterator[str]:
 
 
 def _without_padding(table: Array) -> Array:
-    if not table[_PAD].any():
+    if not len(table) or not table[_PAD].any():
         return table
     silent = table.copy()
     silent[_PAD] = 0

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from beamline_export.checkpoint import read_state_dict
 from beamline_export.families.positions import interleaved_positions, sinusoidal_positions
-from beamline_export.families.registry import detect
+from beamline_export.families.registry import FAMILIES, detect
 from beamline_export.spec import Checkpoint as Read
 from beamline_export.spec import ExportError, check_weights
 
@@ -75,7 +75,7 @@ def test_no_value_of_a_config_field_is_worse_than_an_export_error(
 @pytest.mark.parametrize("model_type", ["t5", None, 3, ["marian"], {"marian": 1}, "../marian"])
 def test_an_unknown_model_type_lists_the_known_ones(model_type: object, checkpoint: Any) -> None:
     wrong = "is missing" if model_type is None else "is not known"
-    with pytest.raises(ExportError, match=rf"{wrong} \(known: marian, bart, nn_transformer\)"):
+    with pytest.raises(ExportError, match=rf"{wrong} \(known: {', '.join(FAMILIES)}\)"):
         detect(checkpoint.config(model_type=model_type))
 
 
