@@ -287,6 +287,8 @@ def _write(
 def _copy_tokenizer(checkpoint: Checkpoint, source: Path, folder: Path) -> None:
     for name, file in checkpoint.tokenizer_files.items():
         shutil.copyfile(source / file, folder / name)
+    for name, content in checkpoint.tokenizer_contents.items():
+        (folder / name).write_bytes(content)
 
 
 def _sums(folder: Path) -> dict[str, dict[str, Any]]:
@@ -339,7 +341,7 @@ class _Writing:
             "generation_defaults": dict(self.checkpoint.generation),
             "tokenizer": {
                 "kind": self.checkpoint.tokenizer_kind,
-                "files": list(self.checkpoint.tokenizer_files),
+                "files": [*self.checkpoint.tokenizer_files, *self.checkpoint.tokenizer_contents],
                 **self.checkpoint.tokenizer_settings,
             },
             # Left out where there are none: servers of before know no such field.

@@ -18,7 +18,9 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.pt")
 _MOST_UNKNOWN, _LONGEST_SHOWN = 24, 60
 """Names in a message, and characters of one."""
 
-_SUFFIXES = (".safetensors", ".pt")
+_SUFFIXES = (".safetensors", ".pt", ".ckpt")
+_WRAPPED_AS = ("state_dict", "model_state_dict", "model")
+"""Where training loops keep the state dict in what they save: Lightning, PyTorch's tutorials, fairseq."""
 
 MOST_BYTES = 64 << 20
 """Of a file that holds no weights: a tokenizer of 256,000 tokens has half as many."""
@@ -113,7 +115,8 @@ def _weight_files(folder: Path) -> list[Path]:
                     raise ExportError(f"{index} names {shard!r}, which is no file of the folder")
             return [folder / shard for shard in sorted(set(shards.values()))]
     like = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
-    hint = f"; if {like[0]} holds them, call it model{Path(like[0]).suffix}" if like else ""
+    named = "model.safetensors" if like and like[0].endswith(".safetensors") else "model.pt"
+    hint = f"; if {like[0]} holds them, call it {named}" if like else ""
     raise ExportError(f"{folder} holds no weights; one of {', '.join(WEIGHT_FILES)} is expected{hint}")
 
 
@@ -132,6 +135,8 @@ def weight_files_not_read(folder: Path) -> Iterator[str]:
 def _read_tensors(file: Path) -> dict[str, Array]:
     """One file's tensors; one tensor under two names (tied weights) is one array, so that it is stored once."""
     tensors = _load(file)
+    if isinstance(tensors, dict):
+        tensors = next((inner for name in _WRAPPED_AS if isinstance(inner := tensors.get(name), dict)), tensors)
     if not isinstance(tensors, dict):
         raise ExportError(f"{file} holds a {type(tensors).__name__}, not a state dict; save model.state_dict()")
     _check_names(file, tensors.keys())

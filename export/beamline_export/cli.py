@@ -13,7 +13,7 @@ from beamline_export.stopping import SIGNALS, Stopped
 
 _BY_SIGNAL = 128  # plus its number, as a shell reports it
 _UNCHECKED_CONFIG = (
-    "note: PyTorch was given the same config.json, so a wrong nhead, norm_first or activation in it does not show;\n"
+    "note: PyTorch was given the same settings, so a wrong number of heads, norm or activation in them does not show;\n"
     "      check it with outputs of your own model: --expect FILE (docs/bring-your-model.md)"
 )
 
@@ -23,7 +23,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="beamline export",
         description="Convert a trained PyTorch Transformer to an ONNX bundle that `beamline serve` reads. The folder "
-        "holds config.json and the weights: MarianMT, BART, or a plain torch.nn.Transformer.",
+        "holds config.json and the weights: MarianMT, BART, a plain torch.nn.Transformer, or files of fairseq, Marian, "
+        "OpenNMT-py or Tensor2Tensor.",
     )
     parser.add_argument("source", type=Path, help="folder of the checkpoint")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the bundle; must not exist yet")
@@ -62,6 +63,7 @@ def _export(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from beamline_export.bundle_writer import ExportOptions, export
+    from beamline_export.families.registry import OWN_SETTINGS
     from beamline_export.progress import Progress
     from beamline_export.spec import ExportError
 
@@ -80,7 +82,7 @@ def _export(arguments: argparse.Namespace) -> int:
     except MemoryError:
         return _failed("the memory of this machine is not enough for this checkpoint")
     print(report(bundle.manifest.parity, bundle.manifest.precision))
-    if arguments.expect is None and bundle.manifest.architecture == "nn_transformer":
+    if arguments.expect is None and bundle.manifest.architecture in OWN_SETTINGS:
         print(_UNCHECKED_CONFIG)
     size = sum(entry.bytes for entry in bundle.manifest.files.values()) / 1e6
     precision, target = bundle.manifest.precision, arguments.output

@@ -179,6 +179,7 @@ class Checkpoint:
         generation: Search defaults by the names of the bundle's `GenerationDefaults`.
         tokenizer_kind: As in the bundle's `TokenizerEntry`.
         tokenizer_files: Name in the bundle -> name in the checkpoint folder.
+        tokenizer_contents: Name in the bundle -> content of what the folder holds in another form only.
         removed_tokens: Ids that are taken out before the softmax, so that what they had goes to all others: what
             Hugging Face's `renormalize_logits` makes of banned tokens.
         weight_names: Canonical name -> name in the checkpoint, for messages.
@@ -202,6 +203,7 @@ class Checkpoint:
     tokenizer_settings: Mapping[str, object] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
     languages: Languages | None = None
+    tokenizer_contents: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def _linear(name: str, out_features: int, in_features: int) -> Iterator[tuple[str, tuple[int, ...]]]:

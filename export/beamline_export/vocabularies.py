@@ -54,17 +54,22 @@ def check_vocabularies(checkpoint: Checkpoint, folder: Path) -> list[str]:
     if checkpoint.tokenizer_kind == "bytes":
         return list(_bytes(checkpoint.spec.target_vocabulary))
     source, target = _FILES[checkpoint.tokenizer_kind]
-    target = target if target in checkpoint.tokenizer_files else source
+    contents = checkpoint.tokenizer_contents
+    target = target if target in checkpoint.tokenizer_files or target in contents else source
     spec = checkpoint.spec
     languages = checkpoint.languages
     # What a post-processor puts around a text is left out where languages stand there.
     if checkpoint.tokenizer_kind == "tokenizers" and (languages is None or not languages.marks_sources):
         _check_around(checkpoint, folder / source)
-    read = {name: _read(checkpoint.tokenizer_kind, folder / name, spec.source_vocabulary) for name in {source, target}}
+    files = {name: folder / checkpoint.tokenizer_files.get(name, name) for name in {source, target}}
+    read = {
+        name: _read(checkpoint.tokenizer_kind, file, contents.get(name), spec.source_vocabulary)
+        for name, file in files.items()
+    }
     return [
-        *_outside(read[source], folder / source, "source", spec.source_vocabulary),
-        *_outside(read[target], folder / target, "target", spec.target_vocabulary),
-        *_without_text(read[target], target, spec.target_vocabulary),
+        *_outside(read[source], files[source], "source", spec.source_vocabulary),
+        *_outside(read[target], files[target], "target", spec.target_vocabulary),
+        *_without_text(read[target], target, spec.target_vocabulary, checkpoint.removed_tokens),
     ]
 
 
@@ -130,11 +135,12 @@ def _check_around(checkpoint: Checkpoint, file: Path) -> None:
             )
 
 
-def _read(kind: str, file: Path, size: int) -> _Vocabulary:
+def _read(kind: str, file: Path, content: bytes | None, size: int) -> _Vocabulary:
+    """A side's vocabulary; `content`, if given, stands for the file's."""
     if kind == "tokenizers":
         return _read_json(file, size)
     try:
-        content = file.read_bytes()
+        content = file.read_bytes() if content is None else content
         if kind == "marian":
             return _Vocabulary(read_vocabulary(file.name, content))
         model = read_sentencepiece(file.name, content)
@@ -170,10 +176,10 @@ def _outside(vocabulary: _Vocabulary, file: Path, side: str, size: int) -> Itera
         yield f"{file.name} has tokens that the model does not have ({_listed(outside)}): they are {told}"
 
 
-def _without_text(vocabulary: _Vocabulary, name: str, size: int) -> Iterator[str]:
-    known = {i for i in vocabulary.tokens.values() if i < size}
-    if len(known) < size:
-        yield f"{name} has tokens for {len(known)} of the {size} ids that the model may give; the others leave no text"
+def _without_text(vocabulary: _Vocabulary, name: str, size: int, removed: Collection[int]) -> Iterator[str]:
+    known = {i for i in vocabulary.tokens.values() if i < size} - set(removed)
+    if len(known) < (given := size - len(set(removed))):
+        yield f"{name} has tokens for {len(known)} of the {given} ids that the model may give; the others leave no text"
 
 
 def _listed(items: Iterable[str]) -> str:

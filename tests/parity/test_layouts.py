@@ -393,3 +393,19 @@ def test_a_model_without_an_end_runs_to_its_length(changes: dict[str, Any], tmp_
         for answer in search_all(backend, model_rules(bundle.manifest), [(source, search) for source in sources]):
             assert {len(h.tokens) for h in answer.hypotheses} == {search.max_new_tokens}
             assert {h.finish for h in answer.hypotheses} == {Finish.LENGTH}
+
+
+def test_a_state_dict_as_lightning_saves_it(tmp_path: Path) -> None:
+    """Within other things, behind the name of the attribute that holds the module, compiled."""
+    model = TutorialTransformer()
+    folder = written(model, tmp_path / "lightning", 1, layout="pytorch_tutorial")
+    state = {f"model._orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
+    (folder / "model.safetensors").unlink()
+    torch.save(
+        {"state_dict": state, "epoch": 3, "optimizer_states": [{"state": {}}], "hyper_parameters": {"lr": 0.1}},
+        folder / "model.pt",
+    )
+    told = io.StringIO()
+    bundle = exported(folder, told)
+    assert "names in the file begin with 'model.'; it is left off" in told.getvalue()
+    assert same_outputs(bundle, model, sources_of(10)) == {4: 10, 1: 10}

@@ -6,7 +6,7 @@ from beamline_export.checkpoint import Fields
 from beamline_export.families.bart_like import BartLike, Folder, LearnedPositions, SinusoidalPositions, Vocabularies
 from beamline_export.families.bart_like_weights import HEAD, SHARED, SOURCE, TARGET, Tables, Ties
 from beamline_export.families.m2m_100_tokenizer import MODEL_FILE, VOCABULARY_FILE, read_m2m_100_tokenizer
-from beamline_export.families.positions import sinusoidal_positions, tensor2tensor_positions
+from beamline_export.families.positions import sinusoidal_positions, stretched_positions
 from beamline_export.languages import SourceMarked, TargetBegins
 from beamline_export.spec import NormPlacement, PaddingInTarget
 from beamline_export.tokenizer_config import read_tokenizer_config
@@ -91,7 +91,7 @@ MBART = BartLike(
 M2M_100 = BartLike(
     model_type="m2m_100",
     model_class="M2M100ForConditionalGeneration",
-    positions=SinusoidalPositions(tensor2tensor_positions, PaddingInTarget.NOWHERE),
+    positions=SinusoidalPositions(stretched_positions, PaddingInTarget.NOWHERE),
     norm_placement=NormPlacement.PRE,
     final_norms=True,
     head_bias=False,
@@ -160,7 +160,7 @@ MVP = BartLike(
 FSMT = BartLike(
     model_type="fsmt",
     model_class="FSMTForConditionalGeneration",
-    positions=SinusoidalPositions(tensor2tensor_positions, PaddingInTarget.WITH_PREVIOUS),
+    positions=SinusoidalPositions(stretched_positions, PaddingInTarget.WITH_PREVIOUS),
     tables=Tables(_FSMT_HEAD, (TARGET, SOURCE, _FSMT_HEAD)),
     head_bias=False,
     vocabularies=_two_vocabularies,

@@ -1,14 +1,14 @@
 """The config.json of the family nn_transformer: every key that it may have, and what each means."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from beamline_export.checkpoint import MOST_LAYERS, MOST_POSITIONS, Fields
 from beamline_export.families.nn_layouts import LAYOUTS, Layout, folded_epsilon
+from beamline_export.families.search_settings import read_settings
 from beamline_export.generation import Generation, read_generation
-from beamline_export.known_settings import GENERATION
 from beamline_export.spec import Activation, ExportError, NormPlacement, TransformerSpec
 from beamline_export.state_names import Translation
 
@@ -87,7 +87,7 @@ def read_config(data: Mapping[str, Any]) -> Config:
     spec = _read_spec(fields, layout, epsilon)
     learned, tied = fields.choice("positions", _LEARNED, "sinusoidal"), _read_ties(fields, spec)
     bos, eos = fields.optional_id("source_bos_token_id"), fields.optional_id("source_eos_token_id")
-    names, settings = _read_names(fields), _read_settings(fields, data)
+    names, settings = _read_names(fields), read_settings(fields, data, _NEUTRAL, OTHER_NAMES)
     try:
         generation = read_generation(settings, None, max_positions=spec.max_target_positions, needs_eos=False)
     except ExportError as error:
@@ -145,22 +145,3 @@ def _read_names(fields: Fields) -> Translation:
         elif new is not None and name.endswith(".") != (not new or new.endswith(".")):
             fields.problems.append(f"names: {name!r} becomes {new!r}; both must end with a dot, or neither")
     return {name: new for name, new in names.items() if new is None or isinstance(new, str)}
-
-
-def _read_settings(fields: Fields, data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What stands in `generation` and beside it, where no key but the config's own and those of `generate` may be.
-
-    Asks for the last of the config's own keys.
-    """
-    own = fields.mapping("generation")
-    inner = Fields(own, "generation")
-    fields.refuse_unasked(GENERATION.keys() | _NEUTRAL, meant=OTHER_NAMES)
-    inner.refuse_unasked(GENERATION.keys(), "generation: ")
-    fields.problems.extend([*inner.problems, *_told_twice(own, data)])
-    return {**data, **own}
-
-
-def _told_twice(generation: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:
-    for name in generation.keys() & data.keys():
-        if generation[name] != data[name]:
-            yield f"{name} is {data[name]!r} at the top level and {generation[name]!r} in generation; keep one"

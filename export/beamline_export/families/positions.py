@@ -19,15 +19,20 @@ def interleaved_positions(positions: int, width: int) -> Array:
 
 
 def sinusoidal_positions(positions: int, width: int) -> Array:
-    """Marian's table, (positions, width): all sines first, then all cosines, of the paper's frequencies."""
+    """MarianMT's table, (positions, width): all sines first, then all cosines, of the paper's frequencies."""
     return _halves(np.arange(positions), width)
 
 
-def tensor2tensor_positions(positions: int, width: int) -> Array:
-    """The table of Tensor2Tensor and fairseq, (positions, width), rounded as in transformers: all in fp32."""
+def stretched_positions(positions: int, width: int, first: int = 0) -> Array:
+    """The table of Tensor2Tensor, fairseq and Marian itself, (positions, width): sines first, then cosines.
+
+    The frequencies reach 1/10000 in the last feature of each half; row 0 is position `first`. Rounded as these
+    toolkits do, and transformers: all in fp32.
+    """
     half = width // 2
     step = np.float32(np.log(10000) / max(half - 1, 1))
-    angle = np.arange(positions, dtype=np.float32)[:, None] * np.exp(np.arange(half, dtype=np.float32) * -step)[None]
+    frequency = np.exp(np.arange(half, dtype=np.float32) * -step)
+    angle = np.arange(first, first + positions, dtype=np.float32)[:, None] * frequency[None]
     table = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
     return np.pad(table, ((0, 0), (0, width - 2 * half)))
 

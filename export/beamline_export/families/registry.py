@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beamline_export.checkpoint import Fields, read_json
-from beamline_export.families import nn_transformer, t5
+from beamline_export.families import fairseq, marian_npz, nn_transformer, opennmt_py, t5, tensor2tensor
 from beamline_export.families.bart import BART
 from beamline_export.families.bart_relatives import ROWS
 from beamline_export.families.marian import MARIAN
@@ -22,10 +22,18 @@ class Family:
     reference: Callable[[Path, Checkpoint], Reference]
 
 
+OWN_SETTINGS = ("nn_transformer", "fairseq", "marian_npz", "opennmt_py", "tensor2tensor")
+"""Families whose reference is built from the same settings as the graphs: a wrong one does not show."""
+
+
 FAMILIES = {
     **{row.model_type: Family(row.read, row.reference) for row in (MARIAN, BART, *ROWS)},
     "nn_transformer": Family(nn_transformer.read, nn_transformer.reference),
     **{name: Family(variant.read, variant.reference) for name, variant in t5.VARIANTS.items()},
+    "fairseq": Family(fairseq.read, fairseq.reference),
+    "marian_npz": Family(marian_npz.read, marian_npz.reference),
+    "opennmt_py": Family(opennmt_py.read, opennmt_py.reference),
+    "tensor2tensor": Family(tensor2tensor.read, tensor2tensor.reference),
 }
 
 

@@ -84,7 +84,7 @@ def test_a_truncated_weights_file_is_named(file: str, tmp_path: Path) -> None:
     [
         pytest.param([torch.ones(2)], "holds a list, not a state dict", id="list"),
         pytest.param(torch.ones(2), "holds a Tensor, not a state dict", id="tensor"),
-        pytest.param({"model": {"w": torch.ones(2)}, "epoch": 3}, r"\(model is a dict; epoch is a int\)", id="nested"),
+        pytest.param({"net": {"w": torch.ones(2)}, "epoch": 3}, r"\(net is a dict; epoch is a int\)", id="nested"),
         pytest.param({"w": torch.eye(3).to_sparse()}, "w is no plain tensor", id="sparse"),
         pytest.param({"w": torch.ones(2, dtype=torch.complex64)}, "w is no plain tensor", id="complex"),
         pytest.param({"w": torch.ones(3, device="meta")}, "w is no plain tensor", id="meta"),
@@ -95,6 +95,16 @@ def test_a_truncated_weights_file_is_named(file: str, tmp_path: Path) -> None:
 def test_only_plain_tensors_are_accepted(saved: Any, problem: str, tmp_path: Path) -> None:
     torch.save(saved, tmp_path / "model.pt")
     with pytest.raises(ExportError, match=problem):
+        read_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["state_dict", "model_state_dict", "model"])
+def test_a_state_dict_within_what_a_training_loop_saves(name: str, tmp_path: Path) -> None:
+    state = {"model.w": torch.ones(2), "model.v": torch.zeros(1)}
+    torch.save({name: state, "epoch": 3, "optimizer": {"state": {}}}, tmp_path / "model.pt")
+    assert read_state_dict(tmp_path).keys() == state.keys()
+    torch.save({name: {"w": 3}, "epoch": 3}, tmp_path / "model.pt")
+    with pytest.raises(ExportError, match=r"\(w is a int\)"):
         read_state_dict(tmp_path)
 
 

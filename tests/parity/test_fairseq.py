@@ -1,0 +1,307 @@
+"""Checkpoints in fairseq's layout, against its formulas written out here."""
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from torch import Tensor
+
+from beamline_export.bundle_writer import ExportOptions, export
+from beamline_export.progress import Progress
+from beamline_export.spec import ExportError
+from beamline_server.bundle import Bundle
+from beamline_server.tokenizer import load_tokenizer
+from doubles.formulas import attend, check_agreement, drawn, halves, normalized
+
+pytestmark = pytest.mark.parity
+
+WIDTH, HEADS, INNER, SOURCE, TARGET = 16, 4, 24, 60, 70
+ARGS = {
+    "arch": "transformer_iwslt_de_en",
+    "source_lang": "de",
+    "target_lang": "en",
+    **{f"{side}_embed_dim": WIDTH for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_embed_dim": INNER for side in ("encoder", "decoder")},
+    **{f"{side}_attention_heads": HEADS for side in ("encoder", "decoder")},
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_normalize_before": False,
+    "decoder_normalize_before": False,
+    "encoder_learned_pos": False,
+    "decoder_learned_pos": False,
+    "decoder_output_dim": WIDTH,
+    "decoder_input_dim": WIDTH,
+    "adaptive_softmax_cutoff": None,
+    "max_source_positions": 40,
+    "max_target_positions": 30,
+    "encoder_layerdrop": 0.1,
+    "lr": [0.0005],
+}
+
+
+ATTENTIONS = {"encoder": ["self_attn"], "decoder": ["self_attn", "encoder_attn"]}
+
+
+def shapes_of(args: dict[str, Any], *, old: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes as fairseq saves them; `old` is of 2018, with projections in one and numbered norms."""
+    for stack, rows, side in (("encoder", SOURCE, "source"), ("decoder", TARGET, "target")):
+        yield f"{stack}.embed_tokens.weight", (rows, WIDTH)
+        if args.get(f"{stack}_learned_pos"):
+            yield f"{stack}.embed_positions.weight", (2 + args[f"max_{side}_positions"], WIDTH)
+        if args.get("layernorm_embedding"):
+            yield from module(f"{stack}.layernorm_embedding", WIDTH)
+        if args[f"{stack}_normalize_before"] and not old:
+            yield from module(f"{stack}.layer_norm", WIDTH)
+        for i in range(args[f"{stack}_layers"]):
+            yield from layer_shapes(f"{stack}.layers.{i}", ATTENTIONS[stack], old=old)
+    if not args.get("share_decoder_input_output_embed"):
+        yield "decoder.embed_out" if old else "decoder.output_projection.weight", (TARGET, WIDTH)
+
+
+def layer_shapes(layer: str, attentions: list[str], *, old: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for number, name in enumerate(attentions):
+        if old:
+            yield f"{layer}.{name}.in_proj_weight", (3 * WIDTH, WIDTH)
+            yield f"{layer}.{name}.in_proj_bias", (3 * WIDTH,)
+        for part in () if old else ("q_proj", "k_proj", "v_proj"):
+            yield from module(f"{layer}.{name}.{part}", WIDTH, WIDTH)
+        yield from module(f"{layer}.{name}.out_proj", WIDTH, WIDTH)
+        yield from module(f"{layer}.layer_norms.{number}" if old else f"{layer}.{name}_layer_norm", WIDTH)
+    yield from module(f"{layer}.fc1", INNER, WIDTH)
+    yield from module(f"{layer}.fc2", WIDTH, INNER)
+    yield from module(f"{layer}.layer_norms.{len(attentions)}" if old else f"{layer}.final_layer_norm", WIDTH)
+
+
+def module(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", shape
+    yield f"{name}.bias", shape[:1]
+
+
+def state_of(args: dict[str, Any], *, old: bool = False) -> dict[str, Tensor]:
+    state = drawn(dict(shapes_of(args, old=old)))
+    if args.get("share_decoder_input_output_embed") and not old:
+        state["decoder.output_projection.weight"] = state["decoder.embed_tokens.weight"]
+    for stack in ("encoder", "decoder"):
+        state[f"{stack}.version"] = torch.tensor([1.0 if old else 3.0])
+        if not args.get(f"{stack}_learned_pos"):
+            state[f"{stack}.embed_positions._float_tensor"] = torch.zeros(1)
+    return state
+
+
+class Model:
+    """The model as fairseq's documentation and the paper describe it."""
+
+    def __init__(self, args: dict[str, Any], state: dict[str, Tensor]) -> None:
+        self.args, self.state, self.old = args, state, float(state["encoder.version"]) < 2
+
+    def __call__(self, source: Tensor, target: Tensor) -> Tensor:
+        y = self.stack("decoder", target, self.stack("encoder", source, source))
+        if self.args.get("share_decoder_input_output_embed"):
+            return y @ self.state["decoder.embed_tokens.weight"].T
+        return y @ self.state["decoder.embed_out" if self.old else "decoder.output_projection.weight"].T
+
+    def stack(self, name: str, ids: Tensor, memory: Tensor) -> Tensor:
+        scale = 1 if self.args.get("no_scale_embedding") else math.sqrt(WIDTH)
+        x = self.state[f"{name}.embed_tokens.weight"][ids] * scale
+        if self.args.get(f"{name}_learned_pos"):
+            x = x + self.state[f"{name}.embed_positions.weight"][2 : 2 + len(ids)]
+        else:
+            x = x + halves(2, len(ids), WIDTH)
+        if self.args.get("layernorm_embedding"):
+            x = self.norm(f"{name}.layernorm_embedding", x)
+        for i in range(self.args[f"{name}_layers"]):
+            for number, part in enumerate([*ATTENTIONS[name], "final"]):
+                x = self.residual(f"{name}.layers.{i}", part, number, x, memory)
+        return self.norm(f"{name}.layer_norm", x) if f"{name}.layer_norm.weight" in self.state else x
+
+    def residual(self, layer: str, part: str, number: int, x: Tensor, memory: Tensor) -> Tensor:
+        norm = f"{layer}.layer_norms.{number}" if self.old else f"{layer}.{part}_layer_norm"
+        pre = self.args["encoder_normalize_before"]
+        y = self.norm(norm, x) if pre else x
+        if part == "final":
+            y = self.linear(f"{layer}.fc2", self.activated(self.linear(f"{layer}.fc1", y)))
+        else:
+            y = self.attention(f"{layer}.{part}", y, memory if part == "encoder_attn" else y)
+        return x + y if pre else self.norm(norm, x + y)
+
+    def attention(self, name: str, x: Tensor, memory: Tensor) -> Tensor:
+        causal = name.startswith("decoder") and name.endswith("self_attn")
+        if self.old:
+            weights = self.state[f"{name}.in_proj_weight"].chunk(3)
+            biases = self.state[f"{name}.in_proj_bias"].chunk(3)
+            q, k, v = (of @ w.T + b for of, w, b in zip((x, memory, memory), weights, biases, strict=True))
+        else:
+            q, k, v = (self.linear(f"{name}.{p}_proj", of) for p, of in (("q", x), ("k", memory), ("v", memory)))
+        return self.linear(f"{name}.out_proj", attend(q, k, v, HEADS, causal=causal))
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        return normalized(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"], 1e-5)
+
+    def activated(self, x: Tensor) -> Tensor:
+        match self.args.get("activation_fn", "relu"):
+            case "relu":
+                return x.clamp(min=0)
+            case "gelu":
+                return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+            case "gelu_accurate":
+                return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+            case _:
+                return x / (1 + torch.exp(-x))
+
+
+def written(folder: Path, args: dict[str, Any], state: dict[str, Tensor], **config: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "fairseq", **config}))
+    (folder / "args.json").write_text(json.dumps(args))
+    torch.save({"model": state, "extra_state": {"epoch": 3}}, folder / "model.pt")
+    return folder
+
+
+def exported(folder: Path, told: io.StringIO | None = None) -> Bundle:
+    return export(folder, folder.with_name("bundle"), ExportOptions(), Progress(told or io.StringIO()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"encoder_normalize_before": True, "decoder_normalize_before": True, "activation_fn": "gelu"},
+        {
+            "encoder_learned_pos": True,
+            "decoder_learned_pos": True,
+            "layernorm_embedding": True,
+            "no_scale_embedding": True,
+            "activation_fn": "gelu_accurate",
+        },
+        {"decoder_learned_pos": True, "share_decoder_input_output_embed": True, "activation_fn": "swish"},
+    ],
+    ids=["post-norm", "pre-norm", "learned", "mixed"],
+)
+def test_a_model_answers_as_by_its_formulas(changes: dict[str, Any], tmp_path: Path) -> None:
+    args = {**ARGS, **changes}
+    state = state_of(args)
+    bundle = exported(written(tmp_path / "model", args, state))
+    assert (bundle.manifest.dimensions.max_source_tokens, bundle.manifest.dimensions.max_target_tokens) == (40, 30)
+    tokens = bundle.manifest.special_tokens
+    assert (tokens.decoder_start, tokens.eos, tokens.source_eos, tokens.banned) == (2, (2,), 2, (1,))
+    assert bundle.manifest.generation_defaults.min_new_tokens == 1
+    check_agreement(bundle, Model(args, state))
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_a_checkpoint_of_before(pre_norm: bool, tmp_path: Path) -> None:
+    """Projections in one, numbered norms, no norm at the end of a stack, and an output matrix of its own."""
+    args = {**ARGS, "encoder_normalize_before": pre_norm, "decoder_normalize_before": pre_norm}
+    state = state_of(args, old=True)
+    if pre_norm:  # nothing keeps what it reads near 1, and rounding grows with it
+        state["decoder.embed_out"] *= 0.2
+    check_agreement(exported(written(tmp_path / "model", args, state)), Model(args, state))
+
+
+def test_the_last_norm_of_a_new_checkpoint_must_be_there(tmp_path: Path) -> None:
+    args = {**ARGS, "encoder_normalize_before": True, "decoder_normalize_before": True}
+    state = {name: t for name, t in state_of(args).items() if not name.startswith("decoder.layer_norm.")}
+    with pytest.raises(ExportError, match=r"missing: decoder\.layer_norm\.weight"):
+        exported(written(tmp_path / "model", args, state))
+    state = state_of(args)
+    without = {**args, "no_decoder_final_norm": True}
+    del state["decoder.layer_norm.weight"], state["decoder.layer_norm.bias"]
+    check_agreement(exported(written(tmp_path / "other", without, state)), Model(without, state), count=5)
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        ({"decoder_normalize_before": True}, "encoder_normalize_before and decoder_normalize_before differ"),
+        (
+            {"adaptive_softmax_cutoff": "100,200"},
+            r"adaptive_softmax_cutoff '100,200' is not supported \(only null is\)",
+        ),
+        ({"cross_self_attention": True}, "cross_self_attention True is not supported"),
+        ({"activation_fn": "tanh"}, r"activation_fn 'tanh' is not known \(known: relu, gelu"),
+        ({"arch": "lightconv"}, "arch 'lightconv' is not supported"),
+        ({"decoder_embed_dim": 32}, r"decoder_embed_dim 32 is not supported \(only 16 is\)"),
+        ({"source_lang": "../de"}, "source_lang must be the name of a language"),
+        ({"encoder_layers": None}, "encoder_layers is missing"),
+        (
+            {"encoder_ffn_embed_dim": 32},
+            r"encoder\.layers\.0\.fc1\.weight has shape \[24, 16\], the config says \[32, 16\]",
+        ),
+        ({"encoder_layers": 3}, r"missing: encoder\.layers\.2"),
+        ({"decoder_layers": 0}, "decoder_layers must be a whole number from 1"),
+    ],
+)
+def test_what_is_not_supported_is_named(args: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=problem) as told:
+        exported(written(tmp_path / "model", {**ARGS, **args}, state_of(ARGS)))
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_files_that_are_missing(tmp_path: Path) -> None:
+    folder = written(tmp_path / "model", ARGS, state_of(ARGS), generation={"num_beam": 3})
+    with pytest.raises(ExportError, match=r"generation: num_beam is not known \(did you mean num_beams\?\)"):
+        exported(folder)
+    (folder / "args.json").unlink()
+    with pytest.raises(ExportError, match=r"args\.json is missing"):
+        exported(folder)
+    (folder / "args.json").write_text(json.dumps(ARGS))
+    (folder / "model.pt").unlink()
+    with pytest.raises(ExportError, match="holds no weights"):
+        exported(folder)
+
+
+def test_text_by_pieces_of_the_dictionary(tmp_path: Path) -> None:
+    """A piece's id is its line in the dictionary, whatever its number in the SentencePiece model."""
+    folder = written(tmp_path / "model", ARGS, state_of(ARGS), max_positions=20, num_beams=3)
+    sentences = ["ein kleiner hund", "eine kleine katze", "der hund und die katze", "klein und rund"] * 5
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, vocab_size=24, minloglevel=2
+    )
+    (folder / "sentencepiece.bpe.model").write_bytes(model.getvalue())
+    with pytest.raises(ExportError, match=r"lacks dict\.de\.txt, dict\.en\.txt"):
+        exported(folder)
+    spm = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = [spm.id_to_piece(i) for i in range(3, spm.get_piece_size())]
+    lines = [f"{piece} {7 * i}" for i, piece in enumerate(reversed(pieces))]
+    (folder / "dict.de.txt").write_text("\n".join(lines) + "\n")
+    (folder / "dict.en.txt").write_text("\n".join([*lines[::-1], "<s> 1 #fairseq:overwrite", "madeupword0000 0", ""]))
+    told = io.StringIO()
+    bundle = exported(folder, told)
+    assert bundle.manifest.dimensions.max_source_tokens == 20
+    assert bundle.manifest.generation_defaults.beam_size == 3
+    tokenizer = load_tokenizer(bundle)
+    assert tokenizer is not None
+    expected = [4 + list(reversed(pieces)).index(p) for p in spm.encode("ein hund", out_type=str)]
+    assert tokenizer.encode("ein hund") == [*expected, 2]
+    target = [4 + pieces.index(p) for p in spm.encode("ein hund", out_type=str)]
+    assert tokenizer.decode([0, *target, 2, 1]) == "ein hund"
+    assert tokenizer.encode("Ω")[-2:] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("hund", "line 2 is no token and its count"),
+        ("<unk> 3", "line 2 has '<unk>' again"),
+        ("a b", "line 2 is no token"),
+    ],
+)
+def test_a_dictionary_that_is_none(line: str, problem: str, tmp_path: Path) -> None:
+    folder = written(tmp_path / "model", ARGS, state_of(ARGS))
+    for name in ("source.spm", "target.spm"):
+        (folder / name).write_bytes(b"")
+    for name in ("de", "en"):
+        (folder / f"dict.{name}.txt").write_text(f"katze 5\n{line}\n")
+    with pytest.raises(ExportError, match=problem):
+        exported(folder)
