@@ -62,8 +62,8 @@ def sizes(family: str, shape: str) -> Mapping[str, Any]:
     return {**config, "src_vocab_size": 120, "tgt_vocab_size": target, "vocab_size": target}
 
 
-def exported(checkpoint: Path) -> Bundle:
-    return export(checkpoint, checkpoint.with_name("bundle"), ExportOptions(), Progress(io.StringIO()))
+def exported(checkpoint: Path, options: ExportOptions = ExportOptions()) -> Bundle:  # noqa: B008 - a frozen value
+    return export(checkpoint, checkpoint.with_name("bundle"), options, Progress(io.StringIO()))
 
 
 def with_padding(sources: Sequence[Tokens]) -> list[Tokens]:
@@ -93,6 +93,25 @@ def test_searches_equal_generate(family: str, shape: str, tmp_path: Path) -> Non
         assert all(c.agrees for c in comparisons), [c.parting for c in comparisons if not c.agrees]
         assert max(c.score_difference for c in comparisons) < 1e-4
     assert compared > 20
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        *((family, "int8") for family in FAMILIES),
+        *((family, "fp16") for family in ("m2m_100", "blenderbot-small", "fsmt")),
+    ],
+)
+def test_smaller_precisions_pass_their_gate(family: str, precision: str, tmp_path: Path) -> None:
+    """int8 with calibrated ranges, and fp16, for those whose embeddings differ in the graphs."""
+    config = sizes(family, "plain")
+    checkpoint = write_hugging_face(tmp_path / "checkpoint", family, config, {}, seed=1, sharpness=0.5)
+    sentences = tmp_path / "sentences.txt"
+    sources = random_sources(90, EOS, 30, count=40, seed=1)
+    sentences.write_text("".join(f"{' '.join(map(str, source))}\n" for source in sources))
+    bundle = exported(checkpoint, ExportOptions(precision, calibrate=sentences if precision == "int8" else None))
+    forced: Any = bundle.manifest.parity["forced_decode"]
+    assert forced["same_top_token"] > 0.9
 
 
 @pytest.mark.parametrize("family", FAMILIES)
