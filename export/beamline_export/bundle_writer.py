@@ -37,7 +37,7 @@ from beamline_export.families.registry import Family, detect
 from beamline_export.graph_writer import WeightsFile
 from beamline_export.known_settings import bounded
 from beamline_export.parity import Probe, check_contract, check_parity, forced_decodes, random_sources
-from beamline_export.precision import STORES, CalibratedInt8Store, WeightStore
+from beamline_export.precision import STORES, CalibratedInt8Store, PartlyFp32Store, WeightStore
 from beamline_export.progress import Progress
 from beamline_export.spec import Checkpoint, ExportError, TransformerSpec, check_weights
 from beamline_export.stopping import SIGNALS
@@ -86,6 +86,7 @@ class ExportOptions:
         calibrate: File of sentences to measure the ranges of activations with, for int8; None scales them per row.
         expect: File of outputs of the user's own model that the export has to give; None compares with the PyTorch
             model of the checkpoint alone.
+        keep_fp32: Names of weights, as patterns, that stay in fp32 in an int8 bundle.
     """
 
     precision: str = "fp32"
@@ -93,6 +94,7 @@ class ExportOptions:
     replace: bool = False
     calibrate: Path | None = None
     expect: Path | None = None
+    keep_fp32: tuple[str, ...] = ()
 
 
 def export(source: Path, target: Path, options: ExportOptions, progress: Progress) -> Bundle:
@@ -148,7 +150,7 @@ def export_checkpoint(
     activations = Activations(scaled="per_row") if options.precision == "int8" else None
     if sentences is not None:
         activations = _calibrated(checkpoint, source, target, sentences, progress)
-    store = store or _store(options.precision, activations)
+    store = store or _store(options, activations)
     with _folder_beside(target) as folder:
         with progress.step("build the graphs"):
             writing = _write(checkpoint, source, folder, store, options, activations)
@@ -204,10 +206,10 @@ def _expected_in_fp32(
         return expected.check(_load_backend(draft), progress.iterate)
 
 
-def _store(precision: str, activations: Activations | None) -> WeightStore:
-    if activations is not None and activations.scaled == "calibrated":
-        return CalibratedInt8Store(activations.ranges)
-    return STORES[precision]()
+def _store(options: ExportOptions, activations: Activations | None) -> WeightStore:
+    calibrated = activations is not None and activations.scaled == "calibrated"
+    store = CalibratedInt8Store(activations.ranges) if activations and calibrated else STORES[options.precision]()
+    return PartlyFp32Store(store, options.keep_fp32) if options.keep_fp32 else store
 
 
 def _check_arguments(target: Path, options: ExportOptions) -> None:
@@ -216,6 +218,10 @@ def _check_arguments(target: Path, options: ExportOptions) -> None:
     if options.calibrate is not None and options.precision != "int8":
         raise ExportError(
             f"calibration is for int8, not for {options.precision}; give --precision int8 with --calibrate"
+        )
+    if options.keep_fp32 and options.precision != "int8":
+        raise ExportError(
+            f"--keep-fp32 is for int8, not for {options.precision}; give --precision int8 with it, or leave it out"
         )
     if options.name is not None and not re.fullmatch(NAME_PATTERN, options.name):
         raise ExportError(
@@ -274,6 +280,8 @@ def _write(
     """All files but the manifest."""
     with WeightsFile(folder / WEIGHTS) as weights:
         graphs = build_graphs(checkpoint, store, options.precision, weights)
+    if isinstance(store, PartlyFp32Store):
+        store.check()
     for file, graph in graphs.items():
         (folder / file).write_bytes(graph.SerializeToString(deterministic=True))
     if checkpoint.spec.relative_positions is not None:

@@ -43,6 +43,14 @@ def main(argv: Sequence[str]) -> int:
         help="outputs of your own model that the bundle has to give, as JSON lines: an object with source_ids (or "
         "source) and target_ids (or target) each; shows that config.json is right (docs/bring-your-model.md)",
     )
+    parser.add_argument(
+        "--keep-fp32",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="int8 only: weights whose names match stay in fp32, as decoder.*.ffn.* or cross_kv; may be given several "
+        "times (a pattern that matches nothing lists the names)",
+    )
     parser.add_argument("--name", help="name of the model as the server tells it (default: the folder's)")
     parser.add_argument("--replace", action="store_true", help="replace a bundle that is there already")
     arguments = parser.parse_args(argv)
@@ -68,7 +76,12 @@ def _export(arguments: argparse.Namespace) -> int:
     from beamline_export.spec import ExportError
 
     options = ExportOptions(
-        arguments.precision, arguments.name, arguments.replace, arguments.calibrate, arguments.expect
+        arguments.precision,
+        arguments.name,
+        arguments.replace,
+        arguments.calibrate,
+        arguments.expect,
+        tuple(arguments.keep_fp32),
     )
     try:
         with np.errstate(all="ignore"):  # the comparison with PyTorch tells in words what is no number

@@ -1,8 +1,10 @@
 """How weights are stored and multiplied at each precision: the only place that knows one precision from another."""
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import NDArray
@@ -249,6 +251,56 @@ class CalibratedInt8Store(Int8Store):
         (quantized,) = g.once(f"quantized {x} {scale}", lambda: (g.one("QuantizeLinear", x, scale, zero),))
         addend = () if by.bias is None else ("", by.addend(g))
         return g.one("com.microsoft:MatMulIntegerToFloat", quantized, by.matrix, scale, by.columns(g), zero, *addend)
+
+
+class PartlyFp32Store(WeightStore):
+    """As another store, but for weights that stay in fp32.
+
+    Args:
+        inner: For the others; its activations are fp32.
+        patterns: As of a shell, `decoder.*.ffn.*` for one: names of weights that match one of them stay.
+    """
+
+    def __init__(self, inner: WeightStore, patterns: Sequence[str]) -> None:
+        assert inner.cache == self.cache, "activations are of one type"
+        self._inner, self._plain, self._patterns = inner, Fp32Store(), patterns
+        self._others: set[str] = set()
+        self.kept: set[str] = set()
+        """Those that have stayed so far."""
+
+    def check(self) -> None:
+        """Raise ExportError if a pattern has matched nothing."""
+        for pattern in self._patterns:
+            if not any(fnmatchcase(name, pattern) for name in self.kept):
+                raise ExportError(f"--keep-fp32 {pattern!r} matches no weight; there are {self._names()}")
+
+    def linear(
+        self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None, *, rectify: bool = False
+    ) -> str:
+        """As `WeightStore.linear`."""
+        return self._of(name).linear(g, x, name, weight, bias, rectify=rectify)
+
+    def embedding(self, g: GraphWriter, ids: str, name: str, table: Array) -> str:
+        """As `WeightStore.embedding`."""
+        return self._of(name).embedding(g, ids, name, table)
+
+    def head(self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None) -> str:
+        """As `WeightStore.head`."""
+        return self._of(name).head(g, x, name, weight, bias)
+
+    def table(self, g: GraphWriter, name: str, values: Array) -> str:
+        """As `WeightStore.table`."""
+        return self._of(name).table(g, name, values)
+
+    def _of(self, name: str) -> WeightStore:
+        kept = any(fnmatchcase(name, pattern) for pattern in self._patterns)
+        (self.kept if kept else self._others).add(name)
+        return self._plain if kept else self._inner
+
+    def _names(self) -> str:
+        """All names, those of the layers once."""
+        forms = {re.sub(r"(?<=\.)\d+(?=\.)", "N", name) for name in self._others | self.kept}
+        return ", ".join(sorted(forms))
 
 
 STORES: dict[str, type[WeightStore]] = {"fp32": Fp32Store, "fp16": Fp16Store, "int8": Int8Store}
