@@ -367,7 +367,10 @@ def _is_integer(value: object) -> bool:
 
 def _shown(value: object) -> str:
     """A value out of somebody's config, short enough for one line."""
-    return _cut(repr(value))
+    try:
+        return _cut(repr(value))
+    except ValueError:  # Python shows no whole number of more than some thousand digits
+        return "a number of thousands of digits"
 
 
 def _cut(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from beamline_export.checkpoint import Fields, read_optional_json
 from beamline_export.spec import ExportError
 from beamline_export.tokenizer_config import CONFIG_FILE
-from beamline_server.bounds import LONGEST_LANGUAGE
+from beamline_server.bounds import LONGEST_LANGUAGE, MOST_LANGUAGES, MOST_TOKENS
 from beamline_server.bundle import Manifest
 from beamline_server.languages import Around, Language, Languages, near_names
 
@@ -21,7 +21,7 @@ _CODE = re.compile(
     r"|[a-z]{3}_[A-Z][a-z]{3}"  # NLLB: fra_Latn
 )
 """What a special token looks like that is the code of a language."""
-_OPUS_CODE = re.compile(r">>(?P<bare>.+)<<")
+_OPUS_CODE = re.compile(r">>(?P<bare>[^\s\x00-\x1f\x7f<>]+)<<")
 
 
 def read_languages(
@@ -51,17 +51,32 @@ def read_languages(
     codes: dict[str, int] = {}
     for token in special:
         if token in known and (match := _CODE.fullmatch(token)):
-            codes[match["bare"] or token] = known[token]
+            name = match["bare"] or token
+            codes[token if name in codes else name] = known[token]
     if not codes:
         return None
     source, target = source_marked != "none", target_begins != "none"
-    entries = {name: Language(token=codes[name], source=source, target=target) for name in sorted(codes)}
+    entries = _entries(codes, source=source, target=target)
     return Languages(
         codes=entries,
         source_marked=source_marked,
         target_begins=target_begins,
         default_source=_default_source(folder, entries) if source else None,
     )
+
+
+def _entries(codes: Mapping[str, int], *, source: bool, target: bool) -> dict[str, Language]:
+    """The languages of a manifest, by name.
+
+    Raises:
+        ExportError: there are more than any model has, or their ids are beyond any vocabulary.
+    """
+    if len(codes) > MOST_LANGUAGES or max(codes.values()) >= MOST_TOKENS:
+        raise ExportError(
+            f"the tokenizer has {len(codes):,} language codes with ids up to {max(codes.values()):,}, more than any "
+            f"model has ({MOST_LANGUAGES:,}, below {MOST_TOKENS:,}); copy the vocabulary of this model"
+        )
+    return {name: Language(token=codes[name], source=source, target=target) for name in sorted(codes)}
 
 
 def _default_source(folder: Path, codes: Mapping[str, Language]) -> str | None:
@@ -93,10 +108,10 @@ def opus_languages(vocabulary: Mapping[str, int]) -> Languages | None:
     A text can say its target language by itself, so none is needed.
     """
     codes = {match["bare"]: i for token, i in vocabulary.items() if (match := _OPUS_CODE.fullmatch(token))}
-    entries = {
-        name: Language(token=codes[name], target=True) for name in sorted(codes) if len(name) <= LONGEST_LANGUAGE
-    }
-    return Languages(codes=entries, source_marked="target_before") if entries else None
+    codes = {name: number for name, number in codes.items() if len(name) <= LONGEST_LANGUAGE}
+    if not codes:
+        return None
+    return Languages(codes=_entries(codes, source=False, target=True), source_marked="target_before")
 
 
 def default_around(manifest: Manifest) -> Around:

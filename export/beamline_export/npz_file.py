@@ -38,8 +38,11 @@ def read_npz(file: Path, texts: Collection[str] = ()) -> tuple[dict[str, Array],
                     arrays[name] = array.astype(np.float32)
     except FileNotFoundError as error:
         raise ExportError(f"{file} is missing") from error
-    except (OSError, ValueError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
-        raise ExportError(f"{file} cannot be read as a NumPy archive ({error}); copy it again") from error
+    except ExportError:
+        raise
+    except Exception as error:  # whatever zipfile and NumPy's reading of headers raise, all mean the same to the user
+        told = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+        raise ExportError(f"{file} cannot be read as a NumPy archive ({told}); copy it again") from error
     return arrays, found
 
 
@@ -50,7 +53,7 @@ def _check_entries(file: Path, entries: list[zipfile.ZipInfo]) -> None:
         raise ExportError(f"{file} holds an array with a name of more than {_LONGEST_NAME:,} characters; copy it again")
     if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
         raise ExportError(
-            f"{file}: {packed[0][:60]} in it is compressed; save it again with numpy.savez, which does not compress"
+            f"{file}: {packed[0][:60]!r} in it is compressed; save it again with numpy.savez, which does not compress"
         )
     if sum(entry.file_size for entry in entries) > max(_MOST_GROWTH * file.stat().st_size, 1 << 20):
         raise ExportError(f"{file} holds the same numbers in many arrays; save it again with numpy.savez")
@@ -59,12 +62,16 @@ def _check_entries(file: Path, entries: list[zipfile.ZipInfo]) -> None:
 def _read_array(file: Path, name: str, content: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
     stream = io.BytesIO(content)
     version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ExportError(
+            f"{file}: {name[:60]!r} is of version {version}, which is not known; save it with numpy.savez"
+        )
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(stream, max_header_size=_LONGEST_HEADER)
     if dtype.hasobject or dtype.kind not in "fiub":
-        raise ExportError(f"{file}: {name[:60]} holds no numbers ({dtype}); save the weights alone")
+        raise ExportError(f"{file}: {name[:60]!r} holds no numbers ({dtype}); save the weights alone")
     if math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
-        raise ExportError(f"{file}: {name[:60]} is not as large as it says ({list(shape)}); copy it again")
+        raise ExportError(f"{file}: {name[:60]!r} is not as large as it says ({list(shape)}); copy it again")
     flat = np.frombuffer(content, dtype, offset=stream.tell())
     return flat.reshape(shape, order="F" if fortran else "C")
 

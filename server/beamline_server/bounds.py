@@ -82,7 +82,7 @@ Range = Annotated[float, _number(0, LARGEST_FLOAT)]
 Ends = Annotated[tuple[TokenId, ...], Field(max_length=MOST_ENDS)]
 Banned = Annotated[tuple[TokenId, ...], Field(max_length=MOST_BANNED)]
 Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
-LanguageName = Annotated[str, Field(min_length=1, max_length=LONGEST_LANGUAGE)]
+LanguageName = Annotated[str, Field(min_length=1, max_length=LONGEST_LANGUAGE, pattern=r"^[^\s\x00-\x1f\x7f<>]+$")]
 
 
 def _bounded(value: Any, depth: int = _DEEPEST) -> Any:

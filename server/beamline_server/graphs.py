@@ -97,8 +97,7 @@ def decoder_piece_graph(
 
     `attended` is what the attention before the piece gave, `residual_in` the `residual` of the piece before.
     `query_key_value` are queries, keys and values of the next self-attention side by side, `query` the queries of the
-    next cross-attention; these, and what attention gives, are `attention` wide, by default
-    as rows are.
+    next cross-attention; these, and what attention gives, are `attention` wide, by default as rows are.
     """
     rows, attended = TensorSpec("float32", ("N", width)), TensorSpec("float32", ("N", attention or width))
     ids = TensorSpec("int64", ("N",))

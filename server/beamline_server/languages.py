@@ -65,6 +65,8 @@ class Languages(bounds.Model):
     def problems(self, source_vocabulary: int, target_vocabulary: int, eos: Collection[int]) -> Iterator[str]:
         """What contradicts itself, or what else is known of the model."""
         in_target = self.begins_targets
+        if len(self.ids) < len(self.codes):
+            yield "languages: some have one code"
         for name, code in self.codes.items():
             if code.source > self.marks_sources or code.target > self.marks_targets:
                 yield f"languages: {name} can be named, but nothing is marked with it"
@@ -72,7 +74,7 @@ class Languages(bounds.Model):
                 yield f"languages: {code.token} is outside the source vocabulary of {source_vocabulary}"
             if code.target and in_target and code.token >= target_vocabulary:
                 yield f"languages: {code.token} is outside the target vocabulary of {target_vocabulary}"
-            if code.target and in_target and code.token in eos:
+            if code.token in eos:
                 yield f"languages: the code of {name} ends the sequence"
         default = self.default_source
         if default is not None and not (default in self.codes and self.codes[default].source):
@@ -195,7 +197,12 @@ class ModelLanguages:
 
 
 def near_names(name: str, known: Iterable[str]) -> list[str]:
-    """The few known names that were probably meant: `fr_XX` by `fr`, `fra_Latn` by `FRA`, `fra` by `>>fra<<`."""
+    """The few known names that were probably meant: `fr_XX` by `fr`, `fra_Latn` by `FRA`, `fra` by `>>fra<<`.
+
+    A name that is longer than any gets none: to compare it would take long.
+    """
+    if len(name) > bounds.LONGEST_LANGUAGE:
+        return []
     names = {known_name.casefold(): known_name for known_name in known}
     given = name.casefold().strip("<>_ ").replace("-", "_")
     same_language = [key for key in names if _language(key) == _language(given)]

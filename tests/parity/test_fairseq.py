@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from beamline_export.bundle_writer import ExportOptions, export
+from beamline_export.families.registry import detect
 from beamline_export.progress import Progress
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle
@@ -195,6 +196,12 @@ def test_a_model_answers_as_by_its_formulas(changes: dict[str, Any], tmp_path: P
     assert (tokens.decoder_start, tokens.eos, tokens.source_eos, tokens.banned) == (2, (2,), 2, (1,))
     assert bundle.manifest.generation_defaults.min_new_tokens == 1
     check_agreement(bundle, Model(args, state))
+
+
+def test_the_least_length_is_the_users(tmp_path: Path) -> None:
+    state = state_of(ARGS)
+    folder = written(tmp_path / "model", ARGS, state, min_length=5)
+    assert detect(folder).read(folder).generation["min_new_tokens"] == 4
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])

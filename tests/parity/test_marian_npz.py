@@ -249,7 +249,7 @@ def test_archives_that_are_none(tmp_path: Path) -> None:
     np.savez_compressed(file, state["encoder_Wemb"].numpy())
     refused("is compressed; save it again with numpy.savez")
     np.savez(file, bad=np.array([{"a": 1}], dtype=object))
-    refused(r"bad holds no numbers \(object\)")
+    refused(r"'bad' holds no numbers \(object\)")
     save_npz(file, {"special:model.yml": np.frombuffer(b"a: [1", np.int8)})
     refused("special:model.yml cannot be read as YAML")
     save_npz(file, {"special:model.yml": np.frombuffer(b"!!python/object/apply:os.system [x]", np.int8)})
@@ -257,12 +257,23 @@ def test_archives_that_are_none(tmp_path: Path) -> None:
     laughs = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrstuvwxyz"))
     save_npz(file, {"special:model.yml": np.frombuffer((laughs + "type: *z\n").encode(), np.int8)})
     refused("special:model.yml holds YAML aliases")
+    for deep, problem in (("[" * 100_000, "more than 32 deep"), ("{a: " * 50_000, "more than 32 deep")):
+        save_npz(file, {"special:model.yml": np.frombuffer(deep.encode(), np.int8)})
+        refused(f"special:model.yml is nested {problem}")
+    save_npz(file, {"special:model.yml": np.frombuffer(b"a: 1" + b":59" * 9000, np.int8)})
+    refused("special:model.yml holds a value of 27,001 characters")
+    huge = b"".join(b"%s: 0x%s\n" % (name.encode(), b"f" * 4000) for name in ("dim-emb", "enc-depth"))
+    save_npz(file, {"special:model.yml": np.frombuffer(huge, np.int8)})
+    refused("dim-emb must be a whole number from 1 to .*, not ")
+    strange: Any = {"a\n\x1b[31m": np.array([{"a": 1}], dtype=object)}
+    np.savez(file, **strange)
+    refused(r"'a\\n\\x1b\[31m' holds no numbers")
     save_npz(file, {"x" * 1100: np.ones(1)})
     refused("a name of more than 1,000 characters")
     header = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999,), }"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("huge.npy", header.ljust(127) + b"\n")
-    refused("huge is not as large as it says")
+    refused("'huge' is not as large as it says")
     file.unlink()
     refused(r"model\.npz is missing")
 

@@ -36,7 +36,7 @@ from beamline_export.spec import (
     TransformerSpec,
 )
 from beamline_export.tokenizer_files import TokenizerFiles, unreadable_tokenizer, without_tokenizer
-from beamline_export.yaml_file import read_yaml
+from beamline_export.yaml_file import read_yaml, read_yaml_texts
 from beamline_server.tokenizer import read_sentencepiece
 
 FILE = "model.npz"
@@ -272,7 +272,7 @@ def _read_list(file: Path) -> dict[str, int]:
         return read_pieces(file)
     check_file(file)
     try:
-        found: Mapping[Any, Any] = read_yaml(file.read_text("utf-8"), file.name, typed=False)
+        found: Mapping[Any, Any] = read_yaml_texts(file.read_text("utf-8"), file.name)
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"{file} cannot be read as text ({error}); copy it again") from error
     if wrong := [piece for piece, i in found.items() if not re.fullmatch(r"[0-9]{1,8}", str(i))]:

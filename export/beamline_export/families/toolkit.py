@@ -63,6 +63,8 @@ def read_search(
     own = {name: value for name, value in read_settings(fields, data, ("model_type",)).items() if value is not None}
     check_all(fields, *others)
     lengths = {} if any(name in own for name in _LENGTHS) else {"max_new_tokens": DEFAULT_NEW_TOKENS}
+    # Whoever says how short an output may be says it by either name.
+    ids = {name: value for name, value in ids.items() if not (name == "min_new_tokens" and "min_length" in own)}
     found = read_generation({**ids, **lengths, **own}, None, max_positions=max_positions)
     tokens = dataclasses.replace(found.tokens, banned=tuple(sorted({*found.tokens.banned, *banned})))
     return dataclasses.replace(found, tokens=tokens)

@@ -91,6 +91,21 @@ def test_codes_of_opus_are_target_languages() -> None:
     assert not any(code.source for code in found.codes.values())
     assert found.source_marked == "target_before"
     assert opus_languages({"</s>": 0, "a": 1}) is None
+    assert opus_languages({">>\x1b[2Jx<<": 1, ">> <<": 2, ">>fra\r<<": 3}) is None
+
+
+@pytest.mark.parametrize("codes", [{f">>{i}<<": i for i in range(4097)}, {">>fra<<": 2**40}])
+def test_more_codes_than_any_model_has_are_refused_in_a_line(codes: dict[str, int]) -> None:
+    with pytest.raises(ExportError, match=r"language codes with ids up to [0-9,]+, more than any model has") as told:
+        opus_languages(codes)
+    assert "\n" not in str(told.value)
+
+
+def test_two_codes_that_would_have_one_name_keep_theirs(tmp_path: Path) -> None:
+    known = {"en_XX": 5, "__en_XX__": 6}
+    found = read_languages(tmp_path, known, known, source_marked="source_before", target_begins="none")
+    assert found is not None
+    assert {name: code.token for name, code in found.codes.items()} == {"en_XX": 5, "__en_XX__": 6}
 
 
 def test_texts_of_an_export_have_the_default_language(tmp_path: Path) -> None:

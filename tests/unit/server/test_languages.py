@@ -193,6 +193,7 @@ def test_a_prefix_of_ids_has_its_language() -> None:
         ("__fr__", ["fr", "de"], ["fr"]),
         ("xyz", ["fra", "deu"], []),
         ("", ["fra", "deu"], []),
+        ("fra_" + 1000 * "x", ["fra", "deu"], []),
     ],
 )
 def test_near_names(name: str, known: list[str], near: list[str]) -> None:
@@ -214,9 +215,14 @@ def test_a_manifest_of_languages_is_held_to_itself() -> None:
     far = {"codes": {"en": {"token": VOCABULARY, "source": True, "target": True}}}
     assert len(problems({**MBART_50, **far})) == 2
     assert "ends the sequence" in problems({**MBART_50, "codes": {"en": {"token": EOS, "target": True}}})[0]
+    assert "ends the sequence" in problems({**OPUS, "codes": {"en": {"token": EOS, "target": True}}})[0]
+    twice = {"en": {"token": 7, "target": True}, "fr": {"token": 7, "target": True}}
+    assert problems({**OPUS, "codes": twice}) == ["languages: some have one code"]
 
 
-@pytest.mark.parametrize("codes", [{}, {"": {"token": 1}}, {"x" * 65: {"token": 1}}, {"x": {"token": -1}}])
+@pytest.mark.parametrize(
+    "codes", [{}, {"x": {"token": -1}}, *({name: {"token": 1}} for name in ("", "x" * 65, "a\x1bb", " ", "<x>"))]
+)
 def test_a_manifest_of_languages_has_bounds(codes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="codes"):
         Languages.model_validate({"codes": codes, "source_marked": "source_before"})
