@@ -145,13 +145,9 @@ _TOKENIZERS: Mapping[str, Effect] = {
     **_all((), "tokenizer_truncation _json_truncation _json_padding _spm_precompiled_charsmap"),
 }
 _T5_TOKENIZER: Mapping[str, Effect] = {
-    **_TOKENIZER,
+    **_TOKENIZERS,
     # Tokens that stand for what is left out of a text, which the files have; what ByT5's class does by itself.
     **_all(ANY, "extra_ids special_tokens_pattern"),
-    **_all(READ, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
-    # Built out of the files by the tokenizer's own class; a file that sets one cannot be loaded by it, or in vain.
-    **_all((), "vocab merges post_processor tokenizer_object gguf_file unk_id tokenizer tokenizer_padding"),
-    **_all((), "tokenizer_truncation _json_truncation _json_padding _spm_precompiled_charsmap"),
     **_all((), "sp_model_kwargs add_prefix_space"),
 }
 TOKENIZER: Mapping[str, Mapping[str, Effect]] = {

@@ -7,9 +7,9 @@ from pathlib import Path
 from beamline_export.spec import ExportError, SpecialTokenIds
 from beamline_export.tokenizer_config import CONFIG_FILE, read_tokenizer_config
 from beamline_export.tokenizer_files import (
+    JsonFiles,
     TokenizerFiles,
     added_around,
-    cleans_up,
     entry_settings,
     load_json_tokenizer,
     settings_without_effect,
@@ -105,20 +105,9 @@ def _pieces(folder: Path, tokens: SpecialTokenIds, family: str, class_: str) -> 
             "tokenizer.json is read as it is; transformers' T5Tokenizer would build its own of the pieces: name "
             f"another tokenizer_class in {CONFIG_FILE}, such as PreTrainedTokenizerFast"
         )
-    added = tokenizer.get_added_tokens_decoder()
-    flagged = {i for i, token in added.items() if token.special}
-    matched = {token.content for token in added.values() if not token.special}
-    special = flagged | {known[token] for token in config.special(_T5 if own else {}) if token in known}
-    special |= {i for token, i in known.items() if own and _EXTRA_ID.fullmatch(token)}
-    default = default_special_ids(dataclasses.asdict(tokens)) | flagged
-    return TokenizerFiles(
-        "tokenizers",
-        _FILES,
-        entry_settings(special, default, clean=cleans_up(tokenizer, config)),
-        with_around(tokens, before[0] if before else None, after[-1] if after else None),
-        settings_without_effect(config, matched, None, (_T5_CLASS, *_OTHER_CLASSES)),
-        notices,
-    )
+    read = JsonFiles(tokenizer, _FILES, config, tokens, _T5 if own else {}, (_T5_CLASS, *_OTHER_CLASSES))
+    extra = [i for token, i in known.items() if own and _EXTRA_ID.fullmatch(token)]
+    return read.with_around(before, after, notices, special=extra)
 
 
 def _is_of_t5(tokenizer: object) -> bool:

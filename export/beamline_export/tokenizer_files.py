@@ -127,8 +127,8 @@ def read_bart_tokenizer(
         notices.append(_OTHER_KIND)
     without_effect = _prefix_space(tokenizer, config, False) if roberta else {}
     classes = (*ROBERTA_CLASSES, *_PLAIN_CLASSES)
-    read = _JsonFiles(tokenizer, files, config, tokens, _ROBERTA if roberta else {}, classes)
-    return read.told(before[0] if before else None, after[-1] if after else None, without_effect, notices)
+    read = JsonFiles(tokenizer, files, config, tokens, _ROBERTA if roberta else {}, classes)
+    return read.with_around(before, after, notices, without_effect=without_effect)
 
 
 def read_tokenizer_as_it_is(
@@ -160,10 +160,10 @@ def read_tokenizer_as_it_is(
     notices += _default_language(tokenizer, config, (*before, *after))
     if languages is not None:
         before, after = ([i for i in ids if i not in languages.ids] for ids in (before, after))
-    read = _JsonFiles(tokenizer, files, config, tokens, {}, (*classes, *_PLAIN_CLASSES))
+    read = JsonFiles(tokenizer, files, config, tokens, {}, (*classes, *_PLAIN_CLASSES))
     without_effect = _prefix_space(tokenizer, config, None)
-    told = read.told(before[0] if before else None, after[-1] if after else None, without_effect, notices)
-    return dataclasses.replace(told, languages=languages)
+    found = read.with_around(before, after, notices, without_effect=without_effect)
+    return dataclasses.replace(found, languages=languages)
 
 
 def _languages(
@@ -204,7 +204,7 @@ def _default_language(tokenizer: Any, config: TokenizerConfig, around: Sequence[
 
 
 @dataclass(frozen=True, slots=True)
-class _JsonFiles:
+class JsonFiles:
     """A tokenizer.json and what is told of it, whatever stands around a source.
 
     Attributes:
@@ -223,21 +223,27 @@ class _JsonFiles:
     defaults: Mapping[str, str]
     classes: Collection[str]
 
-    def told(
-        self, bos: int | None, eos: int | None, without_effect: Mapping[str, str], notices: Sequence[str]
+    def with_around(
+        self,
+        before: Sequence[int],
+        after: Sequence[int],
+        notices: Sequence[str],
+        *,
+        without_effect: Mapping[str, str] = {},
+        special: Collection[int] = (),
     ) -> TokenizerFiles:
-        """With these ids around a source."""
+        """With these ids around a source, of which the first and the last are told; `special` are more special ids."""
         known: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
         added = self.tokenizer.get_added_tokens_decoder()
         flagged = {i for i, token in added.items() if token.special}
         matched = {token.content for token in added.values() if not token.special}
-        special = flagged | {known[token] for token in self.config.special(self.defaults) if token in known}
+        named = {known[token] for token in self.config.special(self.defaults) if token in known}
         default = default_special_ids(dataclasses.asdict(self.tokens)) | flagged
         return TokenizerFiles(
             "tokenizers",
             self.files,
-            entry_settings(special, default, clean=cleans_up(self.tokenizer, self.config)),
-            with_around(self.tokens, bos, eos),
+            entry_settings({*flagged, *named, *special}, default, clean=_cleans_up(self.tokenizer, self.config)),
+            with_around(self.tokens, before[0] if before else None, after[-1] if after else None),
             {**settings_without_effect(self.config, matched, None, self.classes), **without_effect},
             notices,
         )
@@ -352,7 +358,7 @@ def _prefix_space(tokenizer: Any, config: TokenizerConfig, default: bool | None)
     }
 
 
-def cleans_up(tokenizer: Any, config: TokenizerConfig) -> bool:
+def _cleans_up(tokenizer: Any, config: TokenizerConfig) -> bool:
     """As transformers, which spare byte pairs unless they are forced."""
     spared = type(tokenizer.model).__name__ == "BPE" and not config.flags.get(_FORCED, False)
     return config.flags.get(_CLEAN_UP, False) and not spared

@@ -236,6 +236,7 @@ def test_the_last_norm_of_a_new_checkpoint_must_be_there(tmp_path: Path) -> None
         ({"cross_self_attention": True}, "cross_self_attention True is not supported"),
         ({"activation_fn": "tanh"}, r"activation_fn 'tanh' is not known \(known: relu, gelu"),
         ({"arch": "lightconv"}, "arch 'lightconv' is not supported"),
+        ({"task": "translation_from_pretrained_bart"}, "task translation_from_pretrained_bart puts language tokens"),
         ({"decoder_embed_dim": 32}, r"decoder_embed_dim 32 is not supported \(only 16 is\)"),
         ({"source_lang": "../de"}, "source_lang must be the name of a language"),
         ({"encoder_layers": None}, "encoder_layers is missing"),

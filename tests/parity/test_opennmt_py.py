@@ -193,6 +193,7 @@ def test_nothing_stands_around_a_source_unless_config_says_so(tmp_path: Path) ->
     ("changes", "problem"),
     [
         ({"max_relative_positions": 20}, r"max_relative_positions 20 is not supported \(only 0 is\)"),
+        ({"position_encoding": None}, "position_encoding is missing"),
         ({"position_encoding": False}, r"position_encoding False is not supported \(only true is\)"),
         ({"copy_attn": True}, "copy_attn True is not supported"),
         ({"encoder_type": "brnn"}, "encoder_type 'brnn' is not supported"),

@@ -16,6 +16,7 @@ from beamline_export.checkpoint import (
 )
 from beamline_export.families.activations import ACTIVATIONS
 from beamline_export.families.bart_like_weights import Tables, Ties, rename
+from beamline_export.families.hugging_face import put_together
 from beamline_export.families.positions import Table
 from beamline_export.generation import read_generation
 from beamline_export.known_settings import CONFIG, contradictions, without_effect
@@ -159,20 +160,7 @@ class BartLike:
             positions=self.positions.offset if isinstance(self.positions, LearnedPositions) else self.positions.table,
         )
         ignored = without_effect(config, CONFIG[self.model_type], name_unknown=False)
-        return Checkpoint(
-            spec,
-            names.weights,
-            tokenizer.tokens,
-            generation.with_ignored(ignored, tokenizer.without_effect),
-            tokenizer.kind,
-            tokenizer.files,
-            generation.removed,
-            names.names,
-            names.foreign(),
-            tokenizer_settings=tokenizer.settings,
-            languages=tokenizer.languages,
-            notices=(*names.notices, *tokenizer.notices),
-        )
+        return put_together(spec, names, generation, tokenizer, ignored)
 
     def reference(self, folder: Path, checkpoint: Checkpoint) -> Reference:
         """The model as transformers runs it."""

@@ -23,12 +23,12 @@ class Ties:
     Attributes:
         head: Whether the head is the target embedding; where it is not, transformers ties nothing.
         sides: Whether source and target have one embedding.
-        told: Whether the config says that the head is.
+        stated: Whether the config says that the head is.
     """
 
     head: bool
     sides: bool
-    told: bool = True
+    stated: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def take_embeddings(names: Renamer, ties: Ties, tables: Tables) -> None:
     for canonical, name in named.items():
         names.take(canonical, name, *(other for other in tied if name in tied and other != name))
     names.share_equal(*named)
-    if ties.head and ties.told:
+    if ties.head and ties.stated:
         names.tell_untied(
             "tie_word_embeddings is true", *(named if ties.sides else ("target_embedding", "head.weight"))
         )

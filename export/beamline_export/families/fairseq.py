@@ -47,6 +47,7 @@ _ONLY: Mapping[str, object] = {
     **dict.fromkeys(("scale_attn", "scale_heads", "scale_fc", "scale_resids"), False),
 }
 """Arguments that change the model, or what is put around a source, and the only value of each that is supported."""
+_TASK_OF_MBART = "translation_from_pretrained_bart"
 _NORMS = {
     "encoder": ("self_attn_layer_norm", "final_layer_norm"),
     "decoder": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
@@ -111,6 +112,11 @@ def _read_spec(args: Fields, most_positions: int) -> TransformerSpec:
         args.problems.append(f"arch {arch!r} is not supported (only transformer, and what begins so, is)")
     for name, value in _ONLY.items():
         args.must_be(name, value)
+    if args.raw("task") == _TASK_OF_MBART:
+        args.problems.append(
+            f"task {_TASK_OF_MBART} puts language tokens around sources, which is not supported; export the model as "
+            "transformers' mBART"
+        )
     d_model = args.integer("encoder_embed_dim")
     for name in ("decoder_embed_dim", "decoder_input_dim", "decoder_output_dim"):
         args.must_be(name, d_model)

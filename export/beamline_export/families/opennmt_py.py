@@ -94,6 +94,8 @@ def read(folder: Path) -> Checkpoint:
 
 def _read_spec(options: Fields, positions: int) -> TransformerSpec:
     """The spec, but for what the weights show."""
+    if options.raw("position_encoding") is None:  # by default such a model has none
+        options.problems.append("position_encoding is missing")
     for name, value in _ONLY.items():
         if options.raw(name) != _SAME.get(name, value):
             options.must_be(name, value)

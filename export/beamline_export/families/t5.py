@@ -16,6 +16,7 @@ from beamline_export.checkpoint import MOST_LAYERS, MOST_POSITIONS, Fields, read
 from beamline_export.checkpoint import read_state_dict as read_tensors
 from beamline_export.families.activations import ACTIVATIONS
 from beamline_export.families.bart_like_weights import HEAD, Tables, Ties, take_embeddings
+from beamline_export.families.hugging_face import put_together
 from beamline_export.families.relative_positions import Buckets, bias_by_offset, read_buckets
 from beamline_export.generation import read_generation
 from beamline_export.known_settings import CONFIG, T5_ALIASES, contradictions, without_effect
@@ -84,26 +85,14 @@ class Variant:
         )
         tokenizer = read_t5_tokenizer(folder, generation.tokens, self.name, class_)
         # transformers tie the tables whatever the config says; what the file has is used as it is.
-        names = _rename(spec, buckets, Ties(head=True, sides=True, told=tied), read_tensors(folder), config["d_kv"])
+        names = _rename(spec, buckets, Ties(head=True, sides=True, stated=tied), read_tensors(folder), config["d_kv"])
         if scaled and "decoder.final_norm.weight" in names.weights:
             # Nothing but the head reads what this norm gives.
             names.weights["decoder.final_norm.weight"] = _times(
                 names.weights["decoder.final_norm.weight"], spec.d_model**-0.5
             )
         ignored = without_effect(config, CONFIG[self.name], name_unknown=False)
-        return Checkpoint(
-            spec,
-            names.weights,
-            tokenizer.tokens,
-            generation.with_ignored(ignored, tokenizer.without_effect),
-            tokenizer.kind,
-            tokenizer.files,
-            generation.removed,
-            names.names,
-            names.foreign(),
-            tokenizer_settings=tokenizer.settings,
-            notices=(*_limits(config, spec), *names.notices, *tokenizer.notices),
-        )
+        return put_together(spec, names, generation, tokenizer, ignored, _limits(config, spec))
 
     def reference(self, folder: Path, checkpoint: Checkpoint) -> Reference:
         """The model as transformers runs it."""
