@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from beamline_server.bundle import DECODER_STEP, Bundle
+from beamline_server.bundle import Bundle
 from beamline_server.engine.ort.cuda.backend import providers
+from beamline_server.graphs import DECODER_STEP
 from gpu_parts.batches import bare_step
 from gpu_parts.setting import Setting
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from beamline_export.parity import all_logprobs, random_sources
-from beamline_server.bundle import DECODER_STEP, ENCODER, Bundle, Precision
+from beamline_server.bundle import Bundle
 from beamline_server.engine.backend import StepResult
 from beamline_server.engine.ort.cuda.backend import CudaBackend, providers
 from beamline_server.engine.ort.cuda.captured_graphs import CAPTURED_FROM_USE
@@ -21,6 +21,7 @@ from beamline_server.engine.ort.cuda.provider import what_is_missing
 from beamline_server.engine.ort.cuda.row_mover import RowMover
 from beamline_server.engine.ort.sessions import session_options
 from beamline_server.engine.ort.settings import CPU, CUDA
+from beamline_server.graphs import DECODER_STEP, ENCODER, Precision
 from gpu_parts.batches import busy_step, filled
 from gpu_parts.bundles import make
 from gpu_parts.parity import TOLERANCE

@@ -4,10 +4,11 @@ import math
 import time
 from typing import Any
 
-from beamline_server.bundle import DECODER_STEP, Bundle
+from beamline_server.bundle import Bundle
 from beamline_server.engine.ort.cuda.backend import CudaBackend
 from beamline_server.engine.ort.cuda.buckets import FromBatch, FromEncoder, Origin
 from beamline_server.engine.ort.cuda.captured_graphs import CAPTURED_FROM_USE
+from beamline_server.graphs import DECODER_STEP
 from gpu_parts.batches import SLOTS, busy_step, filled
 from gpu_parts.setting import Setting, median
 

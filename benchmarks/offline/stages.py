@@ -7,8 +7,9 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from beamline_server.bundle import WEIGHTS, Bundle, load_bundle
+from beamline_server.bundle import Bundle, load_bundle
 from beamline_server.engine.admission import SHARED_WIDTH
+from beamline_server.manifest import WEIGHTS
 from beamline_server.models.load import usable_cores
 from beamline_server.process import ServerProcess
 from offline.bench import Bench

@@ -7,8 +7,7 @@ from beamline_export.graph_writer import GraphWriter, WeightsFile
 from beamline_export.layers import Layers, Rectangle
 from beamline_export.precision import WeightStore
 from beamline_export.spec import Checkpoint, TransformerSpec
-from beamline_server.bundle import DECODER_STEP, ENCODER, bundle_graphs, decoder_pieces
-from beamline_server.graphs import ElementType, GraphSpec
+from beamline_server.graphs import DECODER_STEP, ENCODER, ElementType, GraphSpec, bundle_graphs, decoder_pieces
 
 _ATTENTION_RECTANGLE = Rectangle("row_of", "back")
 

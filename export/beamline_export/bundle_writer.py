@@ -42,23 +42,19 @@ from beamline_export.progress import Progress
 from beamline_export.spec import Checkpoint, ExportError, TransformerSpec, check_weights
 from beamline_export.stopping import SIGNALS
 from beamline_export.vocabularies import check_vocabularies
-from beamline_server.bundle import (
+from beamline_server.bundle import Bundle, BundleError, checksum_line, load_bundle, read_manifest
+from beamline_server.engine.backend import Backend
+from beamline_server.engine.ort.cuda.backend import CudaBackend
+from beamline_server.graphs import DECODER_STEP
+from beamline_server.manifest import (
     CHECKSUM,
-    DECODER_STEP,
     FORMAT_VERSION,
     MANIFEST,
     NAME_PATTERN,
     RELATIVE_BIAS,
     WEIGHTS,
     Activations,
-    Bundle,
-    BundleError,
-    checksum_line,
-    load_bundle,
-    read_manifest,
 )
-from beamline_server.engine.backend import Backend
-from beamline_server.engine.ort.cuda.backend import CudaBackend
 from beamline_server.models.forced import forced_decode
 from beamline_server.models.load import DeviceError, build_backend, choose_device, usable_cores
 from beamline_server.tokenizer import load_tokenizer

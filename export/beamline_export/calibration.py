@@ -20,11 +20,12 @@ from beamline_export.languages import default_around, require_default_target
 from beamline_export.parity import Progress
 from beamline_export.precision import Fp32Store
 from beamline_export.spec import Array, ExportError
-from beamline_server.bundle import Bundle, GenerationDefaults
+from beamline_server.bundle import Bundle
 from beamline_server.engine.ort.cpu import CpuBackend
 from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, SearchOptions
 from beamline_server.graphs import TensorSpec
 from beamline_server.languages import NOTHING_AROUND
+from beamline_server.manifest import GenerationDefaults
 from beamline_server.models.forced import forced_decode
 from beamline_server.models.load import model_rules, usable_cores
 from beamline_server.tokenizer import load_tokenizer

@@ -17,7 +17,7 @@ from beamline.text_lines import NotText, TextLine, read_lines
 from beamline_export.agreement import Tokens
 from beamline_export.languages import default_around, require_default_target
 from beamline_export.spec import ExportError
-from beamline_server.bundle import Bundle, GenerationDefaults, Manifest
+from beamline_server.bundle import Bundle
 from beamline_server.engine.request import (
     MAX_BEAMS,
     MAX_LENGTH_PENALTY,
@@ -26,6 +26,7 @@ from beamline_server.engine.request import (
     SearchOptions,
 )
 from beamline_server.likeness import did_you_mean
+from beamline_server.manifest import GenerationDefaults, Manifest
 from beamline_server.tokenizer import Tokenizer, load_tokenizer
 
 MOST_LINES = 1000

@@ -9,8 +9,8 @@ from beamline_export.checkpoint import Fields, read_optional_json
 from beamline_export.spec import ExportError
 from beamline_export.tokenizer_config import CONFIG_FILE
 from beamline_server.bounds import LONGEST_LANGUAGE, MOST_LANGUAGES, MOST_TOKENS
-from beamline_server.bundle import Manifest
 from beamline_server.languages import Around, Language, Languages, near_names
+from beamline_server.manifest import Manifest
 
 SourceMarked = Literal["none", "source_before", "source_after"]
 TargetBegins = Literal["none", "forced_first", "decoder_start"]

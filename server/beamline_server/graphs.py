@@ -1,8 +1,8 @@
 """The graph contract as data: names, types and symbolic axes of what goes in and comes out.
 
-`bundle.bundle_graphs` says which graphs there are. The decoder is one graph where attention is a node of it (CUDA), and
-where the engine computes attention itself (CPU), the pieces between the attentions: each computes row by row, and takes
-what the attention before it gave, and the residual of the piece before.
+`bundle_graphs` says which graphs there are, and in which files. The decoder is one graph where attention is a node of
+it (CUDA), and where the engine computes attention itself (CPU), the pieces between the attentions: each computes row by
+row, and takes what the attention before it gave, and the residual of the piece before.
 
 Axes: S sentences, N rows, Q query length of the attention rectangle, P slots of the self-attention pool, R source
 length of the cross-attention rectangle, D width, C candidates per row. Queries, keys and values may be of another width
@@ -23,6 +23,10 @@ from typing import Literal
 Axis = str | int
 ElementType = Literal["float32", "float16", "int64", "bool"]
 LARGEST_PART = 8
+ENCODER = "encoder.onnx"
+DECODER_STEP = "decoder_step.onnx"
+
+Precision = Literal["fp32", "fp16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,44 @@ class GraphSpec:
 
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
+
+
+def decoder_pieces(layers: int) -> list[str]:
+    """Names of the graphs that a decoder step of so many layers is cut into at its attentions, in their order."""
+    return [f"decoder_piece_{number}.onnx" for number in range(2 * layers + 1)]
+
+
+def decoder_graphs(precision: str, layers: int, *, relative: bool = False) -> list[str]:
+    """Names of the decoder's graphs in a bundle: the whole step where CUDA runs it, the pieces where the CPU does.
+
+    With relative positions there is no whole step.
+    """
+    whole, pieces = [] if relative else [DECODER_STEP], decoder_pieces(layers)
+    return {"fp16": whole, "int8": pieces, "fp32": [*whole, *pieces]}[precision]
+
+
+def bundle_graphs(  # noqa: PLR0913 - what graphs differ by
+    precision: str,
+    cache: ElementType,
+    *,
+    layers: int,
+    width: int,
+    vocabulary: int,
+    attention: int | None = None,
+    relative: bool = False,
+) -> dict[str, GraphSpec]:
+    """The contracts of all graphs of a bundle, by the names of their files; keys and values are of type `cache`.
+
+    `attention` is the width of queries, keys and values, by default `width`; `relative` as `decoder_graphs`.
+    """
+    wide = attention or width
+    contracts = {
+        ENCODER: encoder_graph(layers, wide, cache),
+        DECODER_STEP: decoder_step_graph(layers, wide, vocabulary, cache),
+    }
+    for number, name in enumerate(decoder_pieces(layers)):
+        contracts[name] = decoder_piece_graph(number, layers, width, vocabulary, wide)
+    return {name: contracts[name] for name in (ENCODER, *decoder_graphs(precision, layers, relative=relative))}
 
 
 def encoder_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:

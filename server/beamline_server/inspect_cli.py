@@ -11,11 +11,11 @@ from beamline_server.bundle import (
     MOST_FOREIGN_TOLD,
     Bundle,
     BundleError,
-    Manifest,
     load_bundle,
     printable,
     read_manifest,
 )
+from beamline_server.manifest import Manifest
 
 Row = tuple[str, str]
 

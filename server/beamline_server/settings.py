@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, Never
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from beamline_server.bundle import NAME_PATTERN
 from beamline_server.engine.admission import DEFAULT_QUEUE_ROWS, DEFAULT_ROWS
 from beamline_server.engine.request import MAX_BEAMS
 from beamline_server.likeness import closest
+from beamline_server.manifest import NAME_PATTERN
 
 ENVIRONMENT_PREFIX = "BEAMLINE_"
 CONFIG_VARIABLE = "BEAMLINE_CONFIG"

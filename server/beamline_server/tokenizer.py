@@ -9,8 +9,9 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from beamline_server.bundle import EXPORT_AGAIN, Bundle, BundleError, Manifest, in_short
+from beamline_server.bundle import EXPORT_AGAIN, Bundle, BundleError, in_short
 from beamline_server.languages import NOTHING_AROUND, Around
+from beamline_server.manifest import Manifest
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _FIRST_BYTE = 3

@@ -23,20 +23,7 @@ from google.rpc import status_pb2
 from prometheus_client import CollectorRegistry
 
 from beamline.v1.generation_pb2_grpc import GenerationServiceStub
-from beamline_server.bundle import (
-    CHECKSUM,
-    ENCODER,
-    FORMAT_VERSION,
-    MANIFEST,
-    WEIGHTS,
-    Bundle,
-    Dimensions,
-    FileEntry,
-    Manifest,
-    bundle_graphs,
-    checksum_line,
-    decoder_graphs,
-)
+from beamline_server.bundle import Bundle, checksum_line
 from beamline_server.engine.errors import EngineError, EngineStopped, QueueFull, RequestCancelled, WouldBeLate
 from beamline_server.engine.request import (
     Completed,
@@ -50,7 +37,9 @@ from beamline_server.engine.request import (
     Timing,
 )
 from beamline_server.engine.workers import EngineLoad, WorkerState
+from beamline_server.graphs import ENCODER, bundle_graphs, decoder_graphs
 from beamline_server.languages import NOTHING_AROUND, Around
+from beamline_server.manifest import CHECKSUM, FORMAT_VERSION, MANIFEST, WEIGHTS, Dimensions, FileEntry, Manifest
 from beamline_server.metrics import Metrics
 from beamline_server.rpc.aio_server import AioServer
 from beamline_server.rpc.desk import Desk

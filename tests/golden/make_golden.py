@@ -23,10 +23,11 @@ from beamline_export.parity import all_logprobs, random_sources
 from beamline_export.progress import Progress
 from beamline_export.reference_search import reference_search
 from beamline_export.testing import nn_config, write_nn_transformer
-from beamline_server.bundle import FORMAT_VERSION, Bundle
+from beamline_server.bundle import Bundle
 from beamline_server.engine.backend import Backend
 from beamline_server.engine.request import EarlyStopping, SearchOptions
 from beamline_server.engine.step import ModelRules
+from beamline_server.manifest import FORMAT_VERSION
 from beamline_server.models.load import build_backend, model_rules
 from beamline_server.tokenizer import load_tokenizer
 

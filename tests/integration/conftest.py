@@ -13,7 +13,8 @@ import pytest
 
 from beamline.v1.generation_pb2_grpc import GenerationServiceStub
 from beamline_client import Client
-from beamline_server.bundle import MANIFEST, Bundle
+from beamline_server.bundle import Bundle
+from beamline_server.manifest import MANIFEST
 from beamline_server.process import ServerProcess
 from doubles.service import write_manifest
 

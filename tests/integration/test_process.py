@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from beamline_server.bundle import MANIFEST
+from beamline_server.manifest import MANIFEST
 from beamline_server.process import ProcessFailed, ServerProcess
 from doubles.service import write_manifest
 

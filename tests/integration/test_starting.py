@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from beamline_client import Client
-from beamline_server.bundle import MANIFEST, Bundle
+from beamline_server.bundle import Bundle
 from beamline_server.engine.ort.c_api import available_providers
 from beamline_server.engine.ort.settings import CUDA
+from beamline_server.manifest import MANIFEST
 from beamline_server.process import BEAMLINE, ServerProcess
 from doubles.service import write_manifest
 

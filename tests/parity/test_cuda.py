@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from beamline_export.agreement import Tokens, answers, search_all, searching_core
 from beamline_export.parity import all_logprobs
-from beamline_server.bundle import Bundle, Precision
+from beamline_server.bundle import Bundle
 from beamline_server.engine.backend import Backend
 from beamline_server.engine.ort.cpu import CpuBackend
 from beamline_server.engine.ort.cuda.backend import CudaBackend, providers
@@ -18,6 +18,7 @@ from beamline_server.engine.ort.cuda.provider import provider_options, what_is_m
 from beamline_server.engine.ort.sessions import Sessions
 from beamline_server.engine.ort.settings import CUDA
 from beamline_server.engine.request import EarlyStopping, SearchOptions
+from beamline_server.graphs import Precision
 from beamline_server.models.load import model_rules
 from beamline_server.tokenizer import load_tokenizer
 

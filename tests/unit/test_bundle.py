@@ -14,18 +14,9 @@ from typing import Any
 
 import pytest
 
-from beamline_server.bundle import (
-    CHECKSUM,
-    DECODER_STEP,
-    MANIFEST,
-    BundleError,
-    checksum_line,
-    decoder_graphs,
-    decoder_pieces,
-    digest,
-    load_bundle,
-    read_manifest,
-)
+from beamline_server.bundle import BundleError, checksum_line, digest, load_bundle, read_manifest
+from beamline_server.graphs import DECODER_STEP, decoder_graphs, decoder_pieces
+from beamline_server.manifest import CHECKSUM, MANIFEST
 from doubles.service import make_manifest, write_bundle, write_manifest
 
 CALIBRATED = {"scaled": "calibrated", "sentences": 400, "ranges": {"head.weight": 8.5, "cross_kv": 0.0}}

@@ -9,12 +9,12 @@ from beamline_client.address import DEFAULT_SERVER, GRPC_PORT
 from beamline_client.load.scrape import METRICS_PORT
 from beamline_client.load.setup import LoadOptions
 from beamline_client.testing import described
-from beamline_server.bundle import NAME_PATTERN
 from beamline_server.engine.admission import DEFAULT_ROWS
 from beamline_server.engine.ort.cuda.backend import ENCODER_GRAPHS, STEP_GRAPHS
 from beamline_server.engine.ort.cuda.captured_graphs import CAPTURED_FROM_USE
 from beamline_server.engine.ort.settings import SPIN_US
 from beamline_server.engine.request import MAX_LENGTH_PENALTY
+from beamline_server.manifest import NAME_PATTERN
 from beamline_server.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]

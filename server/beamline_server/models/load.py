@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from beamline_server.bundle import EXPORT_AGAIN, Bundle, BundleError, Golden, Manifest, in_short
+from beamline_server.bundle import EXPORT_AGAIN, Bundle, BundleError, in_short
 from beamline_server.engine.admission import (
     DEFAULT_QUEUE_ROWS,
     DEFAULT_ROWS,
@@ -26,6 +26,7 @@ from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import MAX_BEAMS, Deliver, Failed, GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.step import EngineCore, ModelRules
 from beamline_server.engine.workers import Engine
+from beamline_server.manifest import Golden, Manifest
 from beamline_server.models.forced import forced_decode
 
 _log = logging.getLogger(__name__)

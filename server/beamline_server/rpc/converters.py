@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 from beamline.v1 import generation_pb2 as pb
-from beamline_server.bundle import GenerationDefaults, Manifest
 from beamline_server.engine.errors import Violation
 from beamline_server.engine.request import (
     MAX_LENGTH_PENALTY,
@@ -18,6 +17,7 @@ from beamline_server.engine.request import (
     SearchOptions,
 )
 from beamline_server.languages import Around, Marks
+from beamline_server.manifest import GenerationDefaults, Manifest
 from beamline_server.rpc.content import ContentReader
 from beamline_server.rpc.desk import Source
 from beamline_server.rpc.errors import InvalidRequest, ModelNotFound

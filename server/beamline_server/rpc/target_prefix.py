@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from beamline.v1 import generation_pb2 as pb
-from beamline_server.bundle import SpecialTokens
 from beamline_server.engine.request import SearchOptions
 from beamline_server.languages import Around, Marks, ModelLanguages
+from beamline_server.manifest import SpecialTokens
 from beamline_server.rpc.content import Content, ContentReader
 
 

@@ -24,7 +24,9 @@ from beamline_export.progress import Progress
 from beamline_export.reference import Reference
 from beamline_export.spec import Array, Checkpoint, ExportError
 from beamline_export.stopping import SIGNALS, Stopped
-from beamline_server.bundle import DECODER_STEP, ENCODER, MANIFEST, WEIGHTS, Bundle, decoder_pieces, load_bundle
+from beamline_server.bundle import Bundle, load_bundle
+from beamline_server.graphs import DECODER_STEP, ENCODER, decoder_pieces
+from beamline_server.manifest import MANIFEST, WEIGHTS
 
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 

@@ -31,10 +31,11 @@ from beamline_export.progress import Progress
 from beamline_export.reference import HuggingFaceReference
 from beamline_export.spec import ExportError
 from beamline_export.testing import DECODER_START, EOS, write_hugging_face
-from beamline_server.bundle import WEIGHTS, Bundle, FileEntry, GenerationDefaults, load_bundle
+from beamline_server.bundle import Bundle, load_bundle
 from beamline_server.engine.ort.sessions import session_options
 from beamline_server.engine.request import EarlyStopping, SearchOptions
 from beamline_server.graphs import GraphSpec, TensorSpec
+from beamline_server.manifest import WEIGHTS, FileEntry, GenerationDefaults
 from beamline_server.models.load import build_backend, model_rules
 from doubles.service import make_manifest, write_bundle
 

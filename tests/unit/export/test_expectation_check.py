@@ -17,9 +17,10 @@ from beamline_export.expectation_check import ExpectedOutputs
 from beamline_export.expectations import Expectations, Line
 from beamline_export.reference_search import reference_search
 from beamline_export.spec import ExportError
-from beamline_server.bundle import Bundle, FileEntry, Manifest, TokenizerEntry
+from beamline_server.bundle import Bundle
 from beamline_server.engine.request import EarlyStopping, SearchOptions
 from beamline_server.engine.step import ModelRules
+from beamline_server.manifest import FileEntry, Manifest, TokenizerEntry
 from beamline_server.models.load import model_rules
 from doubles.engine import RandomTable, TableBackend
 from doubles.service import make_manifest

@@ -10,7 +10,8 @@ from beamline_export.cli import main
 from beamline_export.progress import Progress
 from beamline_export.spec import ExportError
 from beamline_export.testing import write_hugging_face
-from beamline_server.bundle import WEIGHTS, Bundle
+from beamline_server.bundle import Bundle
+from beamline_server.manifest import WEIGHTS
 
 SENTENCES = "".join(f"{a} {b} {a} 1\n" for a in range(4, 24) for b in (30, 60, 90))
 

@@ -21,9 +21,9 @@ from beamline_export.precision import CalibratedInt8Store, Fp16Store, Fp32Store,
 from beamline_export.progress import Progress
 from beamline_export.spec import Array, ExportError, TransformerSpec
 from beamline_export.testing import EOS, nn_config, write_hugging_face, write_nn_transformer
-from beamline_server.bundle import DECODER_STEP, ENCODER, WEIGHTS, decoder_pieces
 from beamline_server.engine.ort.sessions import session_options
-from beamline_server.graphs import GraphSpec, TensorSpec, decoder_piece_graph
+from beamline_server.graphs import DECODER_STEP, ENCODER, GraphSpec, TensorSpec, decoder_piece_graph, decoder_pieces
+from beamline_server.manifest import WEIGHTS
 
 Values = Mapping[str, NDArray[Any]]
 Write = Callable[[Path, float], Path]

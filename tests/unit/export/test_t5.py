@@ -21,7 +21,8 @@ from beamline_export.progress import Progress
 from beamline_export.spec import Checkpoint, ExportError, check_weights
 from beamline_export.testing import write_hugging_face
 from beamline_export.vocabularies import check_vocabularies
-from beamline_server.bundle import Bundle, BundleError, Dimensions, load_bundle
+from beamline_server.bundle import Bundle, BundleError, load_bundle
+from beamline_server.manifest import Dimensions
 from beamline_server.tokenizer import load_tokenizer
 
 FAMILIES = ["t5", "mt5", "umt5"]

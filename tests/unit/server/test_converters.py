@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from beamline.v1 import generation_pb2 as pb
-from beamline_server.bundle import GenerationDefaults
 from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, Priority, SearchOptions
 from beamline_server.languages import NOTHING_AROUND, Around
+from beamline_server.manifest import GenerationDefaults
 from beamline_server.rpc.converters import Limits, Order, RequestReader, default_search, limits_of
 from beamline_server.rpc.errors import InvalidRequest, ModelNotFound
 from beamline_server.settings import Settings, SettingsError

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from beamline.v1 import generation_pb2 as pb
-from beamline_server.bundle import Manifest
 from beamline_server.engine.request import SearchOptions
 from beamline_server.languages import Languages, ModelLanguages, near_names
+from beamline_server.manifest import Manifest
 from beamline_server.rpc.converters import Limits, Order, RequestReader
 from beamline_server.rpc.desk import Source
 from beamline_server.rpc.errors import InvalidRequest

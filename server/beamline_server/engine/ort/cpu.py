@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from beamline_server.bundle import ENCODER, RELATIVE_BIAS, WEIGHTS, Bundle, Dimensions, decoder_pieces
+from beamline_server.bundle import Bundle
 from beamline_server.engine.admission import ENCODE_TOGETHER, Capacity
 from beamline_server.engine.backend import Cache, Encoded, StepResult
 from beamline_server.engine.ort.attention import TOGETHER
@@ -31,6 +31,8 @@ from beamline_server.engine.ort.settings import ENCODER_INPUTS, settings
 from beamline_server.engine.pack import LEAST_QUERIES, EncoderInputs, Extent, extent, flat, pack_encoder
 from beamline_server.engine.request import MAX_BEAMS
 from beamline_server.engine.table import FloatArray, IntArray, Table, table_bytes
+from beamline_server.graphs import ENCODER, decoder_pieces
+from beamline_server.manifest import RELATIVE_BIAS, WEIGHTS, Dimensions
 
 _FLOAT = 4
 _ROW_WIDTHS = 24

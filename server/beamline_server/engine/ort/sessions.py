@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from beamline_server.bundle import DECODER_STEP, ENCODER, WEIGHTS, Bundle
+from beamline_server.bundle import Bundle
 from beamline_server.engine.ort.settings import settings
+from beamline_server.graphs import DECODER_STEP, ENCODER
+from beamline_server.manifest import WEIGHTS
 
 _SILENT = 4
 """onnxruntime's own lines are plain text among the JSON of the log, and what is wrong comes as an exception as well."""

@@ -15,7 +15,7 @@ import pytest
 from beamline_export.bundle_writer import ExportOptions, export
 from beamline_export.progress import Progress
 from beamline_export.testing import write_hugging_face
-from beamline_server.bundle import Bundle, decoder_pieces
+from beamline_server.bundle import Bundle
 from beamline_server.engine.admission import Capacity
 from beamline_server.engine.backend import StepResult
 from beamline_server.engine.observer import NullObserver
@@ -27,6 +27,7 @@ from beamline_server.engine.ort.pages import PAGE
 from beamline_server.engine.request import MAX_BEAMS, GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.step import EngineCore
 from beamline_server.engine.table import FloatArray
+from beamline_server.graphs import decoder_pieces
 from beamline_server.models.load import model_rules
 from doubles.engine import run_until_idle
 from doubles.fed import FedSequences, Tokens, logprobs_alone

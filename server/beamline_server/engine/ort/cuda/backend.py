@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from beamline_server.bundle import Bundle, Precision
+from beamline_server.bundle import Bundle
 from beamline_server.engine.backend import Cache, Encoded
 from beamline_server.engine.ort.cuda.buckets import Buckets
 from beamline_server.engine.ort.cuda.captured_graphs import CapturedGraphs
@@ -15,6 +15,7 @@ from beamline_server.engine.ort.cuda.provider import preload, provider_options, 
 from beamline_server.engine.ort.cuda.row_mover import RowMover
 from beamline_server.engine.ort.sessions import Sessions
 from beamline_server.engine.ort.settings import CPU, CUDA
+from beamline_server.graphs import Precision
 
 STEP_GRAPHS, ENCODER_GRAPHS = 96, 32
 """Captured graphs at most; each keeps some hundred kilobytes of host and device memory for the life of the process."""

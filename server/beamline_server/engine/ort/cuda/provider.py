@@ -17,9 +17,9 @@ import io
 import logging
 from dataclasses import dataclass
 
-from beamline_server.bundle import Precision
 from beamline_server.engine.ort.c_api import available_providers, installed_folder
 from beamline_server.engine.ort.settings import CUDA
+from beamline_server.graphs import Precision
 
 INSTALL = "install the extra server-gpu in place of server"
 _FLASH_OR_MEMORY_EFFICIENT = 3

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from beamline_server.bundle import Precision
 from beamline_server.engine.ort.cuda.backend import providers
 from beamline_server.engine.ort.cuda.provider import Driver, ask_driver, driver_problem, provider_options
 from beamline_server.engine.ort.settings import CPU, CUDA
+from beamline_server.graphs import Precision
 from beamline_server.models.load import DeviceError, choose_device
 
 KNOWN = {
