@@ -22,6 +22,7 @@ from beamline_server.engine.processors import SearchRules
 from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
 from beamline_server.engine.step import EngineCore, ModelRules
 from beamline_server.engine.table import FloatArray, IntArray
+from beamline_server.graphs import GraphSizes
 
 SIZES = ((1, 1), (1, 4), (8, 4), (32, 4), (64, 4), (256, 1), (256, 4), (1024, 1))
 """Sentences, and rows of each."""
@@ -44,6 +45,7 @@ class FreeBackend:
 
     device = "cpu"
     encode_tokens = 1024
+    has_encoder = True
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -79,7 +81,7 @@ class FreeBackend:
 
 class _FreePieces(Pieces):
     def __init__(self, backend: FreeBackend) -> None:
-        super().__init__((), Sizes(_WIDTH, 1, VOCABULARY), note=None)
+        super().__init__((), Sizes(GraphSizes(1, _WIDTH, VOCABULARY), 1), note=None)
         self._backend = backend
 
     def run(self, rows: int, count: int, *_: object, **__: object) -> StepResult:

@@ -59,6 +59,7 @@ class CostlyModel:
 
     device = "cpu"
     encode_tokens = 256
+    has_encoder = True
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock

@@ -67,6 +67,7 @@ class TimedBackend:
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
         self.device, self.encode_tokens = inner.device, inner.encode_tokens
+        self.has_encoder = inner.has_encoder
         self.encodes: list[Call] = []
         self.placings: list[Call] = []
         self.runs: list[Call] = []

@@ -48,6 +48,14 @@ def search_all(
     return answers(searching_core(backend, rules), searches)
 
 
+def first_input(backend: Backend, source: Sequence[int], rules: ModelRules) -> tuple[Tokens, int]:
+    """What is read before the first decoder input of a search, and that input.
+
+    Of a model without an encoder, these are the prompt without its last token, and the last one.
+    """
+    return (tuple(source), rules.decoder_start) if backend.has_encoder else (tuple(source[:-1]), source[-1])
+
+
 def searching_core(backend: Backend, rules: ModelRules) -> EngineCore:
     """An engine for `answers`; what its caches are bound to stays from one use to the next."""
     return EngineCore(backend, rules, Capacity(256, 1 << 20), clock=lambda: 0.0, observer=NullObserver())
@@ -93,8 +101,8 @@ class _Recorder:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self.device = backend.device
-        self.encode_tokens = backend.encode_tokens
+        self.device, self.encode_tokens = backend.device, backend.encode_tokens
+        self.has_encoder = backend.has_encoder
         self.beams: list[list[Tokens]] = []
 
     def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:

@@ -16,7 +16,7 @@ def build_graphs(
     checkpoint: Checkpoint, store: WeightStore, precision: str, weights: WeightsFile
 ) -> dict[str, onnx.ModelProto]:
     """All graphs of a bundle of this precision, by the names of their files."""
-    pieces = decoder_pieces(checkpoint.spec.decoder_layers)
+    pieces = decoder_pieces(checkpoint.spec.graph_sizes)
     graphs = {}
     for name, contract in contracts(checkpoint.spec, precision, store.cache).items():
         layers = Layers(GraphWriter(weights), checkpoint, store)
@@ -32,15 +32,7 @@ def build_graphs(
 
 def contracts(spec: TransformerSpec, precision: str, cache: ElementType) -> dict[str, GraphSpec]:
     """What the graphs of a bundle of this precision promise, by the names of their files."""
-    return bundle_graphs(
-        precision,
-        cache,
-        layers=spec.decoder_layers,
-        width=spec.d_model,
-        vocabulary=spec.target_vocabulary,
-        attention=spec.attention,
-        relative=spec.relative_positions is not None,
-    )
+    return bundle_graphs(precision, cache, spec.graph_sizes)
 
 
 def _encoder(layers: Layers, contract: GraphSpec) -> None:
@@ -105,7 +97,7 @@ def _decoder_part(
     Args:
         layers: Where the nodes go.
         number: 0 before the first attention; 2 i + 1 after the self-attention of layer i; 2 i + 2 after its
-            cross-attention.
+            cross-attention. Without an encoder, i + 1 after the self-attention of layer i.
         attended: What the attention before gives, (N, D).
         residual: What the part before gives on, (N, D).
 
@@ -114,15 +106,31 @@ def _decoder_part(
     """
     if number == 0:
         return _to_self_attention(layers, 0, layers.embed("target", "ids", "positions"))
+    if layers.spec.decoder_only:
+        return _decoder_layer(layers, number - 1, attended, residual)
     i, after_cross = divmod(number - 1, 2)
     attention = f"decoder.{i}.{'cross' if after_cross else 'self'}_attention"
     x = layers.after(residual, layers.output(attended, attention), f"{attention}_norm")
     if not after_cross:
         return _to_cross_attention(layers, i, x)
-    x = layers.feed_forward(x, f"decoder.{i}")
-    return (
-        {"logits": _logits(layers, x)} if i + 1 == layers.spec.decoder_layers else _to_self_attention(layers, i + 1, x)
-    )
+    return _to_next_layer(layers, i, layers.feed_forward(x, f"decoder.{i}"))
+
+
+def _decoder_layer(layers: Layers, i: int, attended: str, residual: str) -> dict[str, str]:
+    """What a decoder without an encoder computes after the attention of layer i."""
+    name = f"decoder.{i}"
+    y = layers.output(attended, f"{name}.self_attention")
+    if layers.spec.parallel_residual:
+        both = layers.g.one("Add", y, layers.fed_forward(residual, name))
+        return _to_next_layer(layers, i, layers.g.one("Add", residual, both))
+    x = layers.after(residual, y, f"{name}.self_attention_norm")
+    return _to_next_layer(layers, i, layers.feed_forward(x, name))
+
+
+def _to_next_layer(layers: Layers, i: int, x: str) -> dict[str, str]:
+    """From the end of layer i to the next attention, or to the scores of all tokens."""
+    last = i + 1 == layers.spec.decoder_layers
+    return {"logits": _logits(layers, x)} if last else _to_self_attention(layers, i + 1, x)
 
 
 def _to_self_attention(layers: Layers, i: int, x: str) -> dict[str, str]:

@@ -45,7 +45,6 @@ from beamline_export.vocabularies import check_vocabularies
 from beamline_server.bundle import Bundle, BundleError, checksum_line, load_bundle, read_manifest
 from beamline_server.engine.backend import Backend
 from beamline_server.engine.ort.cuda.backend import CudaBackend
-from beamline_server.graphs import DECODER_STEP
 from beamline_server.manifest import (
     CHECKSUM,
     FORMAT_VERSION,
@@ -130,9 +129,9 @@ def export_checkpoint(
         generation = {**checkpoint.generation, "not_supported": bounded(unsupported)}
         checkpoint = dataclasses.replace(checkpoint, generation=generation)
         check_weights(checkpoint)
-        if checkpoint.spec.relative_positions is not None and options.precision == "fp16":
+        if checkpoint.spec.cpu_only is not None and options.precision == "fp16":
             raise ExportError(
-                f"relative positions, as {checkpoint.spec.architecture} has them, are not in the CUDA graph yet; "
+                f"{checkpoint.spec.architecture} has {checkpoint.spec.cpu_only}, which no graph for CUDA has yet; "
                 "export it with --precision fp32 or int8, for the CPU"
             )
         notices = [*weight_files_not_read(source), *checkpoint.notices, *check_vocabularies(checkpoint, source)]
@@ -335,7 +334,7 @@ class _Writing:
                 "d_model": spec.d_model,
                 "decoder_layers": spec.decoder_layers,
                 "decoder_heads": spec.decoder_heads,
-                "source_vocabulary": spec.source_vocabulary,
+                "source_vocabulary": spec.target_vocabulary if spec.decoder_only else spec.source_vocabulary,
                 "target_vocabulary": spec.target_vocabulary,
                 "max_source_tokens": spec.max_source_positions,
                 "max_target_tokens": spec.max_target_positions,
@@ -381,11 +380,16 @@ def _plain_name(source: Path) -> str:
 
 def _beside(spec: TransformerSpec) -> dict[str, Any]:
     """Dimensions that are left out where there is nothing to tell: servers of before know no such field."""
-    wide = {} if spec.attention == spec.d_model else {"attention_width": spec.attention}
-    if (relative := spec.relative_positions) is None:
-        return wide
-    layers = relative.layers(spec.decoder_layers)
-    return {**wide, "relative_positions": {"layers": layers, "distances": relative.decoder_reach + 1}}
+    told: dict[str, Any] = {
+        "attention_width": None if spec.attention == spec.d_model else spec.attention,
+        "key_value_heads": spec.key_value_heads,
+        "decoder_only": spec.decoder_only or None,
+        "rotary_positions": spec.rotary is not None or None,
+    }
+    if (relative := spec.relative_positions) is not None:
+        layers = relative.layers(spec.decoder_layers)
+        told["relative_positions"] = {"layers": layers, "distances": relative.decoder_reach + 1}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _load_backend(bundle: Bundle) -> Backend:
@@ -403,24 +407,34 @@ def _by_whole_step(bundle: Bundle, probe: Probe) -> NDArray[np.float32] | None:
 
     Nothing of it stays loaded, so that the weights are in memory once at a time.
     """
-    if not {DECODER_STEP} < set(bundle.manifest.dimensions.decoder_graphs(bundle.manifest.precision)):
+    if bundle.manifest.precision != "fp32" or not bundle.manifest.dimensions.graph_sizes.whole_step:
         return None
     return forced_decodes(bundle, CudaBackend(bundle, device="cpu", threads=usable_cores()), probe)
 
 
 def _probe(bundle: Bundle) -> Probe:
-    dimensions = bundle.manifest.dimensions
+    dimensions, usual = bundle.manifest.dimensions, Probe(())
     longest = min(_LONGEST_PROBE, dimensions.max_source_tokens)
-    return Probe(random_sources(dimensions.source_vocabulary, bundle.manifest.special_tokens.source_eos, longest))
+    if not dimensions.decoder_only:
+        return Probe(random_sources(dimensions.source_vocabulary, bundle.manifest.special_tokens.source_eos, longest))
+    # Of few positions, half are for what follows the prompt.
+    longest = min(longest, max(1, dimensions.max_target_tokens // 2))
+    rest = dimensions.max_target_tokens - longest
+    prompts = random_sources(dimensions.source_vocabulary, None, longest)
+    lengths = min(usual.forced_length, rest), min(usual.search_length, rest)
+    return Probe(prompts, forced_length=lengths[0], search_length=lengths[1])
 
 
 def _golden(bundle: Bundle, backend: Backend, seed: int) -> dict[str, Any]:
     """A forced decode along the model's own greedy path, as this machine computes it."""
     dimensions, tokens = bundle.manifest.dimensions, bundle.manifest.special_tokens
-    longest = min(8 + 8 * seed, dimensions.max_source_tokens)
+    longest, steps = min(8 + 8 * seed, dimensions.max_source_tokens), min(_GOLDEN_STEPS, dimensions.max_target_tokens)
+    if dimensions.decoder_only:
+        longest = min(longest, max(1, dimensions.max_target_tokens // 2))
+        steps = min(steps, dimensions.max_target_tokens - longest)
     source = random_sources(dimensions.source_vocabulary, tokens.source_eos, longest, count=4, seed=seed)[-1]
     forced = [tokens.decoder_start]
-    for _ in range(min(_GOLDEN_STEPS, dimensions.max_target_tokens) - 1):
+    for _ in range(steps - 1):
         forced.append(forced_decode(backend, source, tuple(forced))[0][-1])
     _, top_logprob = forced_decode(backend, source, tuple(forced))
     return {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beamline_export.agreement import NEAR_TIE, Tokens, search_all
+from beamline_export.agreement import NEAR_TIE, Tokens, first_input, search_all
 from beamline_export.expectations import Example, Expectations, resolve, same_up_to
 from beamline_export.parity import TOLERANCES, Progress, all_logprobs
 from beamline_export.reference_search import processed
@@ -151,8 +151,9 @@ class ExpectedOutputs:
 
     def _forced(self, backend: Backend, source: Tokens, target: Tokens) -> NDArray[np.float32]:
         """Log-probabilities along the target, (T, V)."""
-        inputs = np.array([[self._rules.decoder_start, *target[:-1]]])
-        rows: NDArray[np.float32] = all_logprobs(backend, [source], inputs, self._rules.vocabulary)[0]
+        before, start = first_input(backend, source, self._rules)
+        inputs = np.array([[start, *target[:-1]]])
+        rows: NDArray[np.float32] = all_logprobs(backend, [before], inputs, self._rules.vocabulary)[0]
         return rows
 
     def _told(self, example: Example, output: Tokens, where: "_Parting") -> str:

@@ -39,7 +39,7 @@ class Layers:
         x = self.store.embedding(self.g, ids, self.shared_name(name), self.weights(name))
         if self.spec.embedding_scale != 1.0:
             x = self.g.one("Mul", x, self.g.constant(self.spec.embedding_scale, np.dtype(self.store.cache).type))
-        if self.spec.relative_positions is not None:
+        if self.spec.relative_positions is not None or self.spec.rotary is not None:
             return x
         position = self._position(side, ids, positions)
         norm = "encoder.embedding_norm" if side == "source" else "decoder.embedding_norm"
@@ -98,12 +98,39 @@ class Layers:
         return self.norm(total, norm) if self.spec.norm_placement is NormPlacement.POST else total
 
     def query_key_value(self, x: str, name: str) -> str:
-        """Queries, keys and values of self-attention side by side, (N, 3 A), by one product; A is their width."""
-        parts = [self.weights(f"{name}.{p}.weight") for p in ("query", "key", "value")]
-        bias = self.weights(f"{name}.query.bias")
-        # See `output`: keys and values go without their biases.
-        padded = np.concatenate([bias, np.zeros(2 * self.spec.attention, np.float32)])
-        return self._linear(x, f"{name}.qkv", np.concatenate(parts), padded)
+        """Queries, keys and values of self-attention side by side, (N, A + 2 B), by one product.
+
+        A is the width of queries, B that of keys and values.
+        """
+        query, key, value = (self.weights(f"{name}.{p}.weight") for p in ("query", "key", "value"))
+        # See `output`: keys and values go without their biases, but for keys that are turned after it.
+        of_key = self.weights(f"{name}.key.bias") if self.spec.rotary is not None else np.zeros(len(key), np.float32)
+        bias = np.concatenate([self.weights(f"{name}.query.bias"), of_key, np.zeros(len(value), np.float32)])
+        return self._turned(self._linear(x, f"{name}.qkv", np.concatenate([query, key, value]), bias))
+
+    def _turned(self, query_key_value: str) -> str:
+        """Queries and keys turned by the positions of their rows, where a model has such positions."""
+        rotary = self.spec.rotary
+        if rotary is None:
+            return query_key_value
+        g, heads = self.g, self.spec.decoder_heads
+        widths = g.constant([self.spec.attention + self.spec.key_value, self.spec.key_value], np.int64)
+        turning, value = g.op("Split", [query_key_value, widths], outputs=2, axis=-1)
+        tables = [
+            self.store.table(g, name, self.weights(name))
+            for name in ("rotary_cosine_positions", "rotary_sine_positions")
+        ]
+        # As one sequence of N tokens: the operator wants sequences.
+        batch = g.constant([0], np.int64)
+        turned = g.one(
+            "RotaryEmbedding",
+            g.one("Unsqueeze", turning, batch),
+            *tables,
+            g.one("Unsqueeze", "positions", batch),
+            num_heads=heads + (self.spec.key_value_heads or heads),
+            rotary_embedding_dim=rotary.width,
+        )
+        return g.one("Concat", g.one("Squeeze", turned, batch), value, axis=-1)
 
     def split(self, x: str, count: int) -> list[str]:
         """Cut (N, count A) into parts of (N, A) each."""
@@ -162,15 +189,26 @@ class Layers:
     def output(self, y: str, name: str) -> str:
         """Output projection of attention.
 
-        The key bias adds the same number to all scores of a query, which softmax cancels: it is dropped. Attention
-        weights sum to one, so the value bias passes through unchanged: it is folded into this projection's bias.
+        The key bias adds the same number to all scores of a query, which softmax cancels: it is dropped, unless
+        positions turn it. Attention weights sum to one, so the value bias passes through unchanged: it is folded into
+        this projection's bias.
         """
-        weight = self.weights(f"{name}.output.weight")
-        bias = self.weights(f"{name}.output.bias") + weight @ self.weights(f"{name}.value.bias")
+        weight, value = self.weights(f"{name}.output.weight"), self.weights(f"{name}.value.bias")
+        bias = self.weights(f"{name}.output.bias") + weight @ self._for_each_query(value)
         return self._linear(y, f"{name}.output", weight, bias.astype(np.float32))
+
+    def _for_each_query(self, bias: Array) -> Array:
+        """The bias of keys or values, (B,), for the heads of queries that share theirs, (A,)."""
+        size = self.spec.attention // self.spec.decoder_heads
+        by_head = bias.reshape(-1, size)
+        return np.repeat(by_head, self.spec.attention // len(bias), axis=0).reshape(-1)
 
     def feed_forward(self, x: str, name: str) -> str:
         """Position-wise feed-forward sub-layer, residual and norm included."""
+        return self.after(x, self.fed_forward(x, name), f"{name}.ffn_norm")
+
+    def fed_forward(self, x: str, name: str) -> str:
+        """What a feed-forward layer computes, its norm before it included."""
         before = self.before(x, f"{name}.ffn_norm")
         y = self._affine(before, f"{name}.ffn.up")
         if self.spec.gated:
@@ -181,7 +219,7 @@ class Layers:
             y = self._affine(y, f"{name}.ffn.down", rectify=True)
         else:
             y = self._affine(self._activate(y), f"{name}.ffn.down")
-        return self.after(x, y, f"{name}.ffn_norm")
+        return y
 
     def logits(self, x: str) -> str:
         """Scores of the target vocabulary, (N, V), fp32."""

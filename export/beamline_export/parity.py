@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beamline_export.agreement import NEAR_TIE, Tokens, find_parting, search_all
+from beamline_export.agreement import NEAR_TIE, Tokens, find_parting, first_input, search_all
 from beamline_export.reference import Reference
 from beamline_export.reference_search import reference_search
 from beamline_export.spec import ExportError
@@ -224,7 +224,8 @@ def _searches(
     same, beyond, worst = 0, 0, 0.0
     for i in progress("beam searches", len(searches)):
         source, options = searches[i]
-        trace = reference_search(_next_logprobs(reference, source), rules.search, options, rules.decoder_start)
+        before, start = first_input(backend, source, rules)
+        trace = reference_search(_next_logprobs(reference, before), rules.search, options, start)
         ours = answers[i].hypotheses
         if [h.tokens for h in ours] == [h.tokens for h in trace.hypotheses]:
             same += 1

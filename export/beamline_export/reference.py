@@ -22,7 +22,10 @@ class Reference(Protocol):
     """A trained model as PyTorch runs it."""
 
     def logprobs(self, source: Sequence[int], targets: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Log-probabilities after every decoder input, (targets, T, V); the targets are equally long."""
+        """Log-probabilities after every decoder input, (targets, T, V); the targets are equally long.
+
+        A model without an encoder reads the source, which may be empty, before each target.
+        """
         ...
 
 

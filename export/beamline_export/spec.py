@@ -1,4 +1,4 @@
-"""One description of an encoder-decoder Transformer, whatever checkpoint it came from.
+"""One description of a Transformer with a decoder, whatever checkpoint it came from.
 
 A family file turns a checkpoint into a `Checkpoint`: a `TransformerSpec` (everything that varies between families, as
 a value) and weights under the canonical names that `required_weights` lists. Everything after that knows no family.
@@ -12,6 +12,7 @@ from enum import Enum, StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from beamline_server.graphs import GraphSizes
 from beamline_server.languages import Languages
 
 Array = NDArray[np.float32]
@@ -91,14 +92,32 @@ class RelativePositions:
 
 
 @dataclass(frozen=True, slots=True)
+class RotaryPositions:
+    """Positions that turn queries and keys (Su et al. 2021): tables of cosines and sines are among the weights.
+
+    Number i of the first half of what is turned and number i of the second half are the two coordinates of a point.
+
+    Attributes:
+        width: Numbers of a head that are turned, the first ones; even.
+    """
+
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
 class TransformerSpec:
-    """Everything that varies between encoder-decoder Transformers.
+    """Everything that varies between Transformers that generate.
+
+    A model without an encoder has no encoder layers; of its source's fields only `max_source_positions` has a meaning:
+    the longest prompt.
 
     Positions are tables among the weights (sinusoidal or learned, offsets already applied: row 0 is position 0), so
     that no family's formula enters the graphs. `embedding_scale` multiplies token embeddings.
     `target_norm_before_positions` is about the embedding norm of the decoder. `attention_width` is that of queries,
     keys and values, all heads together, where it is not `d_model`. A gated feed-forward layer multiplies what it
-    computes by the activation of a second product of the same input.
+    computes by the activation of a second product of the same input. With `parallel_residual`, both sub-layers of a
+    layer read what comes into it, and both add to that. `key_value_heads` are those of keys and values where several
+    heads of queries share each, `rotary` are positions that turn queries and keys.
     """
 
     architecture: str
@@ -126,25 +145,64 @@ class TransformerSpec:
     gated: bool = False
     attention_width: int | None = None
     relative_positions: RelativePositions | None = None
+    parallel_residual: bool = False
+    key_value_heads: int | None = None
+    rotary: RotaryPositions | None = None
 
     @property
     def attention(self) -> int:
-        """The width of queries, keys and values."""
+        """The width of queries, and of what attention gives."""
         return self.attention_width or self.d_model
+
+    @property
+    def key_value(self) -> int:
+        """The width of keys and values of the decoder's self-attention."""
+        return self.attention // self.decoder_heads * (self.key_value_heads or self.decoder_heads)
+
+    @property
+    def decoder_only(self) -> bool:
+        """Whether there is no encoder."""
+        return self.encoder_layers == 0
+
+    @property
+    def cpu_only(self) -> str | None:
+        """What the model has that no graph for CUDA has; None if nothing."""
+        if self.relative_positions is not None:
+            return "relative positions"
+        return "a decoder without an encoder" if self.decoder_only else None
+
+    @property
+    def graph_sizes(self) -> GraphSizes:
+        """What its graphs are made by."""
+        return GraphSizes(
+            self.decoder_layers,
+            self.d_model,
+            self.target_vocabulary,
+            attention=self.attention_width,
+            key_value=None if self.key_value_heads is None else self.key_value,
+            encoder=not self.decoder_only,
+            rotary=self.rotary is not None,
+            whole_step=self.cpu_only is None,
+        )
 
     def told(self) -> dict[str, object]:
         """All fields as plain values, for people; what only some families have is left out elsewhere."""
         plain = {name: value.value if isinstance(value, Enum) else value for name, value in asdict(self).items()}
         usual = {"norm": Norm.LAYER.value, "gated": False, "attention_width": None, "relative_positions": None}
+        usual |= {"parallel_residual": False, "key_value_heads": None, "rotary": None}
         return {name: value for name, value in plain.items() if name not in usual or value != usual[name]}
 
     def problems(self) -> Iterator[str]:
         """What makes the description impossible."""
-        for side, heads in (("encoder_heads", self.encoder_heads), ("decoder_heads", self.decoder_heads)):
+        sides = [] if self.decoder_only else [("encoder", self.encoder_heads)]
+        for side, heads in (*sides, ("decoder", self.decoder_heads)):
             if heads < 1 or self.attention % heads:
                 width = "d_model" if self.attention_width is None else "attention_width"
-                yield f"{side} {heads} does not divide {width} {self.attention}"
-        for name in ("encoder_layers", "decoder_layers", "encoder_ffn", "decoder_ffn"):
+                yield f"{side}_heads {heads} does not divide {width} {self.attention}"
+        if self.decoder_heads % (shared := self.key_value_heads or 1):
+            yield f"key_value_heads {shared} does not divide decoder_heads {self.decoder_heads}"
+        encoder = () if self.decoder_only else ("encoder_layers", "encoder_ffn")
+        for name in (*encoder, "decoder_layers", "decoder_ffn"):
             if getattr(self, name) < 1:
                 yield f"{name} is {getattr(self, name)}; it must be at least 1"
         for name in ("max_source_positions", "max_target_positions"):
@@ -222,8 +280,9 @@ def _layer(
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     width, wide = spec.d_model, spec.attention
     for attention in attentions:
-        for projection in ("query", "key", "value"):
-            yield from _linear(f"{name}.{attention}.{projection}", wide, width)
+        yield from _linear(f"{name}.{attention}.query", wide, width)
+        for projection in ("key", "value"):
+            yield from _linear(f"{name}.{attention}.{projection}", spec.key_value, width)
         yield from _linear(f"{name}.{attention}.output", width, wide)
         yield from _norm(spec, f"{name}.{attention}_norm")
     yield from _linear(f"{name}.ffn.up", ffn, width)
@@ -234,15 +293,16 @@ def _layer(
 
 
 def _positions(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
-    """Tables of absolute positions, or of what distances add to scores.
+    """Tables of absolute positions, of what turns queries and keys, or of what distances add to scores.
 
-    The latter go from the farthest before a token to the farthest behind it in the encoder, in the decoder from 0 on.
+    The last go from the farthest before a token to the farthest behind it in the encoder, in the decoder from 0 on.
     """
+    if (rotary := spec.rotary) is not None:
+        turned = (spec.max_target_positions, rotary.width // 2)
+        return {"rotary_cosine_positions": turned, "rotary_sine_positions": turned}
     if (relative := spec.relative_positions) is None:
-        return {
-            "source_positions": (spec.max_source_positions, spec.d_model),
-            "target_positions": (spec.max_target_positions, spec.d_model),
-        }
+        source = {} if spec.decoder_only else {"source_positions": (spec.max_source_positions, spec.d_model)}
+        return {**source, "target_positions": (spec.max_target_positions, spec.d_model)}
     layers = relative.layers(spec.encoder_layers), relative.layers(spec.decoder_layers)
     return {
         "encoder.relative_bias": (layers[0], spec.encoder_heads, 2 * relative.encoder_reach + 1),
@@ -254,13 +314,14 @@ def required_weights(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of every weight that a model of this spec has."""
     width = spec.d_model
     shapes: dict[str, tuple[int, ...]] = {
-        "source_embedding": (spec.source_vocabulary, width),
+        **({} if spec.decoder_only else {"source_embedding": (spec.source_vocabulary, width)}),
         "target_embedding": (spec.target_vocabulary, width),
         **_positions(spec),
         "head.weight": (spec.target_vocabulary, width),
         "head.bias": (spec.target_vocabulary,),
     }
-    for side, final_norm in (("encoder", spec.encoder_final_norm), ("decoder", spec.decoder_final_norm)):
+    sides = [] if spec.decoder_only else [("encoder", spec.encoder_final_norm)]
+    for side, final_norm in (*sides, ("decoder", spec.decoder_final_norm)):
         if spec.embedding_norm:
             shapes.update(_norm(spec, f"{side}.embedding_norm"))
         if final_norm:
@@ -268,7 +329,8 @@ def required_weights(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
     for i in range(spec.encoder_layers):
         shapes.update(_layer(spec, f"encoder.{i}", spec.encoder_ffn, ("self_attention",)))
     for i in range(spec.decoder_layers):
-        shapes.update(_layer(spec, f"decoder.{i}", spec.decoder_ffn, ("self_attention", "cross_attention")))
+        attentions = ("self_attention",) if spec.decoder_only else ("self_attention", "cross_attention")
+        shapes.update(_layer(spec, f"decoder.{i}", spec.decoder_ffn, attentions))
     return shapes
 
 

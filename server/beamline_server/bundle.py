@@ -4,10 +4,10 @@ A bundle is a folder:
 
     manifest.json           `manifest.Manifest`
     manifest.sha256         its checksum, as sha256sum writes it
-    encoder.onnx            ids -> cross-attention keys and values
+    encoder.onnx            ids -> cross-attention keys and values; not of models without an encoder
     decoder_step.onnx       one step of the decoder over packed rows; for CUDA (fp16, fp32)
     decoder_piece_….onnx    the same step cut at its attentions; for the CPU (int8, fp32): piece 0 before the first
-                            self-attention, one piece after each attention
+                            self-attention, one piece after each attention (graphs.py)
     weights.bin             every weight once; all graphs point into it
     relative_bias.bin       of models with relative positions alone: what the decoder's self-attention adds to scores,
                             as fp32 numbers (layers, heads, distances)
@@ -200,11 +200,7 @@ def _check_graphs(bundle: Bundle) -> None:
     contracts = bundle_graphs(
         bundle.manifest.precision,
         "float16" if bundle.manifest.precision == "fp16" else "float32",
-        layers=dimensions.decoder_layers,
-        width=dimensions.d_model,
-        vocabulary=dimensions.target_vocabulary,
-        attention=dimensions.attention,
-        relative=dimensions.relative_positions is not None,
+        dimensions.graph_sizes,
     )
     needed = 0
     for name, contract in contracts.items():
@@ -221,12 +217,14 @@ def _check_graphs(bundle: Bundle) -> None:
 
 def _tables(name: str, dimensions: Dimensions) -> dict[str, int]:
     """What a graph looks up ids and positions in: rows of each table, by the end of its name."""
+    pieces = decoder_pieces(dimensions.graph_sizes)
     if name == ENCODER:
         ids, positions = dimensions.source_vocabulary, dimensions.max_source_tokens
-    elif name in (DECODER_STEP, decoder_pieces(1)[0]):
+    elif name in (DECODER_STEP, pieces[0]):
         ids, positions = dimensions.target_vocabulary, dimensions.max_target_tokens
     else:
-        return {}
+        turned = dimensions.rotary_positions and name != pieces[-1]
+        return {"_positions": dimensions.max_target_tokens} if turned else {}
     return {"_embedding": ids} | ({"_positions": positions} if dimensions.relative_positions is None else {})
 
 

@@ -2,7 +2,8 @@
 
 `bundle_graphs` says which graphs there are, and in which files. The decoder is one graph where attention is a node of
 it (CUDA), and where the engine computes attention itself (CPU), the pieces between the attentions: each computes row by
-row, and takes what the attention before it gave, and the residual of the piece before.
+row, and takes what the attention before it gave, and the residual of the piece before. A model without an encoder is a
+decoder in pieces, each layer of which has self-attention alone.
 
 Axes: S sentences, N rows, Q query length of the attention rectangle, P slots of the self-attention pool, R source
 length of the cross-attention rectangle, D width, C candidates per row. Queries, keys and values may be of another width
@@ -45,42 +46,71 @@ class GraphSpec:
     outputs: Mapping[str, TensorSpec]
 
 
-def decoder_pieces(layers: int) -> list[str]:
-    """Names of the graphs that a decoder step of so many layers is cut into at its attentions, in their order."""
-    return [f"decoder_piece_{number}.onnx" for number in range(2 * layers + 1)]
+@dataclass(frozen=True, slots=True)
+class GraphSizes:
+    """What the graphs of a model are made by.
 
-
-def decoder_graphs(precision: str, layers: int, *, relative: bool = False) -> list[str]:
-    """Names of the decoder's graphs in a bundle: the whole step where CUDA runs it, the pieces where the CPU does.
-
-    With relative positions there is no whole step.
+    Attributes:
+        layers: Of the decoder.
+        width: D, of the model's rows.
+        vocabulary: Of the target.
+        attention: Width of queries, keys and values, all heads together; None if it is D.
+        key_value: Width of keys and values where heads of queries share them; None if it is that of queries.
+        encoder: Whether there is one, whose output every layer of the decoder attends to.
+        rotary: Whether queries and keys are turned by the position of their row.
+        whole_step: Whether there is a graph of the whole step beside the pieces.
     """
-    whole, pieces = [] if relative else [DECODER_STEP], decoder_pieces(layers)
-    return {"fp16": whole, "int8": pieces, "fp32": [*whole, *pieces]}[precision]
+
+    layers: int
+    width: int
+    vocabulary: int
+    attention: int | None = None
+    key_value: int | None = None
+    encoder: bool = True
+    rotary: bool = False
+    whole_step: bool = True
+
+    @property
+    def query(self) -> int:
+        """Width of queries, and of what attention gives."""
+        return self.attention or self.width
+
+    @property
+    def query_key_value(self) -> int:
+        """Width of queries, keys and values of self-attention side by side."""
+        return self.query + 2 * (self.key_value or self.query)
+
+    @property
+    def last_piece(self) -> int:
+        """Number of the piece after the last attention: as many as there are attentions."""
+        return (2 if self.encoder else 1) * self.layers
+
+    def before_cross(self, piece: int) -> bool:
+        """Whether the attention after this piece is cross-attention."""
+        return self.encoder and piece % 2 == 1
 
 
-def bundle_graphs(  # noqa: PLR0913 - what graphs differ by
-    precision: str,
-    cache: ElementType,
-    *,
-    layers: int,
-    width: int,
-    vocabulary: int,
-    attention: int | None = None,
-    relative: bool = False,
-) -> dict[str, GraphSpec]:
-    """The contracts of all graphs of a bundle, by the names of their files; keys and values are of type `cache`.
+def decoder_pieces(sizes: GraphSizes) -> list[str]:
+    """Names of the graphs that a decoder step is cut into at its attentions, in their order."""
+    return [f"decoder_piece_{number}.onnx" for number in range(sizes.last_piece + 1)]
 
-    `attention` is the width of queries, keys and values, by default `width`; `relative` as `decoder_graphs`.
-    """
-    wide = attention or width
+
+def graph_files(precision: str, sizes: GraphSizes) -> list[str]:
+    """Names of the graphs of a bundle: the decoder is a whole step where CUDA runs it, pieces where the CPU does."""
+    encoder = [ENCODER] if sizes.encoder else []
+    whole, pieces = [DECODER_STEP] if sizes.whole_step else [], decoder_pieces(sizes)
+    return {"fp16": [*encoder, *whole], "int8": [*encoder, *pieces], "fp32": [*encoder, *whole, *pieces]}[precision]
+
+
+def bundle_graphs(precision: str, cache: ElementType, sizes: GraphSizes) -> dict[str, GraphSpec]:
+    """The contracts of all graphs of a bundle, by the names of their files; keys and values are of type `cache`."""
     contracts = {
-        ENCODER: encoder_graph(layers, wide, cache),
-        DECODER_STEP: decoder_step_graph(layers, wide, vocabulary, cache),
+        ENCODER: encoder_graph(sizes.layers, sizes.query, cache),
+        DECODER_STEP: decoder_step_graph(sizes.layers, sizes.query, sizes.vocabulary, cache),
     }
-    for number, name in enumerate(decoder_pieces(layers)):
-        contracts[name] = decoder_piece_graph(number, layers, width, vocabulary, wide)
-    return {name: contracts[name] for name in (ENCODER, *decoder_graphs(precision, layers, relative=relative))}
+    for number, name in enumerate(decoder_pieces(sizes)):
+        contracts[name] = decoder_piece_graph(number, sizes)
+    return {name: contracts[name] for name in graph_files(precision, sizes)}
 
 
 def encoder_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:
@@ -132,25 +162,23 @@ def decoder_step_graph(layers: int, width: int, vocabulary: int, cache: ElementT
     return GraphSpec(inputs, {**outputs, **pools})
 
 
-def decoder_piece_graph(
-    number: int, layers: int, width: int, vocabulary: int, attention: int | None = None
-) -> GraphSpec:
+def decoder_piece_graph(number: int, sizes: GraphSizes) -> GraphSpec:
     """What one decoder piece computes of every live row; the first takes tokens, the last gives scores of all tokens.
 
     `attended` is what the attention before the piece gave, `residual_in` the `residual` of the piece before.
     `query_key_value` are queries, keys and values of the next self-attention side by side, `query` the queries of the
-    next cross-attention; these, and what attention gives, are `attention` wide, by default as rows are.
+    next cross-attention.
     """
-    rows, attended = TensorSpec("float32", ("N", width)), TensorSpec("float32", ("N", attention or width))
-    ids = TensorSpec("int64", ("N",))
-    inputs = {"ids": ids, "positions": ids} if number == 0 else {"attended": attended, "residual_in": rows}
-    if number == 2 * layers:
-        return GraphSpec(inputs, {"logits": TensorSpec("float32", ("N", vocabulary))})
-    if number % 2:
-        return GraphSpec(inputs, {"residual": rows, "query": attended})
-    return GraphSpec(
-        inputs, {"residual": rows, "query_key_value": TensorSpec("float32", ("N", 3 * (attention or width)))}
-    )
+    ids, rows = TensorSpec("int64", ("N",)), TensorSpec("float32", ("N", sizes.width))
+    queries = TensorSpec("float32", ("N", sizes.query))
+    inputs = {"ids": ids, "positions": ids} if number == 0 else {"attended": queries, "residual_in": rows}
+    if number == sizes.last_piece:
+        return GraphSpec(inputs, {"logits": TensorSpec("float32", ("N", sizes.vocabulary))})
+    if sizes.before_cross(number):
+        return GraphSpec(inputs, {"residual": rows, "query": queries})
+    if sizes.rotary:
+        inputs["positions"] = ids
+    return GraphSpec(inputs, {"residual": rows, "query_key_value": TensorSpec("float32", ("N", sizes.query_key_value))})
 
 
 def row_parts(width: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from beamline_server import bounds
 from beamline_server.bounds import Model as _Model
-from beamline_server.graphs import ENCODER, Precision, decoder_graphs
+from beamline_server.graphs import GraphSizes, Precision, graph_files
 from beamline_server.languages import Languages, ModelLanguages
 
 FORMAT_VERSION = 4
@@ -44,8 +44,17 @@ class RelativePositions(_Model):
 class Dimensions(_Model):
     """The sizes of the model that the engine needs.
 
-    `attention_width` is that of queries, keys and values of all heads, where it is not `d_model`. The last two are left
-    out where there is nothing to tell; servers of before know no such fields, and refuse a bundle that has them.
+    The fields with a default are left out where there is nothing to tell; servers of before know no such fields, and
+    refuse a bundle that has them.
+
+    Attributes:
+        attention_width: That of queries, keys and values of all heads, where it is not `d_model`.
+        relative_positions: Those of self-attention; None if the model has none.
+        decoder_only: Whether the model has no encoder. What is given it as a source is the prompt, which a target
+            begins with: both sides have one vocabulary.
+        key_value_heads: Heads of keys and values, where several heads of queries share each; `decoder_heads` are those
+            of queries.
+        rotary_positions: Whether self-attention turns queries and keys by their positions.
     """
 
     d_model: bounds.Width
@@ -57,15 +66,41 @@ class Dimensions(_Model):
     max_target_tokens: bounds.Positions
     attention_width: bounds.Width | None = None
     relative_positions: RelativePositions | None = None
+    decoder_only: bool = False
+    key_value_heads: bounds.Width | None = None
+    rotary_positions: bool = False
 
     @property
     def attention(self) -> int:
-        """The width of queries, keys and values."""
+        """The width of queries."""
         return self.attention_width or self.d_model
 
-    def decoder_graphs(self, precision: str) -> list[str]:
-        """As `decoder_graphs`, of this model."""
-        return decoder_graphs(precision, self.decoder_layers, relative=self.relative_positions is not None)
+    @property
+    def key_value(self) -> int:
+        """The width of keys and values."""
+        heads = self.decoder_heads
+        return self.attention // heads * (self.key_value_heads or heads)
+
+    @property
+    def cpu_only(self) -> str | None:
+        """What the model has that no graph for CUDA has; None if nothing."""
+        if self.relative_positions is not None:
+            return "the model's positions are relative ones"
+        return "the model has no encoder" if self.decoder_only else None
+
+    @property
+    def graph_sizes(self) -> GraphSizes:
+        """What its graphs are made by."""
+        return GraphSizes(
+            self.decoder_layers,
+            self.d_model,
+            self.target_vocabulary,
+            attention=self.attention_width,
+            key_value=None if self.key_value_heads is None else self.key_value,
+            encoder=not self.decoder_only,
+            rotary=self.rotary_positions,
+            whole_step=self.cpu_only is None,
+        )
 
 
 class SpecialTokens(_Model):
@@ -189,6 +224,7 @@ class Manifest(_Model):
             wrong = f"decoder_heads {dimensions.decoder_heads} does not divide {width} {dimensions.attention}"
             yield f"dimensions: {wrong}"
         yield from self._relative_problems()
+        yield from self._decoder_only_problems()
         longest = dimensions.max_target_tokens
         if not defaults.min_new_tokens <= defaults.max_new_tokens <= longest:
             limits = f"min_new_tokens {defaults.min_new_tokens}, max_new_tokens {defaults.max_new_tokens}"
@@ -200,8 +236,6 @@ class Manifest(_Model):
         dimensions, relative = self.dimensions, self.dimensions.relative_positions
         if relative is None:
             return
-        if self.precision == "fp16":
-            yield "dimensions: relative_positions are not in graphs of fp16"
         if relative.layers not in (1, dimensions.decoder_layers):
             told = f"{relative.layers} layers, the decoder has {dimensions.decoder_layers}"
             yield f"dimensions: relative_positions of {told}"
@@ -209,8 +243,28 @@ class Manifest(_Model):
         if RELATIVE_BIAS in self.files and (size := self.files[RELATIVE_BIAS].bytes) != wanted:
             yield f"files: {RELATIVE_BIAS!r} has {size} bytes, by the dimensions {wanted}"
 
+    def _decoder_only_problems(self) -> Iterator[str]:
+        dimensions = self.dimensions
+        if self.precision == "fp16" and dimensions.cpu_only is not None:
+            yield f"dimensions: {dimensions.cpu_only}, which graphs of fp16 do not have"
+        if not dimensions.decoder_only:
+            if dimensions.key_value_heads is not None or dimensions.rotary_positions:
+                yield "dimensions: key_value_heads and rotary_positions belong to a model that is decoder_only"
+            return
+        if dimensions.decoder_heads % (dimensions.key_value_heads or 1):
+            told = f"key_value_heads {dimensions.key_value_heads} does not divide decoder_heads"
+            yield f"dimensions: {told} {dimensions.decoder_heads}"
+        if dimensions.relative_positions is not None:
+            yield "dimensions: relative_positions are not in graphs without an encoder"
+        if dimensions.source_vocabulary != dimensions.target_vocabulary:
+            yield "dimensions: a model without an encoder has one vocabulary"
+        if dimensions.max_source_tokens >= dimensions.max_target_tokens:
+            yield "dimensions: a prompt of max_source_tokens leaves no room in max_target_tokens"
+        if self.languages is not None:
+            yield "languages: a model without an encoder has none"
+
     def _file_problems(self) -> Iterator[str]:
-        graphs = (ENCODER, *self.dimensions.decoder_graphs(self.precision))
+        graphs = graph_files(self.precision, self.dimensions.graph_sizes)
         tables = () if self.dimensions.relative_positions is None else (RELATIVE_BIAS,)
         for required in (*graphs, WEIGHTS, *tables, *self.tokenizer.files):
             if required not in self.files:
@@ -264,3 +318,6 @@ class Manifest(_Model):
             for ids, longest, vocabulary in sides:
                 if not 0 < len(ids) <= longest or max(ids) >= vocabulary:
                     yield f"golden: {str(list(ids))[:LONGEST_TOLD]} is nothing that this model reads"
+            tokens = len(golden.source) + len(golden.forced)
+            if dimensions.decoder_only and tokens > dimensions.max_target_tokens:
+                yield f"golden: source and forced have {tokens} tokens together, more than the model reads"

@@ -155,6 +155,7 @@ class TableBackend:
     """
 
     encode_tokens = 1024
+    has_encoder = True
 
     def __init__(
         self,

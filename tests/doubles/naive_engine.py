@@ -211,7 +211,7 @@ class NaiveEngine:
         options = search.request.options
         best = tuple(self._hypothesis(path, options) for path in search.finished[: options.n_best])
         if best:
-            self._pace.answered(search.steps, len(search.request.source), options.beam_size)
+            self._pace.answered(search.request, search.steps)
             result.completed[search.request.id] = best
         else:
             result.failed[search.request.id] = "nothing found"

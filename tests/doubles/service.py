@@ -37,7 +37,7 @@ from beamline_server.engine.request import (
     Timing,
 )
 from beamline_server.engine.workers import EngineLoad, WorkerState
-from beamline_server.graphs import ENCODER, bundle_graphs, decoder_graphs
+from beamline_server.graphs import ENCODER, GraphSizes, bundle_graphs, graph_files
 from beamline_server.languages import NOTHING_AROUND, Around
 from beamline_server.manifest import CHECKSUM, FORMAT_VERSION, MANIFEST, WEIGHTS, Dimensions, FileEntry, Manifest
 from beamline_server.metrics import Metrics
@@ -91,7 +91,7 @@ class ByteTokenizer:
 def make_manifest(**changes: object) -> Manifest:
     """A manifest for the byte tokenizer, with these fields changed."""
     entry = {"sha256": "0" * 64, "bytes": 0}
-    files = ("encoder.onnx", *decoder_graphs("fp32", 1), "weights.bin")
+    files = (*graph_files("fp32", GraphSizes(1, 8, VOCABULARY)), "weights.bin")
     fields: dict[str, object] = {
         "format_version": FORMAT_VERSION,
         "name": "test-model",
@@ -124,7 +124,7 @@ def write_bundle(folder: Path, **changes: object) -> Manifest:
     """Write a bundle that passes verification; its graphs have no nodes, so it needs a `ScriptedEngine`."""
     manifest = make_manifest(tokenizer={"kind": "none", "files": []}, **changes)
     files = {}
-    graphs = {ENCODER, *decoder_graphs(manifest.precision, manifest.dimensions.decoder_layers)}
+    graphs = graph_files(manifest.precision, manifest.dimensions.graph_sizes)
     for name in manifest.files:
         content = empty_graph(name, manifest.precision, manifest.dimensions) if name in graphs else name.encode()
         (folder / name).write_bytes(content)
@@ -151,11 +151,7 @@ def empty_graph(name: str, precision: str, sizes: Dimensions) -> bytes:
     spec = bundle_graphs(
         precision,
         "float16" if precision == "fp16" else "float32",
-        layers=sizes.decoder_layers,
-        width=sizes.d_model,
-        vocabulary=sizes.target_vocabulary,
-        attention=sizes.attention,
-        relative=sizes.relative_positions is not None,
+        sizes.graph_sizes,
     )[name]
     inputs, outputs = (
         [helper.make_tensor_value_info(key, types[value.element_type], value.axes) for key, value in side.items()]

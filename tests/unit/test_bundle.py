@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 
 from beamline_server.bundle import BundleError, checksum_line, digest, load_bundle, read_manifest
-from beamline_server.graphs import DECODER_STEP, decoder_graphs, decoder_pieces
+from beamline_server.graphs import DECODER_STEP, GraphSizes, decoder_pieces, graph_files
 from beamline_server.manifest import CHECKSUM, MANIFEST
-from doubles.service import make_manifest, write_bundle, write_manifest
+from doubles.service import VOCABULARY, make_manifest, write_bundle, write_manifest
 
 CALIBRATED = {"scaled": "calibrated", "sentences": 400, "ranges": {"head.weight": 8.5, "cross_kv": 0.0}}
 REMEDIES = ("copy the bundle again", "export the model again", "is this a bundle? `beamline export` writes one")
 NO_FILE = {"sha256": "0" * 64, "bytes": 0}
-FILES_OF_TWO = ["encoder.onnx", *decoder_graphs("fp32", 2), "weights.bin"]
-FILES = ["encoder.onnx", *decoder_graphs("fp32", 1), "weights.bin"]
+OF_ONE, OF_TWO = GraphSizes(1, 8, VOCABULARY), GraphSizes(2, 8, VOCABULARY)
+FILES_OF_TWO = [*graph_files("fp32", OF_TWO), "weights.bin"]
+FILES = [*graph_files("fp32", OF_ONE), "weights.bin"]
 
 
 def relative(layers: int, listed: int | None = None) -> Callable[[Any], None]:
@@ -414,7 +415,7 @@ def test_of_many_invalid_fields_some_are_named(edit: Callable[..., Path]) -> Non
         (relative(layers=1, listed=9), "files: 'relative_bias.bin' has 9 bytes, by the dimensions 40"),
         (
             lambda d: (relative(layers=1, listed=40)(d), d.update(precision="fp16")),
-            "dimensions: relative_positions are not in graphs of fp16",
+            "dimensions: the model's positions are relative ones, which graphs of fp16 do not have",
         ),
     ],
 )
@@ -505,11 +506,11 @@ def test_weights_that_the_graphs_do_not_take_are_named(content: bytes, bundle: P
     assert (error.path.name, error.problem) == ("weights.bin", f"has {len(content)} bytes, the graphs take 11 of it")
 
 
-@pytest.mark.parametrize(("precision", "unused"), [("fp16", decoder_pieces(1)), ("int8", [DECODER_STEP])])
+@pytest.mark.parametrize(("precision", "unused"), [("fp16", decoder_pieces(OF_ONE)), ("int8", [DECODER_STEP])])
 def test_graphs_that_no_device_of_a_precision_runs_need_not_be_there(
     precision: str, unused: list[str], tmp_path: Path
 ) -> None:
-    names = ["encoder.onnx", *decoder_graphs(precision, 1), "weights.bin"]
+    names = [*graph_files(precision, OF_ONE), "weights.bin"]
     activations = {"scaled": "per_row"} if precision == "int8" else None
     write_bundle(tmp_path, precision=precision, activations=activations, files=dict.fromkeys(names, NO_FILE))
     assert set(load_bundle(tmp_path).manifest.files) == {*names}

@@ -15,6 +15,7 @@ class Failing:
     """A backend that computes nothing."""
 
     encode_tokens = 1024
+    has_encoder = True
 
     def __init__(self, device: str, failure: Exception) -> None:
         self.device = device

@@ -28,6 +28,10 @@ class Encoded:
     padded_tokens: int
 
 
+NOT_ENCODED = Encoded(None, 0)
+"""Of a model without an encoder."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What a step has computed, row by row; the next step of the same bucket may overwrite it.
@@ -96,13 +100,15 @@ class Backend(Protocol):
         device: Where.
         encode_tokens: Source tokens of an encoder call at most, padding included: as many as do not hold up for long
             those who run. A source that is longer is encoded nevertheless.
+        has_encoder: Whether the model has one. If not, sources are empty: what is given it is what targets begin with.
     """
 
     device: str
     encode_tokens: int
+    has_encoder: bool
 
     def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
-        """Encode sources, each a sequence of token ids, none empty."""
+        """Encode sources, each a sequence of token ids, none empty unless the model has no encoder."""
         ...
 
     def new_cache(self) -> Cache:

@@ -12,6 +12,7 @@ Both are expected values: who decides by them is right more often than not.
 import math
 from dataclasses import dataclass
 
+from beamline_server.engine.admission import MOST_ROWS
 from beamline_server.engine.request import GenerationRequest
 
 _MEMORY_S = 2.0
@@ -27,8 +28,9 @@ class Pace:
     Attributes:
         row_steps_per_s: Rows that full steps compute a second; 0 before the first one.
         step_s: Seconds of a step, with what stands between two of them.
-        steps_per_token: Steps of an answer for each token of its source; 0 before the first one.
-        steps_per_answer: Steps of an answer.
+        steps_per_token: Steps of an answer for each token of its source, those that feed its prefix apart; 0 before
+            the first one, and of models without sources.
+        steps_per_answer: Steps of an answer, those apart, too.
         work_per_answer: Row-steps of an answer.
     """
 
@@ -59,23 +61,28 @@ class Pace:
             self.row_steps_per_s = self._rows / (self._seconds + self._aside_s)
             self.step_s = self._seconds / self._steps
 
-    def answered(self, steps: int, source_tokens: int, beams: int) -> None:
-        """An answer to a source of so many tokens took so many steps of so many rows."""
-        ratio = steps / max(source_tokens, 1)
-        weight = 1.0 / _ANSWERS if self.steps_per_token else 1.0
-        self.steps_per_token += weight * (ratio - self.steps_per_token)
-        self.steps_per_answer += weight * (steps - self.steps_per_answer)
-        self.work_per_answer += weight * (steps * beams - self.work_per_answer)
+    def answered(self, request: GenerationRequest, steps: int) -> None:
+        """An answer took so many steps."""
+        generating = steps - _feeding(request)
+        weight = 1.0 / _ANSWERS if self.steps_per_answer else 1.0
+        if request.source:
+            self.steps_per_token += weight * (generating / len(request.source) - self.steps_per_token)
+        self.steps_per_answer += weight * (generating - self.steps_per_answer)
+        work = len(request.target_prefix) + generating * request.options.beam_size
+        self.work_per_answer += weight * (work - self.work_per_answer)
 
     def steps(self, request: GenerationRequest) -> float:
         """How many steps a request is expected to take."""
-        options = request.options
-        expected = self.steps_per_token * len(request.source)
-        return min(max(expected, options.min_new_tokens, 1.0), options.max_new_tokens)
+        return _feeding(request) + self._generating(request)
 
     def work(self, request: GenerationRequest) -> float:
         """The row-steps of a request."""
-        return request.options.beam_size * self.steps(request)
+        return len(request.target_prefix) + request.options.beam_size * self._generating(request)
+
+    def _generating(self, request: GenerationRequest) -> float:
+        """Steps that a request is expected to take, but for those that feed its prefix."""
+        expected = self.steps_per_token * len(request.source) if request.source else self.steps_per_answer
+        return min(max(expected, request.options.min_new_tokens, 1.0), request.options.max_new_tokens)
 
     def service_s(self, request: GenerationRequest) -> float:
         """How long a request takes once it has started, in seconds."""
@@ -89,3 +96,8 @@ class Pace:
     def wait_s(self, row_steps: float) -> float:
         """How long so much work takes, in seconds."""
         return row_steps / self.row_steps_per_s if self.row_steps_per_s > 0 else 0.0
+
+
+def _feeding(request: GenerationRequest) -> int:
+    """Steps that feed a prefix and generate nothing: the last part of it generates."""
+    return -(-(1 + len(request.target_prefix)) // MOST_ROWS) - 1

@@ -1,7 +1,7 @@
 """The nouns of the engine: what is asked of it and what it answers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NewType
 
@@ -62,7 +62,8 @@ class GenerationRequest:
 
     Attributes:
         id: Unique among the requests in flight; chosen by the caller.
-        source: Token ids as the encoder expects them, end-of-sequence included.
+        source: Token ids as the encoder expects them, end-of-sequence included; of a model without an encoder, the
+            prompt.
         options: How to search.
         deadline: Time of the engine's clock (monotonic seconds) after which no answer is wanted.
         stream: Whether to deliver `Piece` events on the way.
@@ -88,6 +89,14 @@ class GenerationRequest:
     def account(self) -> Account:
         """To whom it is counted."""
         return self.caller, self.priority
+
+
+def prompted(request: GenerationRequest) -> GenerationRequest:
+    """The same request as a decoder without an encoder takes it: a target that begins with the prompt."""
+    if not request.source:
+        return request
+    start, *prefix = (*request.source, *request.target_prefix)
+    return replace(request, source=(), decoder_start=start, target_prefix=tuple(prefix))
 
 
 class Finish(Enum):

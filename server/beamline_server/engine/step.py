@@ -20,7 +20,7 @@ from beamline_server.engine.admission import (
     Waiting,
     cost,
 )
-from beamline_server.engine.backend import Backend, Bucket, Encoded
+from beamline_server.engine.backend import NOT_ENCODED, Backend, Bucket, Encoded
 from beamline_server.engine.errors import DeadlineExceeded, EngineError, RequestCancelled, StepFailed
 from beamline_server.engine.observer import StepObserver
 from beamline_server.engine.pace import Pace
@@ -35,6 +35,7 @@ from beamline_server.engine.request import (
     Priority,
     RequestId,
     Timing,
+    prompted,
 )
 from beamline_server.engine.search import decide, start
 from beamline_server.engine.shares import Shares
@@ -183,7 +184,7 @@ class EngineCore:
     def accept(self, requests: Iterable[GenerationRequest]) -> None:
         """Queue requests that were admitted."""
         now = self._clock()
-        for request in requests:
+        for request in requests if self._backend.has_encoder else map(prompted, requests):
             # What was cancelled before it came is another request, which has ended, of the same id.
             self._cancelled.pop(request.id, None)
             self._queue.append(request, now, self.pace.work(request))
@@ -299,6 +300,9 @@ class EngineCore:
             following = (r for r in candidates if r.id not in self._encoded and r.id not in started)
             needed += self._admission.encoded_with(needed, following, encode_tokens=self._encode_tokens)
         sources = [request.source for request in needed]
+        if not self._backend.has_encoder:
+            self._encoded |= {request.id: (NOT_ENCODED, 0) for request in needed}
+            return None
         try:
             encoded = self._backend.encode(sources)
         except Exception as error:  # every waiter must hear of it
@@ -416,7 +420,7 @@ class EngineCore:
         running = self._leave(index)
         if not hypotheses:
             return Failed(running.request.id, logged_failure(ArithmeticError("no finite scores"), "a decode step"))
-        self.pace.answered(steps, len(running.request.source), running.request.options.beam_size)
+        self.pace.answered(running.request, steps)
         started, ended = running.started_at, self._ends[-1]
         decode_s = ended - started - running.encode_s
         timing = Timing(started - running.queued_at, running.encode_s, decode_s, steps)

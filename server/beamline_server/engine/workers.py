@@ -20,7 +20,7 @@ from beamline_server.engine.errors import (
 )
 from beamline_server.engine.ledger import Ledger
 from beamline_server.engine.observer import StepObserver
-from beamline_server.engine.request import Deliver, Event, Failed, GenerationRequest, Piece, RequestId
+from beamline_server.engine.request import Deliver, Event, Failed, GenerationRequest, Piece, RequestId, prompted
 from beamline_server.engine.step import Clock, EngineCore, ModelRules, logged_failure
 
 WORKER_THREADS = "engine"
@@ -266,10 +266,7 @@ class Engine:
             WouldBeLate: one of them has a deadline that cannot be met now.
             EngineStopped: the engine is stopping or its workers have died.
         """
-        for request in requests:
-            if len(request.source) > self._rules.max_source_tokens:
-                raise SourceTooLong(len(request.source), self._rules.max_source_tokens)
-            check_fits(request, self._capacity)
+        requests = self._fitting(requests)
         wanted, ledger = sum(cost(request).rows for request in requests), self._ledger
         if wanted > ledger.room:
             raise RequestTooLarge("rows", wanted, ledger.room)
@@ -291,6 +288,17 @@ class Engine:
             # Inside the lock, so that a cancellation cannot arrive before what it cancels.
             for worker, share in shares.items():
                 self._workers[worker].mailbox.put(_Submit(tuple(share)))
+
+    def _fitting(self, requests: Sequence[GenerationRequest]) -> Sequence[GenerationRequest]:
+        """The requests as the model takes them, if each could run here."""
+        for request in requests:
+            if len(request.source) > self._rules.max_source_tokens:
+                raise SourceTooLong(len(request.source), self._rules.max_source_tokens)
+        if not self._backends[0].has_encoder:
+            requests = [prompted(request) for request in requests]
+        for request in requests:
+            check_fits(request, self._capacity)
+        return requests
 
     def foreseen_refusal(self, caller: str, remaining_s: float, ahead: int = 0) -> QueueFull | WouldBeLate | None:
         """Why a request would be refused now, of which nothing is known yet; None if it may be accepted.

@@ -4,11 +4,12 @@ They enter as prefixes that nothing is generated after, so they take the way of 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from beamline_server.engine.admission import MOST_ROWS
 from beamline_server.engine.backend import Backend, Bucket
-from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions
+from beamline_server.engine.request import GenerationRequest, RequestId, SearchOptions, prompted
 from beamline_server.engine.search import feed, start
 from beamline_server.engine.table import FloatArray, IntArray, SequenceTable
 
@@ -37,9 +38,11 @@ def forced_rows(
 ) -> Iterator[tuple[int, int, ForcedRow]]:
     """What the model says after every token of some targets, which begin with the decoder start.
 
+    A model without an encoder reads a source before its target.
+
     Args:
         backend: Computes.
-        sources: One per target.
+        sources: One per target; empty ones only for a model without an encoder.
         targets: Token ids, none empty.
         logprobs: Whether the log-probabilities of all tokens are wanted, too.
         part: Tokens of a target that a step takes at most.
@@ -48,18 +51,25 @@ def forced_rows(
         The number of the target, the position of the token, and what comes after it.
     """
     table, cache, encoded = SequenceTable(len(sources), ()), backend.new_cache(), backend.encode(sources)
+    first: list[int] = []
     for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        prefix = tuple(target[1:])
+        prefix, before = tuple(target[1:]), 0
         request = GenerationRequest(RequestId(i), tuple(source), SearchOptions(), target_prefix=prefix)
+        if not backend.has_encoder:
+            before = len(source)
+            request = prompted(replace(request, source=(*source, target[0])))
+        first.append(before)
         table.enter(i, request, target[0], part=part)
-        table.reserve(slots=len(target), steps=1)
+        table.reserve(slots=before + len(target), steps=1)
         start(table.arrays, i)
         cache.enter(i, encoded, i)
     left = len(targets)
     while left:
         buckets = cache.place(table.arrays)
         for bucket in buckets:
-            yield from _run(bucket, table, logprobs=logprobs)
+            for index, position, row in _run(bucket, table, logprobs=logprobs):
+                if position >= first[index]:
+                    yield index, position - first[index], row
         for index in (index for bucket in buckets for index in bucket.members.tolist()):
             sequence = table.arrays.sequences[index]
             if sequence.fed < sequence.prefix_length:

@@ -39,7 +39,7 @@ def test_a_change_is_followed_within_seconds_of_work() -> None:
 def test_answers_are_expected_to_be_as_long_for_their_sources_as_others_were() -> None:
     pace = Pace()
     for _ in range(500):
-        pace.answered(steps=20, source_tokens=10, beams=2)
+        pace.answered(asked(10, beams=2), steps=20)
     assert pace.steps(asked(10)) == pytest.approx(20)
     assert pace.steps(asked(30)) == pytest.approx(60)
     assert pace.work(asked(10, beams=3)) == pytest.approx(60)
@@ -49,7 +49,7 @@ def test_answers_are_expected_to_be_as_long_for_their_sources_as_others_were() -
 
 def test_no_answer_is_expected_to_be_shorter_or_longer_than_it_may_be() -> None:
     pace = Pace()
-    pace.answered(steps=20, source_tokens=10, beams=2)
+    pace.answered(asked(10, beams=2), steps=20)
     assert pace.steps(asked(10, least=50)) == 50
     assert pace.steps(asked(10, most=7)) == 7
     assert Pace().steps(asked(10)) == 1

@@ -22,7 +22,7 @@ from beamline_server.engine.errors import (
     WouldBeLate,
 )
 from beamline_server.engine.observer import NullObserver, StepObserver
-from beamline_server.engine.request import Completed, Failed, GenerationRequest, Piece, RequestId
+from beamline_server.engine.request import Completed, Failed, GenerationRequest, Piece, RequestId, SearchOptions
 from beamline_server.engine.step import Clock
 from beamline_server.engine.workers import Engine
 from doubles.core import request
@@ -610,7 +610,7 @@ def test_what_would_be_refused_is_foreseen_before_it_is_read(start: Start) -> No
     assert refusal.remaining_s == 8.5
     assert paced.engine.foreseen_refusal("", 8.7) is None
     pace = paced.engine._workers[0].core.pace
-    pace.answered(steps=2, source_tokens=2, beams=4)
+    pace.answered(GenerationRequest(RequestId(0), (5, 6), SearchOptions(beam_size=4)), steps=2)
     assert isinstance(paced.engine.foreseen_refusal("", 8.7), WouldBeLate)
     assert paced.engine.foreseen_refusal("", 8.7 + 2) is None
     assert isinstance(paced.engine.foreseen_refusal("", 8.7 + 2, ahead=1), WouldBeLate)

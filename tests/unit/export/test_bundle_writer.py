@@ -25,7 +25,7 @@ from beamline_export.reference import Reference
 from beamline_export.spec import Array, Checkpoint, ExportError
 from beamline_export.stopping import SIGNALS, Stopped
 from beamline_server.bundle import Bundle, load_bundle
-from beamline_server.graphs import DECODER_STEP, ENCODER, decoder_pieces
+from beamline_server.graphs import DECODER_STEP, ENCODER, GraphSizes, decoder_pieces
 from beamline_server.manifest import MANIFEST, WEIGHTS
 
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
@@ -338,7 +338,7 @@ def test_the_manifest_tells_how_the_bundle_came_to_be(checkpoint: Any, tmp_path:
     assert manifest.spec["norm_placement"] == "post"
     assert manifest.parity["device"] == "cpu"
     assert len(manifest.golden) == 3
-    assert {ENCODER, DECODER_STEP, *decoder_pieces(1), WEIGHTS} == manifest.files.keys()
+    assert {ENCODER, DECODER_STEP, *decoder_pieces(GraphSizes(1, 32, 120)), WEIGHTS} == manifest.files.keys()
     assert (manifest.dimensions.decoder_layers, manifest.dimensions.decoder_heads) == (1, 4)
 
 
@@ -406,7 +406,7 @@ def test_nothing_is_measured_while_a_calibrated_bundle_serves(
 ) -> None:
     """One node quantizes, one multiplies; the ranges are in the graphs."""
     bundle = export(checkpoint.folder, tmp_path / "bundle", ExportOptions("int8", calibrate=sentences), silent)
-    graphs = [ENCODER, *decoder_pieces(1)]
+    graphs = [ENCODER, *decoder_pieces(GraphSizes(1, 32, 120))]
     kinds = [node.op_type for name in graphs for node in onnx.load(bundle.file(name)).graph.node]
     assert bundle.manifest.activations is not None
     products = len(bundle.manifest.activations.ranges)

@@ -1,7 +1,7 @@
 """The decoder's pieces, with attention over plain rows between them, compute what PyTorch and the whole step do."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,15 @@ from beamline_export.progress import Progress
 from beamline_export.spec import Array, ExportError, TransformerSpec
 from beamline_export.testing import EOS, nn_config, write_hugging_face, write_nn_transformer
 from beamline_server.engine.ort.sessions import session_options
-from beamline_server.graphs import DECODER_STEP, ENCODER, GraphSpec, TensorSpec, decoder_piece_graph, decoder_pieces
+from beamline_server.graphs import (
+    DECODER_STEP,
+    ENCODER,
+    GraphSizes,
+    GraphSpec,
+    TensorSpec,
+    decoder_piece_graph,
+    decoder_pieces,
+)
 from beamline_server.manifest import WEIGHTS
 
 Values = Mapping[str, NDArray[Any]]
@@ -119,7 +127,7 @@ class Graphs:
         return log_softmax(np.stack(steps, axis=1))
 
     def _step(self, ids: NDArray[np.int64], positions: NDArray[np.int64], pasts: Any, memories: Any) -> Array:
-        pieces, layers = decoder_pieces(self.spec.decoder_layers), range(self.spec.decoder_layers)
+        pieces, layers = decoder_pieces(self.spec.graph_sizes), range(self.spec.decoder_layers)
         found = self.run(pieces[0], {"ids": ids, "positions": positions})
         for i in layers:
             query, key, value = np.split(found["query_key_value"], 3, axis=1)
@@ -268,7 +276,7 @@ def test_a_precision_has_the_graphs_that_its_devices_run(
 ) -> None:
     checkpoint = nn_transformer(num_decoder_layers=3)(tmp_path / "checkpoint", 1.0)
     graphs = built(checkpoint, tmp_path / "graphs", store(), precision)
-    wanted = [ENCODER, *([DECODER_STEP] if whole else []), *(decoder_pieces(3) if pieces else [])]
+    wanted = [ENCODER, *([DECODER_STEP] if whole else []), *(decoder_pieces(graphs.spec.graph_sizes) if pieces else [])]
     assert sorted(graphs.sessions) == sorted(wanted)
     assert list(contracts(graphs.spec, precision, store().cache)) == wanted
 
@@ -298,16 +306,21 @@ def with_output(contract: GraphSpec, name: str, tensor: TensorSpec) -> GraphSpec
 def test_pieces_that_break_their_contract_are_named(tmp_path: Path, silent: Progress) -> None:
     checkpoint = write_nn_transformer(tmp_path / "checkpoint", nn_config())
     bundle = export(checkpoint, tmp_path / "bundle", ExportOptions(), silent)
-    right = {name: decoder_piece_graph(number, 2, 32, 120) for number, name in enumerate(decoder_pieces(2))}
+    sizes = GraphSizes(2, 32, 120)
+    right = {name: decoder_piece_graph(number, sizes) for number, name in enumerate(decoder_pieces(sizes))}
     check_contract(bundle, right)
     half = TensorSpec("float16", ("N", 32))
     for piece, wrong, named in (
         (FIRST, right[AFTER_CROSS], "attended, ids, positions, residual_in"),
         (AFTER_SELF, right[AFTER_CROSS], "query, query_key_value"),
-        (AFTER_CROSS, decoder_piece_graph(2, 2, 16, 120), "attended, query_key_value, residual, residual_in"),
+        (
+            AFTER_CROSS,
+            decoder_piece_graph(2, replace(sizes, width=16)),
+            "attended, query_key_value, residual, residual_in",
+        ),
         (AFTER_SELF, with_output(right[AFTER_SELF], "residual", half), "residual"),
         (LAST, right[AFTER_CROSS], "logits, query_key_value, residual"),
-        (LAST, decoder_piece_graph(4, 2, 32, 121), "logits"),
+        (LAST, decoder_piece_graph(4, GraphSizes(2, 32, 121)), "logits"),
     ):
         with pytest.raises(ExportError, match=rf"{piece} does not meet its contract in {named}$"):
             check_contract(bundle, {**right, piece: wrong})

@@ -2,9 +2,11 @@
 
 Each row attends to the rows of a list, whose numbers say where keys and values are; so sequences of any length stand
 side by side without padding, and a hypothesis attends to its own slots without a mask. Sums go in the order of the
-list, in vectors of 16: a row's result depends on nothing but its own query and list.
+list, in vectors of 16: a row's result depends on nothing but its own query and list. Several heads of queries may share
+one of keys and values, each as many neighbours (grouped queries, Ainslie et al. 2023).
 
-Axes: N rows, X lists, M rows of keys and values, W places of a list, D width, H heads.
+Axes: N rows, X lists, M rows of keys and values, W places of a list, D width of queries, B width of keys and values, H
+heads of queries.
 """
 
 from typing import NamedTuple
@@ -35,6 +37,8 @@ Places = NDArray[np.int32]
 TOGETHER = 4
 """Lists are read by so many places at a time: behind its end each repeats a place up to a multiple of this."""
 _FAR_BELOW = np.float32(-1e30)
+Shape = tuple[int, int, int]
+"""Heads of queries, numbers of a head, and width of keys and values."""
 _BLOCK = 64
 """Numbers of a value that are summed up together, in four vectors."""
 
@@ -83,8 +87,8 @@ def attend(  # noqa: PLR0913, PLR0917 - what attention is made of
 
     Args:
         query: The first D numbers of each row are its query, (N, >= D).
-        keys: (M, D).
-        values: (M, D).
+        keys: (M, B).
+        values: (M, B).
         lists: Rows of keys and values, (X, W).
         lengths: How many each list has, at least one, (X,).
         list_of: The list of each row, (N,).
@@ -96,30 +100,32 @@ def attend(  # noqa: PLR0913, PLR0917 - what attention is made of
     """
     width = out.shape[1]
     size = width // heads
+    shape = (heads, size, keys.shape[1])
     q, k, v, y, stride = query.reshape(-1), keys.reshape(-1), values.reshape(-1), out.reshape(-1), query.shape[1]
     scale = np.float32(1.0) / np.sqrt(np.float32(size))
     for row in range(len(list_of)):
         places, count = lists[list_of[row]], int(lengths[list_of[row]])
         if size % LANES == 0:
-            score(q, row * stride, k, places, count, heads, size, scale, weights)
+            score(q, row * stride, k, places, count, shape, scale, weights)
             if len(bias.table) > 0:
                 add_bias(bias.table, bias.distance[list_of[row]], count, weights)
             normalize(weights, count, heads, inverse)
-            weigh(v, places, count, heads, size, weights, inverse, y, row * width)
+            weigh(v, places, count, shape, weights, inverse, y, row * width)
         else:
             attend_plainly(
-                q, row * stride, k, v, places, count, heads, size, scale, weights, y, row * width, bias, list_of[row]
+                q, row * stride, k, v, places, count, shape, scale, weights, y, row * width, bias, list_of[row]
             )
 
 
 @compiled
 def score(  # noqa: PLR0913, PLR0917 - as `attend`
-    q: Floats, at: int, k: Floats, places: Places, count: int, heads: int, size: int, scale: np.float32, weights: Floats
+    q: Floats, at: int, k: Floats, places: Places, count: int, shape: Shape, scale: np.float32, weights: Floats
 ) -> None:
     """Write the scaled products of a query with the keys of its list, head by head, each (W,)."""
-    width, rounded = heads * size, (count + LANES - 1) // LANES * LANES
+    heads, size, width = shape
+    rounded, sharing = (count + LANES - 1) // LANES * LANES, heads * size // width
     for head in range(heads):
-        first = head * size
+        own, first = at + head * size, head // sharing * size
         for t in range(0, count, TOGETHER):
             a = np.int64(places[t]) * width + first
             b = np.int64(places[t + 1]) * width + first
@@ -127,7 +133,7 @@ def score(  # noqa: PLR0913, PLR0917 - as `attend`
             d = np.int64(places[t + 3]) * width + first
             sum_a, sum_b, sum_c, sum_d = zero(), zero(), zero(), zero()
             for j in range(0, size, LANES):
-                part = load(q, at + first + j)
+                part = load(q, own + j)
                 sum_a = multiply_add(part, load(k, a + j), sum_a)
                 sum_b = multiply_add(part, load(k, b + j), sum_b)
                 sum_c = multiply_add(part, load(k, c + j), sum_c)
@@ -169,17 +175,18 @@ def weigh(  # noqa: PLR0913, PLR0917 - as `attend`
     v: Floats,
     places: Places,
     count: int,
-    heads: int,
-    size: int,
+    shape: Shape,
     weights: Floats,
     inverse: Floats,
     y: Floats,
     at: int,
 ) -> None:
     """Write the weighted sums of the values of a list."""
-    width, rounded = heads * size, (count + LANES - 1) // LANES * LANES
+    heads, size, width = shape
+    rounded, sharing = (count + LANES - 1) // LANES * LANES, heads * size // width
     for head in range(heads):
-        first, j, end = head * rounded, head * size, head * size + size
+        first, j, end = head * rounded, head // sharing * size, head // sharing * size + size
+        to = at + head * size - j
         factor = splat(inverse[head])
         while j + _BLOCK <= end:
             a, b, c, d = zero(), zero(), zero(), zero()
@@ -189,10 +196,10 @@ def weigh(  # noqa: PLR0913, PLR0917 - as `attend`
                 b = multiply_add(weight, load(v, o + LANES), b)
                 c = multiply_add(weight, load(v, o + 2 * LANES), c)
                 d = multiply_add(weight, load(v, o + 3 * LANES), d)
-            store(y, at + j, multiply(a, factor))
-            store(y, at + j + LANES, multiply(b, factor))
-            store(y, at + j + 2 * LANES, multiply(c, factor))
-            store(y, at + j + 3 * LANES, multiply(d, factor))
+            store(y, to + j, multiply(a, factor))
+            store(y, to + j + LANES, multiply(b, factor))
+            store(y, to + j + 2 * LANES, multiply(c, factor))
+            store(y, to + j + 3 * LANES, multiply(d, factor))
             j += _BLOCK
         while j < end:
             a, b = zero(), zero()
@@ -201,7 +208,7 @@ def weigh(  # noqa: PLR0913, PLR0917 - as `attend`
                 b = multiply_add(splat(weights[first + t + 1]), load(v, np.int64(places[t + 1]) * width + j), b)
             if count % 2:
                 a = multiply_add(splat(weights[first + count - 1]), load(v, np.int64(places[count - 1]) * width + j), a)
-            store(y, at + j, multiply(add(a, b), factor))
+            store(y, to + j, multiply(add(a, b), factor))
             j += LANES
 
 
@@ -213,8 +220,7 @@ def attend_plainly(  # noqa: PLR0913, PLR0917 - as `attend`
     v: Floats,
     places: Places,
     count: int,
-    heads: int,
-    size: int,
+    shape: Shape,
     scale: np.float32,
     weights: Floats,
     y: Floats,
@@ -223,22 +229,24 @@ def attend_plainly(  # noqa: PLR0913, PLR0917 - as `attend`
     list_of_row: int,
 ) -> None:
     """The same number by number, for heads whose size is no multiple of 16."""
-    width = heads * size
-    for first in range(0, width, size):
+    heads, size, width = shape
+    sharing = heads * size // width
+    for head in range(heads):
+        first, shared = head * size, head // sharing * size
         most, summed = _FAR_BELOW, np.float32(0.0)
         for t in range(count):
-            product, o = np.float32(0.0), places[t] * width + first
+            product, o = np.float32(0.0), places[t] * width + shared
             for j in range(size):
                 product += q[at + first + j] * k[o + j]
             weights[t] = product * scale
             if len(bias.table) > 0:
-                weights[t] += bias.table[first // size, bias.distance[list_of_row, t]]
+                weights[t] += bias.table[head, bias.distance[list_of_row, t]]
             most = max(most, weights[t])
         for t in range(count):
             weights[t] = np.exp(weights[t] - most)
             summed += weights[t]
         y[to + first : to + first + size] = 0.0
         for t in range(count):
-            o = places[t] * width + first
+            o = places[t] * width + shared
             for j in range(size):
                 y[to + first + j] += weights[t] / summed * v[o + j]

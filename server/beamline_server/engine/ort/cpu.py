@@ -12,7 +12,7 @@ import numpy as np
 
 from beamline_server.bundle import Bundle
 from beamline_server.engine.admission import ENCODE_TOGETHER, Capacity
-from beamline_server.engine.backend import Cache, Encoded, StepResult
+from beamline_server.engine.backend import NOT_ENCODED, Cache, Encoded, StepResult
 from beamline_server.engine.ort.attention import TOGETHER
 from beamline_server.engine.ort.c_api import Binding, NativeSession
 from beamline_server.engine.ort.pages import PagedMemory, lacking, whole_pages, widened
@@ -60,25 +60,22 @@ class CpuBackend:
 
     def __init__(self, bundle: Bundle, *, threads: int, note: Note | None = None) -> None:
         dimensions = bundle.manifest.dimensions
-        self.layers, self.width = dimensions.decoder_layers, dimensions.attention
-        self._sizes = Sizes(
-            dimensions.d_model,
-            dimensions.decoder_heads,
-            dimensions.target_vocabulary,
-            dimensions.attention,
-            _relative_bias(bundle),
-        )
+        self.layers, self.width = dimensions.decoder_layers, dimensions.key_value
+        self.has_encoder = not dimensions.decoder_only
+        self._sizes = Sizes(dimensions.graph_sizes, dimensions.decoder_heads, _relative_bias(bundle))
         self._note = note
         weights = (WEIGHTS, bundle.read(WEIGHTS))
 
         def opened(name: str) -> NativeSession:
             return NativeSession(bundle.read(name), weights, threads=threads, settings=settings(threads))
 
-        self._encoder = opened(ENCODER)
-        self._decoder = [opened(name) for name in decoder_pieces(self.layers)]
+        self._encoder = opened(ENCODER) if self.has_encoder else None
+        self._decoder = [opened(name) for name in decoder_pieces(dimensions.graph_sizes)]
 
     def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
         """As `Backend.encode`."""
+        if self._encoder is None:
+            return NOT_ENCODED
         ids, lengths = flat(sources)
         width = max(-(-int(lengths.max()) // _GRANULE) * _GRANULE, LEAST_QUERIES)
         inputs = _encoder_inputs(len(ids), len(lengths), width)
@@ -92,7 +89,7 @@ class CpuBackend:
 
     def new_cache(self) -> Cache:
         """As `Backend.new_cache`."""
-        return CpuCache(self.layers, self.width, self.new_pieces())
+        return CpuCache(self.layers, self.width, self.new_pieces(), has_encoder=self.has_encoder)
 
     def new_pieces(self) -> Pieces:
         """The decoder, for one worker."""
@@ -116,15 +113,16 @@ def most_bytes_of_a_worker(sizes: Dimensions, capacity: Capacity) -> int:
     """
     wide = max(sizes.d_model, sizes.attention)
     relative = sizes.relative_positions is not None
-    slot = (2 * sizes.decoder_layers * sizes.attention + 1) * _FLOAT
+    slot = (2 * sizes.decoder_layers * sizes.key_value + 1) * _FLOAT
     whole = capacity.whole
     own = min(whole.slots, whole.rows * whole_pages(sizes.max_target_tokens))
-    cross = min(whole.slots, whole.rows * whole_pages(sizes.max_source_tokens))
+    cross = 0 if sizes.decoder_only else min(whole.slots, whole.rows * whole_pages(sizes.max_source_tokens))
     widest = max(MAX_BEAMS * (sizes.max_target_tokens + 1), sizes.max_source_tokens)
     row = (3 if relative else 2) * widest + _ROW_WIDTHS * wide + sizes.target_vocabulary
     tokens = max(CpuBackend.encode_tokens, sizes.max_source_tokens)
     scores = (_SCORES + _BIASES * relative) * sizes.decoder_heads * sizes.max_source_tokens**2
     encoder = (tokens * _ROW_WIDTHS * wide + scores) * _FLOAT + (ENCODE_TOGETHER + 1) * tokens * slot
+    encoder *= not sizes.decoder_only
     table = table_bytes(whole.rows, slots=widest, steps=sizes.max_target_tokens)
     pages = (own + cross) * slot + max(own, cross) * slot // 2
     return pages + 2 * whole.rows * row * _FLOAT + encoder + 2 * table
@@ -142,11 +140,13 @@ class CpuCache:
         layers: Of the decoder.
         width: Of its keys and values.
         pieces: Computes.
+        has_encoder: Whether sequences have a source, whose keys and values are kept beside their own.
     """
 
-    def __init__(self, layers: int, width: int, pieces: Pieces) -> None:
+    def __init__(self, layers: int, width: int, pieces: Pieces, *, has_encoder: bool = True) -> None:
         self._pieces = pieces
         self._own, self._cross = PagedMemory(layers, width), PagedMemory(layers, width)
+        self._has_encoder = has_encoder
         self._sources = Lists(np.zeros((0, TOGETHER), np.int32), np.zeros(0, np.int32))
         self._present: dict[int, None] = {}
         self._all: IntArray = np.zeros(0, np.int64)
@@ -188,6 +188,8 @@ class CpuCache:
     def _take_in(self, index: int, length: int, encoded: Encoded, number: int) -> None:
         """Copy the keys and values of a newcomer's source, and give it a first page for its own."""
         self._own.give(index, 1)
+        if not self._has_encoder:
+            return
         self._cross.give(index, length)
         places, lengths = self._sources
         if index >= len(lengths) or length + TOGETHER > places.shape[1]:

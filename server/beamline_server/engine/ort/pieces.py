@@ -1,7 +1,7 @@
 """A decoder step in pieces: graphs that work on rows alone, with attention over slots between them.
 
-Axes: L layers, N rows, D width of the model, A width of attention, H heads, I indices of the table, X lists, W places
-of a list, C candidates, V vocabulary.
+Axes: L layers, N rows, D width of the model, A width of queries and of what attention gives, B that of keys and values,
+H heads, I indices of the table, X lists, W places of a list, C candidates, V vocabulary.
 """
 
 from collections import OrderedDict
@@ -23,6 +23,7 @@ from beamline_server.engine.ort.pages import PagedMemory, Pages, Places, place
 from beamline_server.engine.ort.vectors import call
 from beamline_server.engine.pack import Extent
 from beamline_server.engine.table import FloatArray, IntArray, Table, example
+from beamline_server.graphs import GraphSizes, decoder_piece_graph
 
 _KEPT = 256
 """Bindings that are kept, each for a number of rows: the last used ones."""
@@ -56,7 +57,7 @@ class Buffers(NamedTuple):
             (1, 0, 0).
         distance: How far each slot of the lists is from the row, at most the last of the table, (N, W).
         unbiased: What cross-attention adds to scores: nothing.
-        query_key_value: Of self-attention, (N, 3A).
+        query_key_value: Of self-attention, (N, A + 2B).
         query: Of cross-attention, (N, A).
         attended: What attention gives, (N, A).
         residual: What graphs hand on, in turn, (2, N, D).
@@ -93,24 +94,19 @@ class Sizes:
     """What the memory of a step is made by.
 
     Attributes:
-        width: D.
+        graphs: What the pieces are made by.
         heads: H.
-        vocabulary: V.
-        attention: A, if it is not D.
         bias: As in `Buffers`.
     """
 
-    width: int
+    graphs: GraphSizes
     heads: int
-    vocabulary: int
-    attention: int | None = None
     bias: FloatArray = field(default_factory=without_bias)
 
 
 def buffers(rows: int, slots: int, sizes: Sizes) -> Buffers:
     """Buffers for so many rows, which attend to so many slots of their sequences, or positions of their sources."""
-    width, wide = sizes.width, sizes.attention or sizes.width
-    places = (rows, slots + TOGETHER)
+    graphs, places = sizes.graphs, (rows, slots + TOGETHER)
     return Buffers(
         ids=np.zeros(rows, np.int64),
         positions=np.zeros(rows, np.int64),
@@ -121,13 +117,13 @@ def buffers(rows: int, slots: int, sizes: Sizes) -> Buffers:
         bias=sizes.bias,
         distance=np.zeros(places if sizes.bias.size else (0, 0), np.int32),
         unbiased=attention.no_bias(),
-        query_key_value=np.zeros((rows, 3 * wide), np.float32),
-        query=np.zeros((rows, wide), np.float32),
-        attended=np.zeros((rows, wide), np.float32),
-        residual=np.zeros((2, rows, width), np.float32),
-        logits=np.zeros((rows, sizes.vocabulary), np.float32),
+        query_key_value=np.zeros((rows, graphs.query_key_value), np.float32),
+        query=np.zeros((rows, graphs.query), np.float32),
+        attended=np.zeros((rows, graphs.query), np.float32),
+        residual=np.zeros((2, rows, graphs.width), np.float32),
+        logits=np.zeros((rows, graphs.vocabulary), np.float32),
         weighing=attention.room(sizes.heads, slots),
-        choosing=candidates.room(sizes.vocabulary),
+        choosing=candidates.room(graphs.vocabulary),
     )
 
 
@@ -158,7 +154,7 @@ class Pieces:
     def __init__(self, sessions: Sequence[NativeSession], sizes: Sizes, *, note: Note | None) -> None:
         self._sessions = sessions
         self._handles = np.array([session.handle for session in sessions], np.int64)
-        self._heads = sizes.heads
+        self._heads, self._graphs = sizes.heads, sizes.graphs
         self._note = note
         self._run = address("RunWithBinding")
         self._bound: OrderedDict[int, Bound] = OrderedDict()
@@ -189,7 +185,7 @@ class Pieces:
             NativeError: a graph fails.
         """
         bound, best = self._bound_for(rows), candidates.empty(rows, count)
-        how = (self._run, self._heads, rows)
+        how = (self._run, self._heads, rows, 2 if self._graphs.encoder else 1)
         check(run_step(how, self._handles, bound.handles, self.buffers, own, cross, sources, best))
         tell(self._note, bound.extra)
         every = None
@@ -218,16 +214,23 @@ class Pieces:
 
     def _inputs(self, piece: int, rows: int) -> dict[str, NDArray[Any]]:
         b = self.buffers
-        if piece == 0:
-            return {"ids": b.ids[:rows], "positions": b.positions[:rows]}
-        return {"attended": b.attended[:rows], "residual_in": b.residual[1 - piece % 2, :rows]}
+        every: dict[str, NDArray[Any]] = {
+            "ids": b.ids[:rows],
+            "positions": b.positions[:rows],
+            "attended": b.attended[:rows],
+            "residual_in": b.residual[1 - piece % 2, :rows],
+        }
+        return {name: every[name] for name in decoder_piece_graph(piece, self._graphs).inputs}
 
     def _outputs(self, piece: int, rows: int) -> dict[str, NDArray[Any]]:
         b = self.buffers
-        if piece == len(self._sessions) - 1:
-            return {"logits": b.logits[:rows]}
-        query = {"query": b.query[:rows]} if piece % 2 else {"query_key_value": b.query_key_value[:rows]}
-        return {"residual": b.residual[piece % 2, :rows], **query}
+        every = {
+            "residual": b.residual[piece % 2, :rows],
+            "query_key_value": b.query_key_value[:rows],
+            "query": b.query[:rows],
+            "logits": b.logits[:rows],
+        }
+        return {name: every[name] for name in decoder_piece_graph(piece, self._graphs).outputs}
 
 
 def beyond(note: Note | None, session: NativeSession, known: Collection[str], rows: int) -> dict[str, FloatArray]:
@@ -305,7 +308,7 @@ def take_in(cross: Pages, sources: Lists, index: int, length: int, encoded: Floa
 
 @compiled_unlocked
 def run_step(  # noqa: PLR0913, PLR0917 - graphs, and what lies between them
-    how: tuple[int, int, int],
+    how: tuple[int, int, int, int],
     sessions: IntArray,
     bindings: IntArray,
     buffers: Buffers,
@@ -317,9 +320,10 @@ def run_step(  # noqa: PLR0913, PLR0917 - graphs, and what lies between them
     """Run the pieces, with an attention after each but the last, and choose the candidates.
 
     Args:
-        how: Address of onnxruntime's RunWithBinding; heads of attention; N.
-        sessions: Addresses of the sessions, (2L + 1,).
-        bindings: Addresses of what is bound to them, (2L + 1,).
+        how: Address of onnxruntime's RunWithBinding; heads of attention; N; attentions of a layer, the second of which
+            is cross-attention.
+        sessions: Addresses of the sessions, one more than attentions.
+        bindings: Addresses of what is bound to them, as many.
         buffers: What is bound, and the slots that rows attend to.
         own: Keys and values of self-attention.
         cross: Those of cross-attention.
@@ -329,15 +333,15 @@ def run_step(  # noqa: PLR0913, PLR0917 - graphs, and what lies between them
     Returns:
         Address of a status that tells what went wrong, or 0.
     """
-    run, heads, rows = how
+    run, heads, rows, attentions = how
     for piece in range(len(sessions)):
         status = call(run, sessions[piece], 0, bindings[piece])
         if status != 0:
             return int(status)
         if piece == len(sessions) - 1:
             break
-        layer = piece // 2
-        if piece % 2 == 0:
+        layer = piece // attentions
+        if piece % attentions == 0:
             write(buffers, own.keys[layer], own.values[layer], rows)
             query, keys, values = buffers.query_key_value, own.keys[layer], own.values[layer]
             lists, list_of = buffers.own, buffers.each[:rows]
@@ -355,18 +359,18 @@ def run_step(  # noqa: PLR0913, PLR0917 - graphs, and what lies between them
 @compiled
 def write(buffers: Buffers, keys: FloatArray, values: FloatArray, rows: int) -> None:
     """Write the keys and values of rows into their slots."""
-    width = keys.shape[1]
+    width, first = keys.shape[1], buffers.attended.shape[1]
     for row in range(rows):
         slot, new = buffers.slot[row], buffers.query_key_value[row]
         for d in range(width):
-            keys[slot, d] = new[width + d]
+            keys[slot, d] = new[first + d]
         for d in range(width):
-            values[slot, d] = new[2 * width + d]
+            values[slot, d] = new[first + width + d]
 
 
 def _run_example() -> tuple[Any, ...]:
     numbers, into, pages = np.zeros(1, np.int64), _example_buffers(), PagedMemory(1, 1).pages
-    return (0, 0, 0), numbers, numbers, into, pages, pages, into.own, candidates.empty(1, 1)
+    return (0, 0, 0, 1), numbers, numbers, into, pages, pages, into.own, candidates.empty(1, 1)
 
 
 def _take_in_example() -> tuple[Any, ...]:
@@ -374,7 +378,7 @@ def _take_in_example() -> tuple[Any, ...]:
 
 
 def _example_buffers() -> Buffers:
-    return buffers(1, 1, Sizes(width=1, heads=1, vocabulary=1))
+    return buffers(1, 1, Sizes(GraphSizes(layers=1, width=1, vocabulary=1), heads=1))
 
 
 entry_point(pack_rows, lambda: (example(), np.zeros(1, np.int64), PagedMemory(1, 1).pages, _example_buffers()))

@@ -222,7 +222,7 @@ def test_steps_of_as_many_rows_are_bound_once(
 
     monkeypatch.setattr(pieces, "Binding", counted)
     fed = Fed(backend)
-    every = len(decoder_pieces(backend.layers))
+    every = len(decoder_pieces(backend._sizes.graphs))
     fed.enter(0, 1, 2)
     fed.step(alone)
     fed.leave(2)

@@ -9,6 +9,7 @@ from beamline_server.engine.ort.attention import TOGETHER
 from beamline_server.engine.ort.pages import PAGE, PagedMemory, widened
 from beamline_server.engine.ort.pieces import Sizes
 from beamline_server.engine.table import IntArray, Table
+from beamline_server.graphs import GraphSizes
 from doubles.fed import FedSequences
 from doubles.uncompiled import uncompiled
 
@@ -55,7 +56,7 @@ def test_rows_find_the_slots_that_they_descend_from(seed: int) -> None:
     members = rng.permutation(6)[: rng.integers(1, 7)]
     memory = memory_for(table, members.tolist(), rng)
     rows = int(table.sequences["rows"][members].sum())
-    ours, plain = (compiled_pieces.buffers(rows, 60, Sizes(width=2, heads=1, vocabulary=1)) for _ in range(2))
+    ours, plain = (compiled_pieces.buffers(rows, 60, Sizes(GraphSizes(1, 2, 1), heads=1)) for _ in range(2))
     compiled_pieces.pack_rows(table, members, memory.pages, ours)
     PLAIN_PIECES.pack_rows(table, members, memory.pages, plain)
 
@@ -84,7 +85,7 @@ def test_rows_find_how_far_their_slots_are(farthest: int) -> None:
     table = random_table(rng, 4)
     members = rng.permutation(4)
     memory = memory_for(table, members.tolist(), rng)
-    sizes = Sizes(width=2, heads=1, vocabulary=1, bias=np.zeros((1, 1, farthest + 1), np.float32))
+    sizes = Sizes(GraphSizes(1, 2, 1), heads=1, bias=np.zeros((1, 1, farthest + 1), np.float32))
     rows = int(table.sequences["rows"].sum())
     written: dict[int, int] = {}
     for index in members.tolist():
@@ -110,7 +111,7 @@ def test_rows_find_how_far_their_slots_are(farthest: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_new_keys_and_values_are_written_into_their_slots_and_nowhere_else(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    buffers = compiled_pieces.buffers(7, 1, Sizes(width=4, heads=1, vocabulary=1))
+    buffers = compiled_pieces.buffers(7, 1, Sizes(GraphSizes(1, 4, 1), heads=1))
     buffers.query_key_value[:] = rng.standard_normal(buffers.query_key_value.shape)
     buffers.slot[:] = rng.permutation(3 * PAGE)[:7]
     before = rng.standard_normal((2, 3 * PAGE, 4)).astype(np.float32)

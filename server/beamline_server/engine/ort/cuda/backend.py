@@ -37,6 +37,7 @@ class CudaBackend:
     """
 
     encode_tokens = 1024
+    has_encoder = True
 
     def __init__(self, bundle: Bundle, *, device: str = "cuda", threads: int = 1, graphs: bool = True) -> None:
         self.device = device
