@@ -334,7 +334,7 @@ class _Writing:
                 "d_model": spec.d_model,
                 "decoder_layers": spec.decoder_layers,
                 "decoder_heads": spec.decoder_heads,
-                "source_vocabulary": spec.target_vocabulary if spec.decoder_only else spec.source_vocabulary,
+                "source_vocabulary": spec.source_vocabulary,
                 "target_vocabulary": spec.target_vocabulary,
                 "max_source_tokens": spec.max_source_positions,
                 "max_target_tokens": spec.max_target_positions,

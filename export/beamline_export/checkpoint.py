@@ -252,6 +252,11 @@ class Fields:
         self._asked: set[str] = set()
         self.problems: list[str] = []
 
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """All of it, as it stands there."""
+        return self._data
+
     def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = _MOST) -> int:
         """A whole number from `least` to `most`."""
         value = self._value(name, default)

@@ -70,8 +70,10 @@ class GenerateOracle:
         padding = next(iter(self._rules.search.eos), 0)
         ids = torch.tensor([[*source, *[padding] * (width - len(source))] for source in sources])
         mask = torch.tensor([[1] * len(source) + [0] * (width - len(source)) for source in sources])
-        output = self._generate(options, target_prefix, input_ids=ids, attention_mask=mask)
-        return self._hypotheses(output, options, target_prefix)
+        given = (self._rules.decoder_start, *target_prefix)
+        decoder_ids = torch.tensor([given] * len(sources))
+        output = self._generate(options, input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids)
+        return self._hypotheses(output, options, len(given))
 
     def trace(self, source: Tokens, options: SearchOptions, target_prefix: Tokens = ()) -> SearchTrace:
         """The steps of one search, after `target_prefix`.
@@ -79,13 +81,16 @@ class GenerateOracle:
         Raises:
             AssertionError: `reference_search` comes to something else from the same log-probabilities.
         """
+        given = (self._rules.decoder_start, *target_prefix)
+        inputs = {"input_ids": torch.tensor([source]), "decoder_input_ids": torch.tensor([given])}
+        return self._traced(given, options, inputs)
+
+    def _traced(self, given: Tokens, options: SearchOptions, inputs: dict[str, Any]) -> SearchTrace:
+        """The steps of one search; `given` is what the decoder begins with."""
         recorder = _Recorder(renormalize=bool(self._model.generation_config.renormalize_logits))
-        output = self._generate(
-            options, target_prefix, input_ids=torch.tensor([source]), logits_processor=LogitsProcessorList([recorder])
-        )
-        rules, start = self._rules.search, self._rules.decoder_start
-        trace = reference_search(recorder.logprobs, rules, options, start, target_prefix)
-        found = self._hypotheses(output, options, target_prefix)[0]
+        output = self._generate(options, logits_processor=LogitsProcessorList([recorder]), **inputs)
+        trace = reference_search(recorder.logprobs, self._rules.search, options, given[0], given[1:])
+        found = self._hypotheses(output, options, len(given))[0]
         same = [h.tokens for h in trace.hypotheses][: options.n_best] == [h.tokens for h in found]
         assert same, "reference_search does not follow generate"
         return trace
@@ -102,8 +107,7 @@ class GenerateOracle:
                     False, find_parting(self.trace(source, options), backend, self._rules, source, options)
                 )
 
-    def _generate(self, options: SearchOptions, target_prefix: Tokens, **inputs: Any) -> Any:
-        start = [self._rules.decoder_start, *target_prefix]
+    def _generate(self, options: SearchOptions, **inputs: Any) -> Any:
         beams: dict[str, Any] = {}
         if options.beam_size > 1:
             beams = {
@@ -114,7 +118,6 @@ class GenerateOracle:
         with quiet_transformers(), torch.inference_mode():
             return self._model.generate(
                 **inputs,
-                decoder_input_ids=torch.tensor([start] * len(inputs["input_ids"])),
                 num_beams=options.beam_size,
                 max_new_tokens=options.max_new_tokens,
                 min_new_tokens=options.min_new_tokens,
@@ -123,8 +126,9 @@ class GenerateOracle:
                 **beams,
             )
 
-    def _hypotheses(self, output: Any, options: SearchOptions, target_prefix: Tokens) -> list[tuple[Ranked, ...]]:
-        tokens = [self._generated(row[1 + len(target_prefix) :]) for row in output.sequences.tolist()]
+    def _hypotheses(self, output: Any, options: SearchOptions, given: int) -> list[tuple[Ranked, ...]]:
+        """What follows the first `given` tokens."""
+        tokens = [self._generated(row[given:]) for row in output.sequences.tolist()]
         scores = [math.nan] * len(tokens) if options.beam_size == 1 else output.sequences_scores.tolist()
         ranked = [Ranked(*pair) for pair in zip(tokens, scores, strict=True)]
         lists = (ranked[i : i + options.n_best] for i in range(0, len(ranked), options.n_best))
@@ -135,6 +139,29 @@ class GenerateOracle:
         tokens = tuple(row)
         end = next((i for i, token in enumerate(tokens) if token in self._rules.search.eos), len(tokens))
         return tokens[: end + 1]
+
+
+class DecoderOnlyOracle(GenerateOracle):
+    """The same of a model without an encoder; sources are prompts, each of which is searched alone."""
+
+    def search(
+        self, sources: Sequence[Tokens], options: SearchOptions, target_prefix: Tokens = ()
+    ) -> list[tuple[Ranked, ...]]:
+        """As `GenerateOracle.search`."""
+        return [
+            self._hypotheses(self._generate(options, **_prompt(given)), options, len(given))[0]
+            for given in ((*source, *target_prefix) for source in sources)
+        ]
+
+    def trace(self, source: Tokens, options: SearchOptions, target_prefix: Tokens = ()) -> SearchTrace:
+        """As `GenerateOracle.trace`."""
+        given = (*source, *target_prefix)
+        return self._traced(given, options, _prompt(given))
+
+
+def _prompt(tokens: Tokens) -> dict[str, Any]:
+    ids = torch.tensor([tokens])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 class _Recorder(LogitsProcessor):  # type: ignore[misc]  # transformers come without types

@@ -11,6 +11,7 @@ from beamline_server.engine.request import MAX_BEAMS as _MOST_BEAMS
 from beamline_server.engine.request import MAX_LENGTH_PENALTY as _MOST_LENGTH_PENALTY
 
 _EARLY_STOPPING = {"true": "when_full", "false": "heuristic", '"never"': "never"}
+_PROMPT_COUNTS = ("max_length", "min_length", "forced_bos_token_id", "force_bos_token_to_be_generated")
 _DEFAULT_NEW_TOKENS = 20
 """What `generate` does when nothing is set."""
 
@@ -42,11 +43,15 @@ def read_generation(
     *,
     max_positions: int,
     needs_eos: bool = True,
+    decoder_only: bool = False,
 ) -> Generation:
     """Search defaults and special tokens of a Hugging Face checkpoint, as `generate` finds them.
 
     Where there is a generation_config.json, settings come from it alone; older checkpoints keep them in config.json.
     Ids that it lacks are looked up in config.json.
+
+    A model without an encoder (`decoder_only`) starts an empty prompt with its begin of sequence, or where it has none
+    with its end; what counts the prompt, too, has no effect.
 
     Raises:
         ExportError: a setting is invalid, or no decoder start or (unless `needs_eos` is false) no end-of-sequence token
@@ -65,13 +70,19 @@ def read_generation(
     if start is None:
         start = ids.optional_id("bos_token_id")
     eos = ids.ids("eos_token_id")
+    if decoder_only:
+        start, needs_eos = ids.optional_id("bos_token_id"), False
+        start = next(iter(eos), 0) if start is None else start
+        unsupported |= _without_prompt(settings)
     lacks = ["decoder_start_token_id"] * (start is None) + ["eos_token_id"] * (needs_eos and not eos)
     if lacks:
         ids.problems.append(f"names no {' and no '.join(lacks)}; add {'it' if len(lacks) == 1 else 'them'}")
     ids.check()
-    if generation_config is not None:
+    if generation_config is not None and not decoder_only:
         unsupported |= _not_in_generation_config(given, start, eos)
 
+    if decoder_only:
+        settings = Fields({name: value for name, value in settings.given.items() if name not in _PROMPT_COUNTS}, source)
     forced_bos, forced_eos = settings.optional_id("forced_bos_token_id"), settings.ids("forced_eos_token_id")
     if generation_config is None and settings.flag("force_bos_token_to_be_generated", False):
         forced_bos = settings.optional_id("bos_token_id")
@@ -99,6 +110,19 @@ def read_generation(
     )
     ids.check()
     return Generation({**defaults, "not_supported": unsupported}, tokens, tokens.banned if renormalize else ())
+
+
+def _without_prompt(settings: Fields) -> dict[str, str]:
+    """Settings of a model without an encoder that count the tokens of a prompt, which differ."""
+    told = {
+        "max_length": "counts the prompt, too; set max_new_tokens",
+        "min_length": "counts the prompt, too; set min_new_tokens",
+        "forced_bos_token_id": "would follow a prompt of one token alone",
+    }
+    given = {name: settings.raw(name) for name in told}
+    if settings.raw("max_new_tokens") is not None:
+        given["max_length"] = None
+    return {name: f"{value}: {told[name]}" for name, value in given.items() if value not in (None, 0)}
 
 
 def _not_in_generation_config(given: Mapping[str, Any], start: int | None, eos: Sequence[int]) -> dict[str, str]:

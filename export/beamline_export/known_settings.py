@@ -81,6 +81,24 @@ _T5: Mapping[str, Effect] = {
     # Of training.
     **_all(ANY, "dropout_rate initializer_factor gradient_checkpointing"),
 }
+_DECODER_ONLY: dict[str, Effect] = {
+    **_ALL_CONFIGS,
+    "is_encoder_decoder": (False,),
+    # Of an encoder's outputs, which it has only as a part of another model.
+    "is_decoder": ANY,
+    **_all(READ, "hidden_size num_hidden_layers num_attention_heads max_position_embeddings"),
+    # Of training, and of how weights were laid out over devices.
+    **_all(ANY, "initializer_range gradient_checkpointing pretraining_tp summary_type summary_use_proj"),
+    **_all(ANY, "summary_activation summary_first_dropout summary_proj_to_labels"),
+}
+_ROTARY = _all(READ, "rope_parameters rope_scaling rope_theta partial_rotary_factor")
+_LLAMA: Mapping[str, Effect] = {
+    **_DECODER_ONLY,
+    **_ROTARY,
+    **_all(READ, "intermediate_size num_key_value_heads head_dim hidden_act rms_norm_eps attention_bias mlp_bias"),
+    **_all(READ, "sliding_window use_sliding_window max_window_layers layer_types"),
+    **_all(ANY, "attention_dropout"),
+}
 CONFIG: Mapping[str, Mapping[str, Effect]] = {
     "marian": {**_CONFIG, **_all(READ, "decoder_vocab_size share_encoder_decoder_embeddings")},
     "bart": _OFFSET_OF_TWO,
@@ -100,6 +118,28 @@ CONFIG: Mapping[str, Mapping[str, Effect]] = {
     "t5": _T5,
     "mt5": _T5,
     "umt5": _T5,
+    "gpt2": {
+        **_DECODER_ONLY,
+        **_all(READ, "n_embd n_layer n_head n_inner n_positions n_ctx activation_function layer_norm_epsilon"),
+        **_all(READ, "scale_attn_weights scale_attn_by_inverse_layer_idx reorder_and_upcast_attn add_cross_attention"),
+        **_all(ANY, "resid_pdrop embd_pdrop attn_pdrop"),
+    },
+    "gpt_neox": {
+        **_DECODER_ONLY,
+        **_ROTARY,
+        **_all(READ, "intermediate_size hidden_act layer_norm_eps use_parallel_residual attention_bias"),
+        **_all(READ, "rotary_pct rotary_emb_base"),
+        **_all(ANY, "attention_dropout hidden_dropout"),
+    },
+    "opt": {
+        **_DECODER_ONLY,
+        **_all(READ, "ffn_dim activation_function do_layer_norm_before _remove_final_layer_norm word_embed_proj_dim"),
+        **_all(READ, "enable_bias layer_norm_elementwise_affine"),
+        **_all(ANY, "dropout attention_dropout layerdrop init_std"),
+    },
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
 }
 """By family. Names that are not here belong to the checkpoint's owner: config.json often has some, and none counts."""
 
@@ -178,6 +218,7 @@ TOKENIZER: Mapping[str, Mapping[str, Effect]] = {
     "t5": _T5_TOKENIZER,
     "mt5": _T5_TOKENIZER,
     "umt5": _T5_TOKENIZER,
+    "decoder_only": _TOKENIZERS,
 }
 """Keys of tokenizer_config.json and special_tokens_map.json, by family."""
 

@@ -120,17 +120,17 @@ class Layers:
             self.store.table(g, name, self.weights(name))
             for name in ("rotary_cosine_positions", "rotary_sine_positions")
         ]
-        # As one sequence of N tokens: the operator wants sequences.
-        batch = g.constant([0], np.int64)
+        # As N sequences of a token: the operator wants sequences, none longer than its tables.
+        sequence = g.constant([1], np.int64)
         turned = g.one(
             "RotaryEmbedding",
-            g.one("Unsqueeze", turning, batch),
+            g.one("Unsqueeze", turning, sequence),
             *tables,
-            g.one("Unsqueeze", "positions", batch),
+            g.one("Unsqueeze", "positions", sequence),
             num_heads=heads + (self.spec.key_value_heads or heads),
             rotary_embedding_dim=rotary.width,
         )
-        return g.one("Concat", g.one("Squeeze", turned, batch), value, axis=-1)
+        return g.one("Concat", g.one("Squeeze", turned, sequence), value, axis=-1)
 
     def split(self, x: str, count: int) -> list[str]:
         """Cut (N, count A) into parts of (N, A) each."""

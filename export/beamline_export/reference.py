@@ -112,6 +112,21 @@ class HuggingFaceReference:
             yield output.logits.float()
 
 
+class DecoderOnlyReference(HuggingFaceReference):
+    """A transformers model that is a decoder without an encoder; arguments are those of `HuggingFaceReference`."""
+
+    def logprobs(self, source: Sequence[int], targets: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """As `Reference.logprobs`."""
+        import torch
+
+        with torch.inference_mode():
+            whole = torch.tensor([[*source, *target] for target in targets])
+            logits = self.model(input_ids=whole, use_cache=False).logits[:, len(source) :].float()
+            logits[..., self._removed] = -torch.inf
+            result: NDArray[np.float32] = logits.log_softmax(-1).numpy()
+        return result
+
+
 def _config(folder: Path, family: str, most_positions: int | None) -> dict[str, Any]:
     """What config.json says of the model, and of searching; the rest may lead the library elsewhere, or be endless."""
     known = {**GENERATION, **dict.fromkeys(ALIASES, READ), **CONFIG[family]}

@@ -27,7 +27,7 @@ class Renamer:
     """
 
     def __init__(self, state: Mapping[str, Array], origins: Mapping[str, str] | None = None) -> None:
-        self._state = state
+        self._state = dict(state)
         self._origins = origins or {}
         self._taken: set[str] = set()
         self.weights: dict[str, Array] = {}
@@ -98,6 +98,17 @@ class Renamer:
         weight = self.weights.get(f"{canonical}.weight")
         if f"{canonical}.bias" not in self.weights and weight is not None:
             self.weights[f"{canonical}.bias"] = np.zeros(weight.shape[:1], np.float32)
+
+    def weight_alone(self, canonical: str, name: str) -> None:
+        """`name.weight` of a linear layer that has no bias: it becomes zero."""
+        self.take(f"{canonical}.weight", f"{name}.weight")
+        if (weight := self.weights.get(f"{canonical}.weight")) is not None:
+            self.weights[f"{canonical}.bias"] = np.zeros(weight.shape[:1], np.float32)
+
+    def change(self, name: str, make: Callable[[Array], Array]) -> None:
+        """Put another tensor in the place of one that is there and has not been taken."""
+        if name in self._state:
+            self._state[name] = make(self._state[name])
 
     def thirds(self, canonical: Sequence[str], stem: str) -> None:
         """Three linear layers that are kept as one, one above the other: `stem` + weight and `stem` + bias."""

@@ -15,7 +15,11 @@ from torch import nn
 
 from beamline_export.families.bart import BART
 from beamline_export.families.bart_relatives import ROWS
+from beamline_export.families.gpt2 import GPT2
+from beamline_export.families.gpt_neox import GPT_NEOX
+from beamline_export.families.llama import LLAMA_LIKE
 from beamline_export.families.marian import MARIAN
+from beamline_export.families.opt import OPT
 from beamline_export.families.t5 import VARIANTS as T5_VARIANTS
 from beamline_export.reference import quiet_transformers
 
@@ -23,12 +27,15 @@ EOS, DECODER_START = 1, 2
 
 T5_FAMILIES = tuple(T5_VARIANTS)
 HUGGING_FACE_CLASSES = {row.model_type: row.model_class for row in (MARIAN, BART, *ROWS)}
+DECODER_ONLY_FAMILIES = {row.model_type: row for row in (GPT2, GPT_NEOX, OPT, *LLAMA_LIKE)}
+HUGGING_FACE_CLASSES |= {name: row.model_class for name, row in DECODER_ONLY_FAMILIES.items()}
 HUGGING_FACE_CLASSES |= {name: variant.model_class for name, variant in T5_VARIANTS.items()}
 """Classes in transformers, by the families that `write_hugging_face` writes."""
 
 _GAINS = {"embed": 2.0, "lm_head": 2.0, "generator": 2.0, "fc": 4.0, "linear": 4.0, "q_proj": 2.0, "k_proj": 2.0}
 # T5 divides no scores, and its relative positions matter from small numbers on.
 _GAINS |= {"Attention.q.": 0.5, "relative_attention_bias": 3.0}
+_GAINS |= {"wte": 2.0, "c_attn": 2.0, "query_key_value": 2.0}
 _OTHER_GAIN = 1.5
 
 
@@ -73,7 +80,11 @@ def write_hugging_face(
     """
     import transformers
 
-    if family not in T5_FAMILIES:
+    if family in DECODER_ONLY_FAMILIES:
+        sizes = {"hidden_size": 32, "vocab_size": 120, "max_position_embeddings": 64, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4}
+        sizes |= {"opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}}.get(family, {"intermediate_size": 48})
+    elif family not in T5_FAMILIES:
         sizes = {"d_model": 32, "vocab_size": 120, "max_position_embeddings": 48}
         sides = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
         sizes |= {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()}
@@ -82,6 +93,8 @@ def write_hugging_face(
         sizes = {"d_model": 32, "vocab_size": 120, "n_positions": 48, "d_kv": 16, "num_heads": 3, "d_ff": 48}
         sizes |= {"num_layers": 2, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
     ids = {"eos_token_id": EOS, "pad_token_id": 0, "bos_token_id": 3, "decoder_start_token_id": DECODER_START}
+    if family in DECODER_ONLY_FAMILIES:
+        ids = {"eos_token_id": EOS, "pad_token_id": 0, "bos_token_id": 3}
     model_class = getattr(transformers, HUGGING_FACE_CLASSES[family])
     with quiet_transformers():
         model = model_class(model_class.config_class(**{**sizes, **ids, "forced_eos_token_id": None, **config}))

@@ -55,8 +55,12 @@ class TokenizerFiles:
     languages: Languages | None = None
 
 
-def without_tokenizer(tokens: SpecialTokenIds, *, source_bos: int | None = None) -> TokenizerFiles:
+def without_tokenizer(
+    tokens: SpecialTokenIds, *, source_bos: int | None = None, ends_sources: bool = True
+) -> TokenizerFiles:
     """Of a folder that has none: sources are token ids, and end with the end of sequence that is no padding."""
+    if not ends_sources:
+        return TokenizerFiles("none", {}, {}, tokens)
     ends = [i for i in tokens.eos if i != tokens.pad] or list(tokens.eos)
     around = with_around(tokens, source_bos, ends[0] if ends else None)
     return TokenizerFiles("none", {}, {}, around)
@@ -138,7 +142,7 @@ def read_tokenizer_as_it_is(
     tokens: SpecialTokenIds,
     *,
     classes: Collection[str],
-    target_begins: Mapping[SourceMarked, TargetBegins],
+    target_begins: Mapping[SourceMarked, TargetBegins] | None,
 ) -> TokenizerFiles:
     """A tokenizer.json that says everything, and whose post-processor alone says what stands around a source.
 
@@ -151,12 +155,12 @@ def read_tokenizer_as_it_is(
         tokens: Special tokens as the decoder's settings have them.
         classes: Those of transformers that read it so.
         target_begins: How a target begins with its language, by where a source has the code of its own; empty for a
-            family without languages.
+            family without languages; None for one whose texts, prompts, usually have nothing around them.
     """
     tokenizer = load_json_tokenizer(folder / "tokenizer.json")
     before, after = added_around(tokenizer)
-    notices = [] if before or after else [_nothing_around(())]
-    languages = _languages(folder, tokenizer, (before, after), target_begins)
+    notices = [] if before or after or target_begins is None else [_nothing_around(())]
+    languages = _languages(folder, tokenizer, (before, after), target_begins or {})
     notices += _default_language(tokenizer, config, (*before, *after))
     if languages is not None:
         before, after = ([i for i in ids if i not in languages.ids] for ids in (before, after))

@@ -2,7 +2,13 @@
 
 from collections.abc import Mapping
 
-_DECODER_ONLY = "a decoder alone, without an encoder for a source; serve it with a server for language models"
+_OTHER_DECODER = (
+    "a decoder alone whose layers differ from those that the graphs have; of decoders, GPT-2, GPT-NeoX, OPT, Llama, "
+    "Mistral and Qwen2 are known; serve it with a server for language models"
+)
+_SPARSE_DECODER = (
+    "its layers are mixtures of experts, which the graphs do not have; serve it with a server for language models"
+)
 _ENCODER_ONLY = "an encoder alone, which generates nothing; it needs no beam search, and transformers run it"
 _AUDIO = "its source is audio, not tokens; run it with transformers"
 _IMAGES = "its source is an image, not tokens; run it with transformers"
@@ -41,15 +47,8 @@ REFUSED: Mapping[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "gpt2",
             "gpt_neo",
-            "gpt_neox",
             "gptj",
-            "gpt_oss",
-            "llama",
-            "mistral",
-            "mixtral",
-            "qwen2",
             "qwen3",
             "gemma",
             "gemma2",
@@ -59,15 +58,14 @@ REFUSED: Mapping[str, str] = {
             "phi3",
             "falcon",
             "bloom",
-            "opt",
             "xglm",
             "biogpt",
             "mpt",
-            "deepseek_v3",
             "olmo2",
         ),
-        _DECODER_ONLY,
+        _OTHER_DECODER,
     ),
+    **dict.fromkeys(("gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"), _SPARSE_DECODER),
     **dict.fromkeys(
         (
             "bert",

@@ -8,7 +8,11 @@ from beamline_export.checkpoint import Fields, read_json
 from beamline_export.families import fairseq, marian_npz, nn_transformer, opennmt_py, t5, tensor2tensor
 from beamline_export.families.bart import BART
 from beamline_export.families.bart_relatives import ROWS
+from beamline_export.families.gpt2 import GPT2
+from beamline_export.families.gpt_neox import GPT_NEOX
+from beamline_export.families.llama import LLAMA_LIKE
 from beamline_export.families.marian import MARIAN
+from beamline_export.families.opt import OPT
 from beamline_export.families.refused import REFUSED
 from beamline_export.reference import Reference
 from beamline_export.spec import Checkpoint, ExportError
@@ -30,6 +34,7 @@ FAMILIES = {
     **{row.model_type: Family(row.read, row.reference) for row in (MARIAN, BART, *ROWS)},
     "nn_transformer": Family(nn_transformer.read, nn_transformer.reference),
     **{name: Family(variant.read, variant.reference) for name, variant in t5.VARIANTS.items()},
+    **{row.model_type: Family(row.read, row.reference) for row in (GPT2, GPT_NEOX, OPT, *LLAMA_LIKE)},
     "fairseq": Family(fairseq.read, fairseq.reference),
     "marian_npz": Family(marian_npz.read, marian_npz.reference),
     "opennmt_py": Family(opennmt_py.read, opennmt_py.reference),

@@ -175,7 +175,7 @@ def _rename(spec: TransformerSpec, buckets: Buckets, ties: Ties, state: Mapping[
                 here = f"{side}.{i}.{'cross' if number else 'self'}_attention"
                 names.take(f"{here}_norm.weight", f"{there}.{number}.layer_norm.weight")
                 for projection in ("query", "key", "value", "output"):
-                    _linear(names, f"{here}.{projection}", f"{there}.{number}.{its_name}.{projection[0]}")
+                    names.weight_alone(f"{here}.{projection}", f"{there}.{number}.{its_name}.{projection[0]}")
                 # Attention here divides scores by the root of a head's size, T5's does not.
                 if (query := names.weights.get(f"{here}.query.weight")) is not None:
                     names.weights[f"{here}.query.weight"] = _times(query, math.sqrt(head_size))
@@ -183,17 +183,10 @@ def _rename(spec: TransformerSpec, buckets: Buckets, ties: Ties, state: Mapping[
             names.take(f"{side}.{i}.ffn_norm.weight", f"{last}.layer_norm.weight")
             parts = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if spec.gated else {"up": "wi", "down": "wo"}
             for part, its_name in parts.items():
-                _linear(names, f"{side}.{i}.ffn.{part}", f"{last}.DenseReluDense.{its_name}")
+                names.weight_alone(f"{side}.{i}.ffn.{part}", f"{last}.DenseReluDense.{its_name}")
         names.take(f"{side}.final_norm.weight", f"{side}.final_layer_norm.weight")
     _take_relative_positions(names, spec, buckets)
     return names
-
-
-def _linear(names: Renamer, canonical: str, name: str) -> None:
-    """A linear layer, none of which has a bias."""
-    names.take(f"{canonical}.weight", f"{name}.weight")
-    if (weight := names.weights.get(f"{canonical}.weight")) is not None:
-        names.weights[f"{canonical}.bias"] = np.zeros(weight.shape[:1], np.float32)
 
 
 def _times(weight: Array, factor: float) -> Array:
