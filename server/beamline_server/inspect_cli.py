@@ -70,7 +70,7 @@ def description(manifest: Manifest, fingerprint: str) -> Iterator[Row]:
         yield "languages", ""
         yield from _indented(_languages(manifest))
     yield "dimensions", ""
-    yield from _indented(dimensions.model_dump())
+    yield from _indented(dimensions.model_dump(exclude_defaults=True))
     yield "special tokens", ""
     yield from _indented({name: value for name, value in tokens.model_dump().items() if value not in (None, ())})
     yield "generation defaults", ""

@@ -222,7 +222,7 @@ class GetInfoResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., default_search: _Optional[_Union[SearchOptions, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "architecture", "precision", "device", "source_vocabulary_size", "target_vocabulary_size", "has_tokenizer", "fingerprint", "ignored_settings", "source_languages", "target_languages", "default_source_language", "default_target_language")
+    __slots__ = ("name", "architecture", "precision", "device", "source_vocabulary_size", "target_vocabulary_size", "has_tokenizer", "fingerprint", "ignored_settings", "source_languages", "target_languages", "default_source_language", "default_target_language", "decoder_only")
     class IgnoredSettingsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -243,6 +243,7 @@ class ModelInfo(_message.Message):
     TARGET_LANGUAGES_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_SOURCE_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_TARGET_LANGUAGE_FIELD_NUMBER: _ClassVar[int]
+    DECODER_ONLY_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     precision: str
@@ -256,7 +257,8 @@ class ModelInfo(_message.Message):
     target_languages: _containers.RepeatedScalarFieldContainer[str]
     default_source_language: str
     default_target_language: str
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., source_vocabulary_size: _Optional[int] = ..., target_vocabulary_size: _Optional[int] = ..., has_tokenizer: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., ignored_settings: _Optional[_Mapping[str, str]] = ..., source_languages: _Optional[_Iterable[str]] = ..., target_languages: _Optional[_Iterable[str]] = ..., default_source_language: _Optional[str] = ..., default_target_language: _Optional[str] = ...) -> None: ...
+    decoder_only: bool
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., precision: _Optional[str] = ..., device: _Optional[str] = ..., source_vocabulary_size: _Optional[int] = ..., target_vocabulary_size: _Optional[int] = ..., has_tokenizer: _Optional[bool] = ..., fingerprint: _Optional[str] = ..., ignored_settings: _Optional[_Mapping[str, str]] = ..., source_languages: _Optional[_Iterable[str]] = ..., target_languages: _Optional[_Iterable[str]] = ..., default_source_language: _Optional[str] = ..., default_target_language: _Optional[str] = ..., decoder_only: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_inputs", "max_text_bytes", "max_source_tokens", "max_new_tokens", "max_beam_size", "max_message_bytes", "max_duration", "max_target_tokens", "max_request_cost")

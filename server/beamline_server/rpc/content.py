@@ -29,9 +29,17 @@ class ContentReader:
         vocabulary: Number of ids of that side.
         max_text_bytes: Most bytes of UTF-8 in one text.
         encode: Gives the ids of a text, with those around it; None for a model that takes token ids alone.
+        when_empty: What is read instead of nothing at all; None refuses that.
     """
 
-    def __init__(self, vocabulary: int, max_text_bytes: int, encode: Callable[[str, Around], list[int]] | None) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        max_text_bytes: int,
+        encode: Callable[[str, Around], list[int]] | None,
+        when_empty: int | None = None,
+    ) -> None:
+        self._when_empty = () if when_empty is None else (when_empty,)
         self._vocabulary = vocabulary
         self._max_text_bytes = max_text_bytes
         self._encode = encode
@@ -49,16 +57,16 @@ class ContentReader:
         limit = self._max_text_bytes
         if self._encode is None:
             return Content(field, (), "cannot be read: this model has no tokenizer; expected token_ids")
-        if not text:
+        if not text and not self._when_empty:
             return Content(field, (), "is empty")
         # No character has more than four bytes: most texts need no encoding to be measured.
         if 4 * len(text) > limit and (size := len(text.encode())) > limit:
             return Content(field, (), f"has {size} bytes; expected at most {limit}")
-        tokens = tuple(self._encode(text, around))
+        tokens = tuple(self._encode(text, around)) or self._when_empty
         return Content(field, tokens, None if tokens else "has no tokens")
 
     def _ids(self, field: str, ids: Sequence[int]) -> Content:
-        tokens, vocabulary = tuple(ids), self._vocabulary
+        tokens, vocabulary = tuple(ids) or self._when_empty, self._vocabulary
         if not tokens:
             return Content(field, (), "is empty")
         if min(tokens) >= 0 and max(tokens) < vocabulary:

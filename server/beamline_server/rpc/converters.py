@@ -18,7 +18,7 @@ from beamline_server.engine.request import (
 )
 from beamline_server.languages import Around, Marks
 from beamline_server.manifest import GenerationDefaults, Manifest
-from beamline_server.rpc.content import ContentReader
+from beamline_server.rpc.content import Content, ContentReader
 from beamline_server.rpc.desk import Source
 from beamline_server.rpc.errors import InvalidRequest, ModelNotFound
 from beamline_server.rpc.languages import LanguageReader
@@ -41,6 +41,9 @@ PRIORITIES: Mapping[pb.Priority, Priority] = {
 }
 _USUAL_TIMES = 2
 """So many times what a request costs that has all inputs, and the model's defaults, a request may cost by default."""
+
+CONTEXT = 64
+"""Tokens of a prompt that the text behind it is read with: none reads differently behind more of them."""
 
 ChoiceT = TypeVar("ChoiceT")
 
@@ -87,7 +90,9 @@ def limits_of(settings: Settings, manifest: Manifest) -> Limits:
         SettingsError: the settings promise more than the model has, or less than its defaults need.
     """
     dimensions = manifest.dimensions
-    wanted, possible = settings.max_new_tokens, dimensions.max_target_tokens
+    # A prompt has a token at least.
+    longest = dimensions.max_target_tokens
+    wanted, possible = settings.max_new_tokens, longest - 1 if dimensions.decoder_only else longest
     if wanted != "auto" and wanted > possible:
         raise SettingsError(
             [f"max_new_tokens: {wanted} is more than the model can generate; expected at most {possible}"]
@@ -97,7 +102,7 @@ def limits_of(settings: Settings, manifest: Manifest) -> Limits:
         max_text_bytes=settings.max_text_bytes,
         max_source_tokens=dimensions.max_source_tokens,
         max_new_tokens=possible if wanted == "auto" else wanted,
-        max_target_tokens=possible,
+        max_target_tokens=longest,
         max_beam_size=settings.max_beam_size,
         max_request_cost=0,  # what is usual depends on the other limits
     )
@@ -151,15 +156,20 @@ class RequestReader:
         self._has_tokenizer = tokenizer is not None
         # Truncation keeps the id that ends a source, if there is one.
         self._source_eos = manifest.special_tokens.source_eos
+        self._source_bos = manifest.special_tokens.source_bos
         sizes, longest_text = manifest.dimensions, limits.max_text_bytes
         of_source, of_target = (None, None) if tokenizer is None else (tokenizer.encode, _target_encoder(tokenizer))
-        self._sources = ContentReader(sizes.source_vocabulary, longest_text, of_source)
+        self._prompted = sizes.decoder_only
+        start = manifest.special_tokens.decoder_start if self._prompted else None
+        self._sources = ContentReader(sizes.source_vocabulary, longest_text, of_source, start)
         targets = ContentReader(sizes.target_vocabulary, longest_text, of_target)
         languages = manifest.model_languages()
         self._languages = LanguageReader(languages)
         # So it does a language that stands behind that.
         self._behind_source = languages.ids if languages.ends_sources else frozenset[int]()
-        self._prefixes = TargetPrefixReader(targets, manifest.special_tokens, languages, limits.max_target_tokens)
+        self._prefixes = TargetPrefixReader(
+            targets, manifest.special_tokens, languages, limits.max_target_tokens, prompted=self._prompted
+        )
 
     def generate(self, request: pb.GenerateRequest) -> Order:
         """Check a request and resolve it.
@@ -227,6 +237,8 @@ class RequestReader:
         violations: list[Violation],
     ) -> Source:
         """The source of one input with its options; an empty one where there are violations."""
+        if self._prompted:
+            return self._prompt(path, entry, request, options, violations)
         tokens, truncated = self._source_tokens(path, entry, marks.around, request.truncate_source, violations)
         if not entry.HasField("target_prefix"):
             return Source(
@@ -238,6 +250,38 @@ class RequestReader:
         options = self._prefixes.leaves(len(prefix.tokens), options)
         # Behind a prefix no first token is forced.
         return Source(tokens, truncated, options, prefix.tokens, decoder_start=marks.decoder_start)
+
+    def _prompt(
+        self,
+        path: str,
+        entry: pb.Input,
+        request: pb.GenerateRequest | pb.GenerateStreamRequest,
+        options: SearchOptions,
+        violations: list[Violation],
+    ) -> Source:
+        """The prompt of one input with its options: what is generated has the room that it leaves, its prefix too."""
+        content, limit = self._sources.read(path, entry), self._limits.max_target_tokens
+        tokens, search, prefix = content.tokens, request.search, Content("", ())
+        if entry.HasField("target_prefix"):
+            prefix = self._prefixes.read(f"{path}.target_prefix", entry.target_prefix, search, Marks())
+        kept = max(1, limit - len(prefix.tokens) - options.max_new_tokens)
+        truncated = content.problem is None and request.truncate_source and len(tokens) > kept
+        if truncated:
+            tokens = self._end_of(tokens, kept)
+        field, problem = content.field, content.problem
+        if problem is None and (wrong := self._prefixes.no_room(len(tokens), search)) is not None:
+            problem = f"{wrong}, or truncate_source"
+        if problem is None and prefix.tokens:
+            field, problem = prefix.field, self._prefixes.no_room(len(prefix.tokens), search, len(tokens))
+        found = ((field, problem), (prefix.field, prefix.problem))
+        violations += [Violation(where, what) for where, what in found if what is not None]
+        options = self._prefixes.leaves(len(tokens) + len(prefix.tokens), options)
+        return Source(tokens, truncated, options, prefix.tokens, context=tokens[-CONTEXT:])
+
+    def _end_of(self, prompt: tuple[int, ...], kept: int) -> tuple[int, ...]:
+        """The last tokens of a prompt, which its begin of sequence stays before."""
+        begin = prompt[:1] if kept > 1 and prompt[0] == self._source_bos else ()
+        return (*begin, *prompt[len(prompt) - kept + len(begin) :])
 
     def _source_tokens(
         self, path: str, entry: pb.Input, around: Around, truncate: bool, violations: list[Violation]

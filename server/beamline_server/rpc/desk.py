@@ -67,7 +67,11 @@ class EngineLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One source sequence of a call, and how to search for its target."""
+    """One source sequence of a call, and how to search for its target.
+
+    Of a model without an encoder, the source is a prompt; `context` are then the last of its tokens, behind which the
+    text of the target is read.
+    """
 
     tokens: tuple[int, ...]
     truncated: bool
@@ -76,6 +80,7 @@ class Source:
     priority: Priority = Priority.NORMAL
     decoder_start: int | None = None
     forced_first: int | None = None
+    context: tuple[int, ...] = ()
 
 
 class _Ticket(Protocol):

@@ -66,6 +66,7 @@ def info_message(model: ServedModel, settings: Settings, limits: Limits, default
             target_languages=languages.names["target"],
             default_source_language=languages.default["source"] or "",
             default_target_language=languages.default["target"] or "",
+            decoder_only=manifest.dimensions.decoder_only,
         ),
         limits=pb.Limits(
             max_inputs=limits.max_inputs,

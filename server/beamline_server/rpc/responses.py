@@ -8,6 +8,7 @@ from beamline.v1 import generation_pb2 as pb
 from beamline_server.engine.request import Completed, Finish, Hypothesis, Timing
 from beamline_server.rpc.converters import Order, Output
 from beamline_server.rpc.desk import Source
+from beamline_server.rpc.streaming import GrowingText
 from beamline_server.tokenizer import Tokenizer
 
 _FINISH_REASONS = {
@@ -41,10 +42,12 @@ class ResponseWriter:
         )
 
     def _hypothesis(self, source: Source, hypothesis: Hypothesis, output: Output) -> pb.Hypothesis:
-        # Together, for a word may go on where the prefix ends.
-        target = (*source.target_prefix, *hypothesis.tokens)
+        text = ""
+        if self._tokenizer is not None:
+            # Together, for a word may go on where the prefix, or a prompt, ends.
+            text = GrowingText(self._tokenizer, source.target_prefix, source.context).finish(hypothesis.tokens)
         return pb.Hypothesis(
-            text="" if self._tokenizer is None else self._tokenizer.decode(target),
+            text=text,
             score=hypothesis.score,
             finish_reason=_FINISH_REASONS[hypothesis.finish],
             token_ids=hypothesis.tokens if output.token_ids else None,

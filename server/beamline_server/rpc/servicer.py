@@ -72,7 +72,8 @@ class GenerationServicer(GenerationServiceServicer):
     async def _stream(self, order: Order, context: Any) -> None:
         call = current_call.get()
         (source,) = order.sources
-        pieces = PieceWriter(self._tokenizer, source.target_prefix, token_ids=order.output.token_ids)
+        wanted = order.output.token_ids
+        pieces = PieceWriter(self._tokenizer, source.target_prefix, source.context, token_ids=wanted)
         first = True
         with self._desk.stream(source, call) as tokens:
             while True:

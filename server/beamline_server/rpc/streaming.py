@@ -17,13 +17,14 @@ class GrowingText:
     Args:
         tokenizer: Decodes the tokens.
         begun: The tokens that it begins with, whose text comes with that of the first further ones.
+        context: Tokens that stand before them, whose text is not told.
     """
 
-    def __init__(self, tokenizer: Tokenizer, begun: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, begun: Sequence[int] = (), context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._begun = tuple(begun)
-        self._tokens = [*begun]
-        self._told = ""
+        self._begun = (*context, *begun)
+        self._tokens = [*self._begun]
+        self._told = tokenizer.settled(context) if context else ""
 
     def extend(self, tokens: Sequence[int]) -> str:
         """Take further tokens; returns the further text that is certain, which can be empty."""
@@ -50,11 +51,19 @@ class PieceWriter:
     Args:
         tokenizer: None for a model whose results are token ids alone.
         target_prefix: The ids that the text begins with before any are generated.
+        context: Those that stand before the text.
         token_ids: Whether the generated token ids are asked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, target_prefix: Sequence[int] = (), *, token_ids: bool) -> None:
-        self._text = None if tokenizer is None else GrowingText(tokenizer, target_prefix)
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        target_prefix: Sequence[int] = (),
+        context: Sequence[int] = (),
+        *,
+        token_ids: bool,
+    ) -> None:
+        self._text = None if tokenizer is None else GrowingText(tokenizer, target_prefix, context)
         self._token_ids = token_ids
         self._tokens = 0
 
