@@ -130,11 +130,6 @@ def export_checkpoint(
         generation = {**checkpoint.generation, "not_supported": bounded(unsupported)}
         checkpoint = dataclasses.replace(checkpoint, generation=generation)
         check_weights(checkpoint)
-        if checkpoint.spec.relative_positions is not None and options.precision == "fp16":
-            raise ExportError(
-                f"relative positions, as {checkpoint.spec.architecture} has them, are not in the CUDA graph yet; "
-                "export it with --precision fp32 or int8, for the CPU"
-            )
         notices = [*weight_files_not_read(source), *checkpoint.notices, *check_vocabularies(checkpoint, source)]
     for notice in notices:
         progress.warn(notice)
@@ -280,7 +275,7 @@ def _write(
         store.check()
     for file, graph in graphs.items():
         (folder / file).write_bytes(graph.SerializeToString(deterministic=True))
-    if checkpoint.spec.relative_positions is not None:
+    if checkpoint.spec.relative_positions is not None and options.precision != "fp16":  # for the CPU's loops
         (folder / RELATIVE_BIAS).write_bytes(checkpoint.weights["decoder.relative_bias"].astype("<f4").tobytes())
     _copy_tokenizer(checkpoint, source, folder)
     weightless = dataclasses.replace(checkpoint, weights={})

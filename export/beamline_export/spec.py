@@ -98,7 +98,8 @@ class TransformerSpec:
     that no family's formula enters the graphs. `embedding_scale` multiplies token embeddings.
     `target_norm_before_positions` is about the embedding norm of the decoder. `attention_width` is that of queries,
     keys and values, all heads together, where it is not `d_model`. A gated feed-forward layer multiplies what it
-    computes by the activation of a second product of the same input.
+    computes by the activation of a second product of the same input. `fp32_residual` says of pre-norm models that the
+    sums of sub-layers, and what feed-forward layers add to them, grow beyond fp16: its graphs have them in fp32.
     """
 
     architecture: str
@@ -126,6 +127,7 @@ class TransformerSpec:
     gated: bool = False
     attention_width: int | None = None
     relative_positions: RelativePositions | None = None
+    fp32_residual: bool = False
 
     @property
     def attention(self) -> int:
@@ -136,6 +138,7 @@ class TransformerSpec:
         """All fields as plain values, for people; what only some families have is left out elsewhere."""
         plain = {name: value.value if isinstance(value, Enum) else value for name, value in asdict(self).items()}
         usual = {"norm": Norm.LAYER.value, "gated": False, "attention_width": None, "relative_positions": None}
+        usual["fp32_residual"] = False
         return {name: value for name, value in plain.items() if name not in usual or value != usual[name]}
 
     def problems(self) -> Iterator[str]:

@@ -346,8 +346,7 @@ def build(bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: Ste
     """The real engine; a `BuildEngine`."""
     if is_off():
         raise SettingsError(["NUMBA_DISABLE_JIT is set, so that nothing is compiled; unset it"])
-    relative = bundle.manifest.dimensions.relative_positions is not None
-    device = choose_device(settings.device, bundle.manifest.precision, relative=relative)
+    device = choose_device(settings.device, bundle.manifest.precision)
     options = EngineOptions(
         device=device,
         workers=number_of(settings.workers),

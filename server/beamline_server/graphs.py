@@ -50,12 +50,9 @@ def decoder_pieces(layers: int) -> list[str]:
     return [f"decoder_piece_{number}.onnx" for number in range(2 * layers + 1)]
 
 
-def decoder_graphs(precision: str, layers: int, *, relative: bool = False) -> list[str]:
-    """Names of the decoder's graphs in a bundle: the whole step where CUDA runs it, the pieces where the CPU does.
-
-    With relative positions there is no whole step.
-    """
-    whole, pieces = [] if relative else [DECODER_STEP], decoder_pieces(layers)
+def decoder_graphs(precision: str, layers: int) -> list[str]:
+    """Names of the decoder's graphs in a bundle: the whole step where CUDA runs it, the pieces where the CPU does."""
+    whole, pieces = [DECODER_STEP], decoder_pieces(layers)
     return {"fp16": whole, "int8": pieces, "fp32": [*whole, *pieces]}[precision]
 
 
@@ -71,16 +68,16 @@ def bundle_graphs(  # noqa: PLR0913 - what graphs differ by
 ) -> dict[str, GraphSpec]:
     """The contracts of all graphs of a bundle, by the names of their files; keys and values are of type `cache`.
 
-    `attention` is the width of queries, keys and values, by default `width`; `relative` as `decoder_graphs`.
+    `attention` is the width of queries, keys and values, by default `width`; `relative` as `decoder_step_graph`.
     """
     wide = attention or width
     contracts = {
         ENCODER: encoder_graph(layers, wide, cache),
-        DECODER_STEP: decoder_step_graph(layers, wide, vocabulary, cache),
+        DECODER_STEP: decoder_step_graph(layers, wide, vocabulary, cache, relative=relative),
     }
     for number, name in enumerate(decoder_pieces(layers)):
         contracts[name] = decoder_piece_graph(number, layers, width, vocabulary, wide)
-    return {name: contracts[name] for name in (ENCODER, *decoder_graphs(precision, layers, relative=relative))}
+    return {name: contracts[name] for name in (ENCODER, *decoder_graphs(precision, layers))}
 
 
 def encoder_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:
@@ -99,8 +96,12 @@ def encoder_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:
     )
 
 
-def decoder_step_graph(layers: int, width: int, vocabulary: int, cache: ElementType) -> GraphSpec:
+def decoder_step_graph(
+    layers: int, width: int, vocabulary: int, cache: ElementType, *, relative: bool = False
+) -> GraphSpec:
     """One token for every live row. `candidates` is C, one number; of `logprob`, nothing is copied unless it is bound.
+
+    Graphs of relative positions take the position of each slot's token, too: slots are not in their order.
 
     fp16 graphs are made for CUDA: `ancestors`, which is boolean elsewhere, is additive (0 or a large negative number),
     which the kernels take without a conversion per layer, and pools have their rows in parts, whose numbers are added
@@ -121,6 +122,8 @@ def decoder_step_graph(layers: int, width: int, vocabulary: int, cache: ElementT
         "source_length": TensorSpec("int64", ("S",)),
         "candidates": TensorSpec("int64", (1,)),
     }
+    if relative:
+        inputs["slot_positions"] = TensorSpec("int64", ("S", "P"))
     for i in range(layers):
         inputs |= {f"self_k_{i}": pool, f"self_v_{i}": pool, f"cross_k_{i}": rectangle, f"cross_v_{i}": rectangle}
     pools = {f"self_{kind}_{i}_out": pool for i in range(layers) for kind in ("k", "v")}

@@ -30,7 +30,9 @@ class FileEntry(_Model):
 
 
 class RelativePositions(_Model):
-    """Positions that self-attention knows by distance alone: what it adds to scores is in relative_bias.bin.
+    """Positions that self-attention knows by distance alone.
+
+    What it adds to scores is in relative_bias.bin for the CPU, and among the weights for the graph of the whole step.
 
     Attributes:
         layers: Tables there: one for all layers of the decoder, or one for each.
@@ -65,7 +67,7 @@ class Dimensions(_Model):
 
     def decoder_graphs(self, precision: str) -> list[str]:
         """As `decoder_graphs`, of this model."""
-        return decoder_graphs(precision, self.decoder_layers, relative=self.relative_positions is not None)
+        return decoder_graphs(precision, self.decoder_layers)
 
 
 class SpecialTokens(_Model):
@@ -200,8 +202,6 @@ class Manifest(_Model):
         dimensions, relative = self.dimensions, self.dimensions.relative_positions
         if relative is None:
             return
-        if self.precision == "fp16":
-            yield "dimensions: relative_positions are not in graphs of fp16"
         if relative.layers not in (1, dimensions.decoder_layers):
             told = f"{relative.layers} layers, the decoder has {dimensions.decoder_layers}"
             yield f"dimensions: relative_positions of {told}"
@@ -211,7 +211,8 @@ class Manifest(_Model):
 
     def _file_problems(self) -> Iterator[str]:
         graphs = (ENCODER, *self.dimensions.decoder_graphs(self.precision))
-        tables = () if self.dimensions.relative_positions is None else (RELATIVE_BIAS,)
+        attends = self.dimensions.relative_positions is not None and self.precision != "fp16"
+        tables = (RELATIVE_BIAS,) if attends else ()
         for required in (*graphs, WEIGHTS, *tables, *self.tokenizer.files):
             if required not in self.files:
                 yield f"files: {required!r} is not listed"

@@ -81,8 +81,8 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def choose_device(wanted: str, precision: str, *, relative: bool = False) -> str:
-    """The device to run on, cpu or cuda; `relative` says whether the model's positions are relative ones.
+def choose_device(wanted: str, precision: str) -> str:
+    """The device to run on, cpu or cuda.
 
     Raises:
         DeviceError: cuda is asked for and cannot be used.
@@ -91,12 +91,8 @@ def choose_device(wanted: str, precision: str, *, relative: bool = False) -> str
 
     if wanted == "cpu":
         return wanted
-    if relative:
-        reason: str | None = (
-            "the model's positions are relative ones, which run on the CPU alone so far; serve it with device cpu"
-        )
-    elif precision == "int8":
-        reason = "the bundle is int8, which runs on the CPU; export it with --precision fp16"
+    if precision == "int8":
+        reason: str | None = "the bundle is int8, which runs on the CPU; export it with --precision fp16"
     else:
         reason = what_is_missing()
     if wanted == "cuda" and reason is not None:
@@ -170,8 +166,7 @@ def build_engine(bundle: Bundle, options: EngineOptions, *, deliver: Deliver, ob
         DeviceError: the device cannot be used.
     """
     manifest = bundle.manifest
-    relative = manifest.dimensions.relative_positions is not None
-    device = choose_device(options.device, manifest.precision, relative=relative)
+    device = choose_device(options.device, manifest.precision)
     cores = usable_cores()
     workers = options.workers or (1 if device == "cuda" else cores)
     threads = options.threads or (1 if device == "cuda" else max(1, cores // workers))
