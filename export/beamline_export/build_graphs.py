@@ -61,16 +61,25 @@ def _decoder_step(layers: Layers) -> None:
     Always takes a past, of length 0 at the start.
     """
     g = layers.g
-    mask = _additive_mask(g) if layers.store.cache == "float32" else "ancestors"
+    masks = _masks(layers)
     values = _decoder_part(layers, 0)
     for i in range(layers.spec.decoder_layers):
-        attended = _self_attention(layers, i, values["query_key_value"], mask)
+        attended = _self_attention(layers, i, values["query_key_value"], masks[i])
         values = _decoder_part(layers, 2 * i + 1, attended, values["residual"])
         attended = _cross_attention(layers, i, values["query"])
         values = _decoder_part(layers, 2 * i + 2, attended, values["residual"])
     logprob = g.one("LogSoftmax", values["logits"], axis=-1)
     top_logprob, top_token = g.op("TopK", [logprob, "candidates"], outputs=2, axis=-1)
     _give(g, {"top_logprob": top_logprob, "top_token": top_token, "logprob": logprob})
+
+
+def _masks(layers: Layers) -> list[str]:
+    """What is added to the scores of self-attention in each layer, (S, 1 or H, Q, P)."""
+    g, spec, half = layers.g, layers.spec, layers.store.cache == "float16"
+    if spec.relative_positions is None:
+        return ["ancestors" if half else _additive_mask(g, g.constant(0.0, np.float32))] * spec.decoder_layers
+    made = [g.one("Add", b, "ancestors") if half else _additive_mask(g, b) for b in layers.decoder_biases()]
+    return made if spec.relative_positions.per_layer else made * spec.decoder_layers
 
 
 def _give(g: GraphWriter, values: dict[str, str]) -> None:
@@ -148,10 +157,10 @@ def _logits(layers: Layers, x: str) -> str:
     return layers.logits(layers.norm(x, "decoder.final_norm") if layers.spec.decoder_final_norm else x)
 
 
-def _additive_mask(g: GraphWriter) -> str:
-    """What `ancestors` adds to attention scores. A boolean mask would be converted in every layer.
+def _additive_mask(g: GraphWriter, attended: str) -> str:
+    """What is added to attention scores by `ancestors`: `attended` for these.
 
-    Finite, so that the rectangle's places where nobody stands give no NaN; far below any score, so that what is masked
-    has a weight of exactly zero.
+    A boolean mask would be converted in every layer. Finite, so that the rectangle's places where nobody stands give no
+    NaN; far below any score, so that what is masked has a weight of exactly zero.
     """
-    return g.one("Where", "ancestors", g.constant(0.0, np.float32), g.constant(-1e30, np.float32))
+    return g.one("Where", "ancestors", attended, g.constant(-1e30, np.float32))

@@ -129,9 +129,9 @@ def export_checkpoint(
         generation = {**checkpoint.generation, "not_supported": bounded(unsupported)}
         checkpoint = dataclasses.replace(checkpoint, generation=generation)
         check_weights(checkpoint)
-        if checkpoint.spec.cpu_only is not None and options.precision == "fp16":
+        if checkpoint.spec.decoder_only and options.precision == "fp16":
             raise ExportError(
-                f"{checkpoint.spec.architecture} has {checkpoint.spec.cpu_only}, which no graph for CUDA has yet; "
+                f"{checkpoint.spec.architecture} is a decoder without an encoder, which no graph for CUDA is yet; "
                 "export it with --precision fp32 or int8, for the CPU"
             )
         notices = [*weight_files_not_read(source), *checkpoint.notices, *check_vocabularies(checkpoint, source)]
@@ -279,7 +279,7 @@ def _write(
         store.check()
     for file, graph in graphs.items():
         (folder / file).write_bytes(graph.SerializeToString(deterministic=True))
-    if checkpoint.spec.relative_positions is not None:
+    if checkpoint.spec.relative_positions is not None and options.precision != "fp16":  # for the CPU's loops
         (folder / RELATIVE_BIAS).write_bytes(checkpoint.weights["decoder.relative_bias"].astype("<f4").tobytes())
     _copy_tokenizer(checkpoint, source, folder)
     weightless = dataclasses.replace(checkpoint, weights={})
@@ -407,7 +407,7 @@ def _by_whole_step(bundle: Bundle, probe: Probe) -> NDArray[np.float32] | None:
 
     Nothing of it stays loaded, so that the weights are in memory once at a time.
     """
-    if bundle.manifest.precision != "fp32" or not bundle.manifest.dimensions.graph_sizes.whole_step:
+    if bundle.manifest.precision != "fp32" or bundle.manifest.dimensions.decoder_only:
         return None
     return forced_decodes(bundle, CudaBackend(bundle, device="cpu", threads=usable_cores()), probe)
 

@@ -25,6 +25,8 @@ class Layers:
         self.g = g
         self.spec = checkpoint.spec
         self.store = store
+        self._wide = self.spec.fp32_residual and store.cache == "float16"
+        """Whether the residual is of another type than what sub-layers compute in."""
         self._weights = checkpoint.weights
         self._removed_tokens = checkpoint.removed_tokens
 
@@ -40,11 +42,11 @@ class Layers:
         if self.spec.embedding_scale != 1.0:
             x = self.g.one("Mul", x, self.g.constant(self.spec.embedding_scale, np.dtype(self.store.cache).type))
         if self.spec.relative_positions is not None or self.spec.rotary is not None:
-            return x
+            return self._widened(x)
         position = self._position(side, ids, positions)
         norm = "encoder.embedding_norm" if side == "source" else "decoder.embedding_norm"
         if not self.spec.embedding_norm:
-            return self.g.one("Add", x, position)
+            return self._widened(self.g.one("Add", x, position))
         if side == "target" and self.spec.target_norm_before_positions:
             return self.g.one("Add", self.norm(x, norm), position)
         return self.norm(self.g.one("Add", x, position), norm)
@@ -81,12 +83,20 @@ class Layers:
         return next(other for other, candidate in self._weights.items() if candidate is array)
 
     def norm(self, x: str, name: str) -> str:
-        """Normalization over D."""
-        weight = self.store.vector(self.g, f"{name}.weight", self.weights(f"{name}.weight"))
-        if self.spec.norm is Norm.RMS:
-            return self.g.one("RMSNormalization", x, weight, axis=-1, epsilon=self.spec.norm_epsilon)
-        bias = self.store.vector(self.g, f"{name}.bias", self.weights(f"{name}.bias"))
-        return self.g.one("LayerNormalization", x, weight, bias, axis=-1, epsilon=self.spec.norm_epsilon)
+        """Normalization over D, of the residual; in the type of activations."""
+        rms = self.spec.norm is Norm.RMS
+        factors = [self._norm_vector(f"{name}.{part}") for part in ("weight", *(() if rms else ("bias",)))]
+        kind = "RMSNormalization" if rms else "LayerNormalization"
+        y = self.g.one(kind, x, *factors, axis=-1, epsilon=self.spec.norm_epsilon)
+        return self.g.one("Cast", y, to=onnx.TensorProto.FLOAT16) if self._wide else y
+
+    def _norm_vector(self, name: str) -> str:
+        values = self.weights(name)
+        return self.g.weight(name, lambda: values) if self._wide else self.store.vector(self.g, name, values)
+
+    def _widened(self, x: str) -> str:
+        """As the residual is."""
+        return self.g.one("Cast", x, to=onnx.TensorProto.FLOAT) if self._wide else x
 
     def before(self, x: str, norm: str) -> str:
         """What a sub-layer reads."""
@@ -164,18 +174,41 @@ class Layers:
 
         def offsets() -> tuple[str, ...]:
             """How far a key is behind the least one that has a number of its own, (R, R)."""
-            length = self.g.one("Squeeze", self.g.one("Shape", "row_of", start=1))
-            place = self.g.one("Range", self.g.constant(0, np.int64), length, self.g.constant(1, np.int64))
+            # Counted on the device: a graph that looks at the shape for it cannot be captured there.
+            first = self.g.constant([0], np.int64), self.g.constant([1], np.int64)
+            row = self.g.one("Squeeze", self.g.one("Slice", "row_of", *first), self.g.constant([0], np.int64))
+            ones = self.g.one("Add", self.g.one("Sub", row, row), self.g.constant(1, np.int64))
+            place = self.g.one("CumSum", ones, self.g.constant(0, np.int64))
             query = self.g.one("Unsqueeze", place, self.g.constant([1], np.int64))
-            bounds = (self.g.constant(-reach, np.int64), self.g.constant(reach, np.int64))
-            offset = self.g.one("Clip", self.g.one("Sub", place, query), *bounds)
-            return (self.g.one("Add", offset, self.g.constant(reach, np.int64)),)
+            behind = self.g.one("Add", self.g.one("Sub", place, query), self.g.constant(reach, np.int64))
+            return (self._within(behind, 2 * reach),)
 
         def bias() -> tuple[str, ...]:
-            numbers = self.g.weight(f"encoder.{number}.relative_bias", lambda: table[number][None])
+            numbers = self.store.vector(self.g, f"encoder.{number}.relative_bias", table[number][None])
             return (self.g.one("Gather", numbers, *self.g.once("offsets", offsets), axis=2),)
 
         return self.g.once(f"relative bias {number}", bias)[0]
+
+    def decoder_biases(self) -> list[str]:
+        """What distances add to the scores of self-attention in a step, (S, H, Q, P): for all layers, or for each.
+
+        The slots of a rectangle are not in the order of positions.
+        """
+        table = self.weights("decoder.relative_bias")
+        of_row = self.g.one("Unsqueeze", self.g.one("Gather", "positions", "row_of"), self.g.constant([2], np.int64))
+        of_slot = self.g.one("Unsqueeze", "slot_positions", self.g.constant([1], np.int64))
+        # What nobody attends to may have any distance.
+        distance = self._within(self.g.one("Sub", of_row, of_slot), table.shape[2] - 1)
+        biases = []
+        for number, numbers in enumerate(table):
+            weight = self.store.vector(self.g, f"decoder.{number}.relative_bias", numbers)
+            biases.append(self.g.one("Transpose", self.g.one("Gather", weight, distance, axis=1), perm=[1, 0, 2, 3]))
+        return biases
+
+    def _within(self, numbers: str, most: int) -> str:
+        """Whole numbers as they are from 0 to `most`, beyond as these."""
+        least = self.g.one("Max", numbers, self.g.constant(0, np.int64))
+        return self.g.one("Min", least, self.g.constant(most, np.int64))
 
     def attention(
         self, query: str, key_value: tuple[str, str], masks: list[str], rectangle: Rectangle, heads: int
@@ -195,7 +228,7 @@ class Layers:
         """
         weight, value = self.weights(f"{name}.output.weight"), self.weights(f"{name}.value.bias")
         bias = self.weights(f"{name}.output.bias") + weight @ self._for_each_query(value)
-        return self._linear(y, f"{name}.output", weight, bias.astype(np.float32))
+        return self._widened(self._linear(y, f"{name}.output", weight, bias.astype(np.float32)))
 
     def _for_each_query(self, bias: Array) -> Array:
         """The bias of keys or values, (B,), for the heads of queries that share theirs, (A,)."""
@@ -213,13 +246,22 @@ class Layers:
         y = self._affine(before, f"{name}.ffn.up")
         if self.spec.gated:
             gate = self._activate(self._affine(before, f"{name}.ffn.gate"))
-            y = self._affine(self.g.one("Mul", gate, y), f"{name}.ffn.down")
+            y = self._down(self.g.one("Mul", self._widened(gate), self._widened(y)), name)
         elif self.spec.activation is Activation.RELU:
             # int8 has it for nothing, in the quantization that comes next.
-            y = self._affine(y, f"{name}.ffn.down", rectify=True)
+            y = self._down(self._widened(y), name, rectify=True)
         else:
-            y = self._affine(self._activate(y), f"{name}.ffn.down")
+            y = self._down(self._widened(self._activate(y)), name)
         return y
+
+    def _down(self, y: str, name: str, *, rectify: bool = False) -> str:
+        """The last product of a feed-forward layer, as the residual is."""
+        name = f"{name}.ffn.down"
+        if not self._wide:
+            return self._affine(y, name, rectify=rectify)
+        y = self.g.one("Relu", y) if rectify else y
+        weight, bias = self.weights(f"{name}.weight"), self.weights(f"{name}.bias")
+        return self.store.linear_in_fp32(self.g, y, name, weight, _unless_zero(bias))
 
     def logits(self, x: str) -> str:
         """Scores of the target vocabulary, (N, V), fp32."""

@@ -33,6 +33,10 @@ class WeightStore(ABC):
     ) -> str:
         """Multiply x (N, in), through a ReLU first if so said, by weight (out, in) transposed; add bias -> (N, out)."""
 
+    def linear_in_fp32(self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None) -> str:
+        """As `linear`, of x in fp32, with a result in fp32: for what the type of activations may not hold."""
+        return self.linear(g, x, name, weight, bias)
+
     @abstractmethod
     def embedding(self, g: GraphWriter, ids: str, name: str, table: Array) -> str:
         """Rows of table (V, D) -> (N, D)."""
@@ -91,6 +95,12 @@ class Fp16Store(WeightStore):
         x = g.one("Relu", x) if rectify else x
         product = g.one("MatMul", x, g.weight(name, lambda: _half(name, weight.T)))
         return product if bias is None else g.one("Add", product, self.vector(g, f"{name}.bias", bias))
+
+    def linear_in_fp32(self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None) -> str:
+        """As `WeightStore.linear_in_fp32`."""
+        # As in `head`, the cast of a constant is folded.
+        product = g.one("MatMul", x, g.one("Cast", g.weight(name, lambda: _half(name, weight.T)), to=1))
+        return product if bias is None else g.one("Add", product, g.weight(f"{name}.bias", lambda: bias))
 
     def embedding(self, g: GraphWriter, ids: str, name: str, table: Array) -> str:
         """As `WeightStore.embedding`."""

@@ -115,9 +115,11 @@ class TransformerSpec:
     that no family's formula enters the graphs. `embedding_scale` multiplies token embeddings.
     `target_norm_before_positions` is about the embedding norm of the decoder. `attention_width` is that of queries,
     keys and values, all heads together, where it is not `d_model`. A gated feed-forward layer multiplies what it
-    computes by the activation of a second product of the same input. With `parallel_residual`, both sub-layers of a
-    layer read what comes into it, and both add to that. `key_value_heads` are those of keys and values where several
-    heads of queries share each, `rotary` are positions that turn queries and keys.
+    computes by the activation of a second product of the same input. `fp32_residual` says of pre-norm models that the
+    sums of sub-layers, and what feed-forward layers add to them, grow beyond fp16: its graphs have them in fp32. With
+    `parallel_residual`, both sub-layers of a layer read what comes into it, and both add to that. `key_value_heads` are
+    those of keys and values where several heads of queries share each, `rotary` are positions that turn queries and
+    keys.
     """
 
     architecture: str
@@ -145,6 +147,7 @@ class TransformerSpec:
     gated: bool = False
     attention_width: int | None = None
     relative_positions: RelativePositions | None = None
+    fp32_residual: bool = False
     parallel_residual: bool = False
     key_value_heads: int | None = None
     rotary: RotaryPositions | None = None
@@ -165,13 +168,6 @@ class TransformerSpec:
         return self.encoder_layers == 0
 
     @property
-    def cpu_only(self) -> str | None:
-        """What the model has that no graph for CUDA has; None if nothing."""
-        if self.relative_positions is not None:
-            return "relative positions"
-        return "a decoder without an encoder" if self.decoder_only else None
-
-    @property
     def graph_sizes(self) -> GraphSizes:
         """What its graphs are made by."""
         return GraphSizes(
@@ -182,14 +178,14 @@ class TransformerSpec:
             key_value=None if self.key_value_heads is None else self.key_value,
             encoder=not self.decoder_only,
             rotary=self.rotary is not None,
-            whole_step=self.cpu_only is None,
+            relative=self.relative_positions is not None,
         )
 
     def told(self) -> dict[str, object]:
         """All fields as plain values, for people; what only some families have is left out elsewhere."""
         plain = {name: value.value if isinstance(value, Enum) else value for name, value in asdict(self).items()}
         usual = {"norm": Norm.LAYER.value, "gated": False, "attention_width": None, "relative_positions": None}
-        usual |= {"parallel_residual": False, "key_value_heads": None, "rotary": None}
+        usual |= {"parallel_residual": False, "key_value_heads": None, "rotary": None, "fp32_residual": False}
         return {name: value for name, value in plain.items() if name not in usual or value != usual[name]}
 
     def problems(self) -> Iterator[str]:

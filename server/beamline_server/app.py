@@ -346,7 +346,8 @@ def build(bundle: Bundle, settings: Settings, *, deliver: Deliver, observer: Ste
     """The real engine; a `BuildEngine`."""
     if is_off():
         raise SettingsError(["NUMBA_DISABLE_JIT is set, so that nothing is compiled; unset it"])
-    device = choose_device(settings.device, bundle.manifest.precision, bundle.manifest.dimensions.cpu_only)
+    manifest = bundle.manifest
+    device = choose_device(settings.device, manifest.precision, decoder_only=manifest.dimensions.decoder_only)
     options = EngineOptions(
         device=device,
         workers=number_of(settings.workers),

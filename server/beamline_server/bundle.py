@@ -9,8 +9,8 @@ A bundle is a folder:
     decoder_piece_….onnx    the same step cut at its attentions; for the CPU (int8, fp32): piece 0 before the first
                             self-attention, one piece after each attention (graphs.py)
     weights.bin             every weight once; all graphs point into it
-    relative_bias.bin       of models with relative positions alone: what the decoder's self-attention adds to scores,
-                            as fp32 numbers (layers, heads, distances)
+    relative_bias.bin       of models with relative positions alone, for the CPU: what the decoder's self-attention adds
+                            to scores, as fp32 numbers (layers, heads, distances)
     tokenizer files         as the manifest names them
 
 The server refuses what it cannot verify and says which file, why, and what to do. The manifest has the checksums of

@@ -58,7 +58,7 @@ class GraphSizes:
         key_value: Width of keys and values where heads of queries share them; None if it is that of queries.
         encoder: Whether there is one, whose output every layer of the decoder attends to.
         rotary: Whether queries and keys are turned by the position of their row.
-        whole_step: Whether there is a graph of the whole step beside the pieces.
+        relative: Whether self-attention knows the distance of what it attends to.
     """
 
     layers: int
@@ -68,7 +68,7 @@ class GraphSizes:
     key_value: int | None = None
     encoder: bool = True
     rotary: bool = False
-    whole_step: bool = True
+    relative: bool = False
 
     @property
     def query(self) -> int:
@@ -97,16 +97,18 @@ def decoder_pieces(sizes: GraphSizes) -> list[str]:
 
 def graph_files(precision: str, sizes: GraphSizes) -> list[str]:
     """Names of the graphs of a bundle: the decoder is a whole step where CUDA runs it, pieces where the CPU does."""
-    encoder = [ENCODER] if sizes.encoder else []
-    whole, pieces = [DECODER_STEP] if sizes.whole_step else [], decoder_pieces(sizes)
-    return {"fp16": [*encoder, *whole], "int8": [*encoder, *pieces], "fp32": [*encoder, *whole, *pieces]}[precision]
+    pieces = decoder_pieces(sizes)
+    if not sizes.encoder:  # no graph for CUDA is one
+        return pieces
+    whole, pieces = [ENCODER, DECODER_STEP], [ENCODER, *pieces]
+    return {"fp16": whole, "int8": pieces, "fp32": [*whole, *pieces[1:]]}[precision]
 
 
 def bundle_graphs(precision: str, cache: ElementType, sizes: GraphSizes) -> dict[str, GraphSpec]:
     """The contracts of all graphs of a bundle, by the names of their files; keys and values are of type `cache`."""
     contracts = {
         ENCODER: encoder_graph(sizes.layers, sizes.query, cache),
-        DECODER_STEP: decoder_step_graph(sizes.layers, sizes.query, sizes.vocabulary, cache),
+        DECODER_STEP: decoder_step_graph(sizes.layers, sizes.query, sizes.vocabulary, cache, relative=sizes.relative),
     }
     for number, name in enumerate(decoder_pieces(sizes)):
         contracts[name] = decoder_piece_graph(number, sizes)
@@ -129,8 +131,12 @@ def encoder_graph(layers: int, width: int, cache: ElementType) -> GraphSpec:
     )
 
 
-def decoder_step_graph(layers: int, width: int, vocabulary: int, cache: ElementType) -> GraphSpec:
+def decoder_step_graph(
+    layers: int, width: int, vocabulary: int, cache: ElementType, *, relative: bool = False
+) -> GraphSpec:
     """One token for every live row. `candidates` is C, one number; of `logprob`, nothing is copied unless it is bound.
+
+    Graphs of relative positions take the position of each slot's token, too: slots are not in their order.
 
     fp16 graphs are made for CUDA: `ancestors`, which is boolean elsewhere, is additive (0 or a large negative number),
     which the kernels take without a conversion per layer, and pools have their rows in parts, whose numbers are added
@@ -151,6 +157,8 @@ def decoder_step_graph(layers: int, width: int, vocabulary: int, cache: ElementT
         "source_length": TensorSpec("int64", ("S",)),
         "candidates": TensorSpec("int64", (1,)),
     }
+    if relative:
+        inputs["slot_positions"] = TensorSpec("int64", ("S", "P"))
     for i in range(layers):
         inputs |= {f"self_k_{i}": pool, f"self_v_{i}": pool, f"cross_k_{i}": rectangle, f"cross_v_{i}": rectangle}
     pools = {f"self_{kind}_{i}_out": pool for i in range(layers) for kind in ("k", "v")}

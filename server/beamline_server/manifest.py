@@ -30,7 +30,9 @@ class FileEntry(_Model):
 
 
 class RelativePositions(_Model):
-    """Positions that self-attention knows by distance alone: what it adds to scores is in relative_bias.bin.
+    """Positions that self-attention knows by distance alone.
+
+    What it adds to scores is in relative_bias.bin for the CPU, and among the weights for the graph of the whole step.
 
     Attributes:
         layers: Tables there: one for all layers of the decoder, or one for each.
@@ -82,13 +84,6 @@ class Dimensions(_Model):
         return self.attention // heads * (self.key_value_heads or heads)
 
     @property
-    def cpu_only(self) -> str | None:
-        """What the model has that no graph for CUDA has; None if nothing."""
-        if self.relative_positions is not None:
-            return "the model's positions are relative ones"
-        return "the model has no encoder" if self.decoder_only else None
-
-    @property
     def graph_sizes(self) -> GraphSizes:
         """What its graphs are made by."""
         return GraphSizes(
@@ -99,7 +94,7 @@ class Dimensions(_Model):
             key_value=None if self.key_value_heads is None else self.key_value,
             encoder=not self.decoder_only,
             rotary=self.rotary_positions,
-            whole_step=self.cpu_only is None,
+            relative=self.relative_positions is not None,
         )
 
 
@@ -245,12 +240,12 @@ class Manifest(_Model):
 
     def _decoder_only_problems(self) -> Iterator[str]:
         dimensions = self.dimensions
-        if self.precision == "fp16" and dimensions.cpu_only is not None:
-            yield f"dimensions: {dimensions.cpu_only}, which graphs of fp16 do not have"
         if not dimensions.decoder_only:
             if dimensions.key_value_heads is not None or dimensions.rotary_positions:
                 yield "dimensions: key_value_heads and rotary_positions belong to a model that is decoder_only"
             return
+        if self.precision == "fp16":
+            yield "dimensions: graphs of fp16 have an encoder"
         if dimensions.decoder_heads % (dimensions.key_value_heads or 1):
             told = f"key_value_heads {dimensions.key_value_heads} does not divide decoder_heads"
             yield f"dimensions: {told} {dimensions.decoder_heads}"
@@ -265,7 +260,8 @@ class Manifest(_Model):
 
     def _file_problems(self) -> Iterator[str]:
         graphs = graph_files(self.precision, self.dimensions.graph_sizes)
-        tables = () if self.dimensions.relative_positions is None else (RELATIVE_BIAS,)
+        attends = self.dimensions.relative_positions is not None and self.precision != "fp16"
+        tables = (RELATIVE_BIAS,) if attends else ()
         for required in (*graphs, WEIGHTS, *tables, *self.tokenizer.files):
             if required not in self.files:
                 yield f"files: {required!r} is not listed"

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,12 +23,10 @@ from beamline_export.precision import CalibratedInt8Store
 from beamline_export.progress import Progress
 from beamline_export.reference import HuggingFaceReference, Reference
 from beamline_export.reference_search import reference_search
-from beamline_export.spec import ExportError
-from beamline_export.testing import DECODER_START, EOS, nn_config, write_hugging_face, write_nn_transformer
+from beamline_export.testing import EOS, nn_config, write_hugging_face, write_nn_transformer
 from beamline_server.bundle import Bundle
 from beamline_server.engine.request import EarlyStopping, LengthPenaltyKind, SearchOptions
-from beamline_server.models.forced import forced_rows
-from beamline_server.models.load import DeviceError, build_backend, check_golden, choose_device, model_rules
+from beamline_server.models.load import build_backend, check_golden, model_rules
 from beamline_server.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.parity
@@ -267,47 +264,6 @@ def test_a_head_of_its_own_is_the_files(family: str, tmp_path: Path) -> None:
     assert "differ in the file" not in told.getvalue()
 
 
-@pytest.mark.parametrize("family", ["t5", "umt5"])
-def test_distances_reach_beyond_what_has_numbers_of_its_own(family: str, tmp_path: Path) -> None:
-    """Targets many times as long as the greatest distance, of all rows at once and fed in parts."""
-    checkpoint = write(HuggingFaceCase(family, 8, {"relative_attention_max_distance": 9}), tmp_path / "checkpoint")
-    bundle = exported(checkpoint)
-    family_of = detect(checkpoint)
-    reference = family_of.reference(checkpoint, family_of.read(checkpoint))
-    backend = build_backend(bundle, "cpu", threads=1)
-    rng = np.random.default_rng(0)
-    sources = [tuple(rng.integers(4, 120, length).tolist()) for length in (1, 7, 48)]
-    targets = [[DECODER_START, *rng.integers(4, 120, 44).tolist()] for _ in sources]
-    expected = [reference.logprobs(source, [target])[0] for source, target in zip(sources, targets, strict=True)]
-    for part in (1, 16):
-        seen = 0
-        for index, position, row in forced_rows(backend, sources, targets, logprobs=True, part=part):
-            assert row.logprob == pytest.approx(expected[index][position], abs=1e-4)
-            seen += 1
-        assert seen == sum(map(len, targets))
-
-
-@pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
-def test_an_answer_is_the_same_alone_and_in_any_batch(family: str, tmp_path: Path) -> None:
-    """To the last bit, with searches of all widths that reuse slots beside each other."""
-    bundle = exported(write(HuggingFaceCase(family, 9), tmp_path / "checkpoint"))
-    rules, backend = model_rules(bundle.manifest), build_backend(bundle, "cpu", threads=1)
-    searches = [(source, SEARCHES[i % len(SEARCHES)]) for i, source in enumerate([*sources_of(bundle, 9)] * 2)]
-    together = search_all(backend, rules, searches)
-    for search, answer in zip(searches, together, strict=True):
-        assert search_all(backend, rules, [search])[0].hypotheses == answer.hypotheses
-
-
-def test_relative_positions_are_refused_where_graphs_do_not_have_them(tmp_path: Path) -> None:
-    checkpoint = write(HuggingFaceCase("t5", 0), tmp_path / "checkpoint")
-    with pytest.raises(ExportError, match="which no graph for CUDA has yet; export it with --precision fp32 or int8"):
-        exported(checkpoint, "fp16")
-    for precision in ("fp32", "int8"):
-        with pytest.raises(DeviceError, match="relative ones, which run on the CPU alone so far"):
-            choose_device("cuda", precision, exported(checkpoint, precision).manifest.dimensions.cpu_only)
-    assert choose_device("auto", "fp32", "it is old") == "cpu"
-
-
 @pytest.mark.parametrize(("seed", "changes", "file"), NN_TRANSFORMER)
 def test_searches_equal_the_reference_search(seed: int, changes: dict[str, Any], file: str, tmp_path: Path) -> None:
     """An nn.Transformer's n-best lists are those of the reference search over PyTorch, but for near-ties."""
@@ -347,7 +303,7 @@ def check_against_reference_search(
     ("family", "precision", "calibrate"),
     [
         *((family, "int8", calibrate) for family in (*MODEL_CLASSES, "nn_transformer") for calibrate in (False, True)),
-        *((family, "fp16", False) for family in ("marian", "bart", "nn_transformer")),
+        *((family, "fp16", False) for family in (*MODEL_CLASSES, "nn_transformer")),
     ],
 )
 def test_smaller_precisions_pass_their_gate(family: str, precision: str, calibrate: bool, tmp_path: Path) -> None:

@@ -413,10 +413,6 @@ def test_of_many_invalid_fields_some_are_named(edit: Callable[..., Path]) -> Non
         (relative(layers=1), "files: 'relative_bias.bin' is not listed"),
         (relative(layers=3, listed=120), "dimensions: relative_positions of 3 layers, the decoder has 1"),
         (relative(layers=1, listed=9), "files: 'relative_bias.bin' has 9 bytes, by the dimensions 40"),
-        (
-            lambda d: (relative(layers=1, listed=40)(d), d.update(precision="fp16")),
-            "dimensions: the model's positions are relative ones, which graphs of fp16 do not have",
-        ),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_named(

@@ -126,6 +126,8 @@ class Variant:
             gated=gated,
             attention_width=heads * fields.integer("d_kv"),
             relative_positions=RelativePositions(reach, reach, self.per_layer),
+            # As transformers, which keep the last product of these layers in fp32.
+            fp32_residual=True,
         )
 
 

@@ -81,8 +81,8 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def choose_device(wanted: str, precision: str, cpu_only: str | None = None) -> str:
-    """The device to run on, cpu or cuda; `cpu_only` is why the model runs on the CPU alone, if it does.
+def choose_device(wanted: str, precision: str, *, decoder_only: bool = False) -> str:
+    """The device to run on, cpu or cuda.
 
     Raises:
         DeviceError: cuda is asked for and cannot be used.
@@ -91,8 +91,8 @@ def choose_device(wanted: str, precision: str, cpu_only: str | None = None) -> s
 
     if wanted == "cpu":
         return wanted
-    if cpu_only is not None:
-        reason: str | None = f"{cpu_only}, which runs on the CPU alone so far; serve it with device cpu"
+    if decoder_only:
+        reason: str | None = "the model has no encoder, and runs on the CPU alone so far; serve it with device cpu"
     elif precision == "int8":
         reason = "the bundle is int8, which runs on the CPU; export it with --precision fp16"
     else:
@@ -168,7 +168,7 @@ def build_engine(bundle: Bundle, options: EngineOptions, *, deliver: Deliver, ob
         DeviceError: the device cannot be used.
     """
     manifest = bundle.manifest
-    device = choose_device(options.device, manifest.precision, manifest.dimensions.cpu_only)
+    device = choose_device(options.device, manifest.precision, decoder_only=manifest.dimensions.decoder_only)
     cores = usable_cores()
     workers = options.workers or (1 if device == "cuda" else cores)
     threads = options.threads or (1 if device == "cuda" else max(1, cores // workers))

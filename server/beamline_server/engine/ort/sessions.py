@@ -48,6 +48,7 @@ class Sessions:
     def __init__(self, bundle: Bundle, providers: Sequence[Any], threads: int) -> None:
         layers = range(bundle.manifest.dimensions.decoder_layers)
         self.width = bundle.manifest.dimensions.attention
+        self.relative = bundle.manifest.dimensions.relative_positions is not None
         self.self_names = [f"self_{kind}_{i}" for i in layers for kind in ("k", "v")]
         self.cross_names = [f"cross_{kind}_{i}" for i in layers for kind in ("k", "v")]
         weights = bundle.read(WEIGHTS)

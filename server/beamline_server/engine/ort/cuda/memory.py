@@ -29,6 +29,7 @@ from beamline_server.engine.ort.cuda.shapes import (
     batch_size,
     step_shape,
 )
+from beamline_server.engine.ort.cuda.slot_positions import SlotPositions
 from beamline_server.engine.ort.sessions import Sessions
 from beamline_server.engine.ort.settings import STEP_INPUTS
 from beamline_server.engine.pack import Extent
@@ -112,6 +113,7 @@ class CudaMemory:
         self.batch_index: IntArray = np.zeros(0, np.int64)
         """Where each sequence stands, in the order of the bucket, (S,)."""
         self._batch = 1
+        self._slot_positions = SlotPositions() if sessions.relative else None
         self._runs: OrderedDict[StepShape, FixedRun] = OrderedDict()
 
     def _tensors(self, tensor_rows: int) -> Tensors:
@@ -135,6 +137,8 @@ class CudaMemory:
             self.cross = self._rearranged(self.cross, batch, lengths[1], largest.cross, moves)
             self._take_over(origins, now)
             self._take_encoded(origins, now)
+            if self._slot_positions is not None:
+                self._slot_positions.arrange([self._slots_of(origin) for origin in origins], now, batch, slots)
             self.batch_index, self._batch = now, batch
             self.slots, self.source_width = slots, source_width
 
@@ -143,6 +147,15 @@ class CudaMemory:
         if isinstance(origin, FromBatch) and origin.memory is None:
             return int(self.batch_index[origin.batch_index])
         return 0
+
+    def _slots_of(self, origin: Origin) -> tuple[SlotPositions, int] | None:
+        """Where the positions of a sequence's slots are; None if it has no past."""
+        if isinstance(origin, FromEncoder):
+            return None
+        memory = self if origin.memory is None else origin.memory
+        assert isinstance(memory, CudaMemory)
+        assert memory._slot_positions is not None
+        return memory._slot_positions, int(memory.batch_index[origin.batch_index])
 
     def _rearranged(
         self, before: Tensors, batch: int, length: int, most_rows: int, moves: Sequence[tuple[int, int]]
@@ -195,6 +208,8 @@ class CudaMemory:
         with self._lock:
             run = self.run_for(needed, candidates, logprobs=logprobs)
             pack_run(run, table, members, self.batch_index)
+            if self._slot_positions is not None:
+                self._slot_positions.write(run, needed.rows)
             run.send()
             self._graphs.run(run)
             best = run.receive()

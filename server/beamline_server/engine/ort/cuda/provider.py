@@ -3,7 +3,9 @@
 Options that could change numbers, and what was decided (onnxruntime 1.31):
 
 - `use_tf32`: on by default, and then products of fp32 numbers keep 10 bits of each. Off for fp32 bundles. In fp16
-  bundles the only fp32 product is the head, whose factors come from fp16: TF32 holds them without loss.
+  bundles the fp32 products are the head and, where fp16 would overflow, the last one of feed-forward layers. Their
+  factors come from fp16, so that TF32 holds them without loss, or are products of two such numbers, which it rounds as
+  fp16 would.
 - `enable_cuda_graph`: replays the same kernels on the same shapes; the bits are the same.
 - `sdpa_kernel`: which attention kernels may run; left alone, one that needs a plan per shape would be preferred.
 - Not set: `tunable_op_enable` (off; would choose kernels by their speed on the day), `prefer_nhwc`, `fuse_conv_bias`

@@ -13,23 +13,31 @@ from beamline_server.engine.table import FloatArray
 from doubles.fed import FedSequences, Tokens, logprobs_alone, newcomers
 
 SOURCES: list[Tokens] = [(5, 6, 7, 1), (8, 1), (9, 10, 11, 12, 13, 1), (6, 6, 1)]
-TARGETS: list[Tokens] = [(2, *range(10 * number + 3, 10 * number + 9)) for number in range(1, 5)]
+TARGETS: list[Tokens] = [(2, *range(10 * number + 3, 10 * number + 16)) for number in range(1, 5)]
+
+
+@pytest.fixture(scope="module", params=["absolute", "relative"])
+def bundle(
+    request: pytest.FixtureRequest, tiny: Callable[[str], Bundle], tiny_relative: Callable[[str], Bundle]
+) -> Bundle:
+    """Of a model with positions of each kind."""
+    return {"absolute": tiny, "relative": tiny_relative}[request.param]("fp32")
 
 
 @pytest.fixture
-def backend(tiny: Callable[[str], Bundle]) -> CudaBackend:
+def backend(bundle: Bundle) -> CudaBackend:
     """The one for GPUs, run on the CPU."""
-    return CudaBackend(tiny("fp32"), device="cpu")
+    return CudaBackend(bundle, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def alone(tiny: Callable[[str], Bundle]) -> list[FloatArray]:
+def alone(bundle: Bundle) -> list[FloatArray]:
     """Log-probabilities after every token of each target, fed alone, (T, V)."""
-    backend = CudaBackend(tiny("fp32"), device="cpu")
+    backend = CudaBackend(bundle, device="cpu")
     return [logprobs_alone(backend, source, target) for source, target in zip(SOURCES, TARGETS, strict=True)]
 
 
-def arranged(memory: Memory, origins: Sequence[object], *, slots: int = 8, source_width: int = 8) -> Memory:
+def arranged(memory: Memory, origins: Sequence[object], *, slots: int = 16, source_width: int = 8) -> Memory:
     memory.arrange(origins, slots=slots, source_width=source_width)  # type: ignore[arg-type]
     return memory
 
@@ -84,7 +92,7 @@ def test_a_sequence_keeps_its_past_when_another_leaves(backend: CudaBackend, alo
     assert_as_alone(fed.run(memory, members), alone, members, 2)
 
 
-@pytest.mark.parametrize("slots", [16, 200])
+@pytest.mark.parametrize("slots", [32, 200])
 @pytest.mark.parametrize("source_width", [8, 48])
 def test_pasts_survive_growth_and_shrinking(
     backend: CudaBackend, alone: list[FloatArray], slots: int, source_width: int
@@ -138,3 +146,18 @@ def test_a_bucket_has_room_for_what_is_encoded_apart(backend: CudaBackend, alone
     first, second = newcomers(backend, SOURCES[:1]), newcomers(backend, SOURCES[3:])
     arranged(memory, [*first, *second])
     assert_as_alone(fed.run(memory, [0, 3]), alone, [0, 3], 0)
+
+
+def test_slots_that_are_taken_again_have_new_positions(backend: CudaBackend, alone: list[FloatArray]) -> None:
+    """One sequence after another in the same slots, each of which may be at another position: these in turn."""
+    memory = arranged(backend.new_memory(), newcomers(backend, SOURCES[:1]))
+    longest = len(TARGETS[0])
+    for order in (range(longest), range(longest)[::-1], [*range(1, longest, 2), *range(0, longest, 2)]):
+        fed = FedSequences(SOURCES[:1], TARGETS[:1])
+        sequence, ancestors = fed.arrays.sequences[0], fed.arrays.ancestors
+        ancestors[0] = False
+        for position, slot in enumerate(order):
+            sequence.slot[0], sequence.slots_end, sequence.position[0] = slot, longest, position
+            sequence.token[0], ancestors[0, 0, slot] = TARGETS[0][position], True
+            found = fed.run(memory, [0], logprobs=True)
+            assert found.logprob == pytest.approx(alone[0][position : position + 1], abs=2e-5)
