@@ -168,6 +168,15 @@ TOKENIZER: Mapping[str, Mapping[str, Effect]] = {
         # Of byte pairs, which it has none of.
         **_all(ANY, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
     },
+    "plbart": {
+        **_TOKENIZER,
+        **_all(READ, "src_lang language_codes"),
+        **_all((), "sp_model_kwargs"),
+        "legacy": (True,),
+        **_all(ANY, "tgt_lang special_tokens_pattern"),
+        # Of byte pairs, which it has none of.
+        **_all(ANY, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
+    },
     "bart": _TOKENIZERS,
     "bart_relatives": {
         **_TOKENIZERS,

@@ -235,9 +235,9 @@ def test_other_special_tokens_of_bytes_are_refused(tmp_path: Path) -> None:
 
 
 def test_pieces_without_a_tokenizer_json_are_told_how_to_get_one(make_checkpoint: Callable[[str], Any]) -> None:
-    folder = make_checkpoint("mt5").folder
+    folder = make_checkpoint("umt5").folder
     (folder / "spiece.model").write_bytes(b"")
-    with pytest.raises(ExportError, match=r"has spiece\.model but no tokenizer\.json; write it with"):
+    with pytest.raises(ExportError, match=r"has spiece\.model but no tokenizer\.json, .*; write tokenizer\.json with"):
         read(folder)
 
 
