@@ -20,6 +20,10 @@ WRITE_JSON = (
 _BESIDE = ("special_tokens_map.json", "added_tokens.json")
 _DROPPED = ("auto_map", "vocab", "merges", "post_processor", "tokenizer_object", "gguf_file", "unk_id", "tokenizer")
 """Settings that would stand for the files themselves, or name code."""
+_WIDE = "\N{FULLWIDTH LATIN CAPITAL LETTER A}"
+"""What every normalization of SentencePiece's own replaces."""
+_SHOWN = 200
+"""Of a normalizer's JSON, its kinds: what follows is a table of characters."""
 
 
 def tokenizer_json_of_pieces(folder: Path, name: str, class_: str, classes: Collection[str]) -> TokenizerJson:
@@ -43,12 +47,11 @@ def tokenizer_json_of_pieces(folder: Path, name: str, class_: str, classes: Coll
         )
     check_file(file)
     try:
-        content = file.read_bytes()
-        read_sentencepiece(name, content)
+        model = read_sentencepiece(name, file.read_bytes())
     except (OSError, ValueError) as error:
         raise unreadable_tokenizer(file, error) from error
     made = _as_transformers(folder, name, class_)
-    notices = list(_left_out(name, class_, content, json.loads(made)))
+    notices = list(_left_out(name, class_, model, json.loads(made)))
     return made_tokenizer_json(file, made.encode(), notices)
 
 
@@ -74,15 +77,12 @@ def _as_transformers(folder: Path, name: str, class_: str) -> str:
             ) from error
 
 
-def _left_out(name: str, class_: str, content: bytes, made: Mapping[str, Any]) -> Iterator[str]:
+def _left_out(name: str, class_: str, model: Any, made: Mapping[str, Any]) -> Iterator[str]:
     """What SentencePiece itself would do to a text, and the class in transformers does not."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto.FromString(content)
     parts = []
-    if model.normalizer_spec.precompiled_charsmap and "Precompiled" not in json.dumps(made["normalizer"])[:200]:
+    if _WIDE not in model.normalize(_WIDE) and "Precompiled" not in json.dumps(made["normalizer"])[:_SHOWN]:
         parts.append("its normalization of characters")
-    if model.trainer_spec.byte_fallback and not made["model"].get("byte_fallback"):
+    if any(model.is_byte(i) for i in range(model.get_piece_size())) and not made["model"].get("byte_fallback"):
         parts.append("its bytes of unknown characters")
     if parts:
         yield f"{name} is read without {' and '.join(parts)}, as by transformers' {class_}"

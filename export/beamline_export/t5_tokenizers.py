@@ -16,7 +16,7 @@ from beamline_export.tokenizer_files import (
     without_tokenizer,
 )
 from beamline_export.tokenizer_json import TokenizerJson, added_around, find_tokenizer_json
-from beamline_server.tokenizer import default_special_ids
+from beamline_server.token_ids import default_special_ids
 
 BYTE_CLASS = "ByT5Tokenizer"
 _T5 = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

@@ -12,7 +12,7 @@ from beamline_export.spec import ExportError, SpecialTokenIds
 from beamline_export.tokenizer_config import CONFIG_FILE, TokenizerConfig
 from beamline_export.tokenizer_json import TokenizerJson, added_around, unreadable_tokenizer
 from beamline_server.languages import Languages
-from beamline_server.tokenizer import default_special_ids, read_vocabulary
+from beamline_server.token_ids import default_special_ids, read_vocabulary
 
 _MARIAN = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _ROBERTA = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>"}

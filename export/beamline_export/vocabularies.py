@@ -6,15 +6,19 @@ from pathlib import Path
 
 from beamline_export.spec import Checkpoint, ExportError
 from beamline_export.tokenizer_json import added_around, load_json_tokenizer, unreadable_tokenizer
-from beamline_server.tokenizer import BYTES_END, read_sentencepiece, read_vocabulary, unknown_id
+from beamline_server.token_ids import read_vocabulary
+from beamline_server.tokenizer import BYTES_END, read_sentencepiece, unknown_id
 
 _MOST_SHOWN = 5
 _LIKE_TOKENIZERS = ("*.spm", "*.model", "vocab*", "merges.txt", "tokenizer.json", "sentencepiece*")
 _FILES = {
     "marian": ("vocab.json", "target_vocab.json"),
+    "blenderbot_small": ("vocab.json", "vocab.json"),
     "tokenizers": ("tokenizer.json", "target_tokenizer.json"),
     "sentencepiece": ("source.spm", "target.spm"),
 }
+_OF_VOCABULARIES = ("marian", "blenderbot_small")
+"""Kinds whose ids are in a vocab.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,7 @@ def _read(kind: str, file: Path, content: bytes | None, size: int) -> _Vocabular
         return _read_json(file, content, size)
     try:
         content = file.read_bytes() if content is None else content
-        if kind == "marian":
+        if kind in _OF_VOCABULARIES:
             return _Vocabulary(read_vocabulary(file.name, content))
         model = read_sentencepiece(file.name, content)
     except (OSError, ValueError, RecursionError) as error:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from beamline_export.checkpoint import Fields
 from beamline_export.families.bart_like import BartLike, Folder, LearnedPositions, SinusoidalPositions, Vocabularies
 from beamline_export.families.bart_like_weights import HEAD, SHARED, SOURCE, TARGET, Tables, Ties
+from beamline_export.families.blenderbot_small_tokenizer import read_blenderbot_small_tokenizer
 from beamline_export.families.m2m_100_tokenizer import MODEL_FILE, VOCABULARY_FILE, read_m2m_100_tokenizer
 from beamline_export.families.plbart_tokenizer import read_plbart_tokenizer
 from beamline_export.families.positions import sinusoidal_positions, stretched_positions
@@ -171,7 +172,7 @@ BLENDERBOT_SMALL = BartLike(
     embedding_norm=True,
     target_norm_before_positions=True,
     tables=_SOURCE_FIRST,
-    tokenizer=_token_ids,
+    tokenizer=read_blenderbot_small_tokenizer,
     defaults={**_PARLAI_IDS, "forced_eos_token_id": 2},
 )
 

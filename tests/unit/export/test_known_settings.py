@@ -42,6 +42,7 @@ TOKENIZER_CLASSES = {
         PreTrainedTokenizerBase,
     ],
     "m2m_100": [transformers.M2M100Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase],
+    "blenderbot-small": [transformers.BlenderbotSmallTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase],
     "plbart": [transformers.PLBartTokenizer, SentencePieceBackend, PreTrainedTokenizer, PreTrainedTokenizerBase],
     "bart_relatives": [
         transformers.MBartTokenizer,

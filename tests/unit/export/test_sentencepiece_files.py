@@ -138,6 +138,8 @@ def test_what_transformers_leave_out_of_a_model_is_told(tmp_path: Path) -> None:
     assert f"{FAIRSEQ} is read without {left_out}, as by transformers' MBartTokenizer" in notices(mbart)
     mt5 = write(tmp_path / "mt5", "mt5", T5, {"extra_ids": 0}, 0, {**PADDED, "byte_fallback": True})
     assert any("is read without its bytes of unknown characters, as" in notice for notice in notices(mt5))
+    plain = write(tmp_path / "plain", "mbart", FAIRSEQ, {}, 27, {"normalization_rule_name": "identity"})
+    assert not any("is read without" in notice for notice in notices(plain))
     t5 = write(tmp_path / "t5", "t5", T5, {}, 100, PADDED)
     assert not any("is read without" in notice for notice in notices(t5))
 
