@@ -208,6 +208,22 @@ TOKENIZER: Mapping[str, Mapping[str, Effect]] = {
         # Of byte pairs, which it has none of.
         **_all(ANY, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
     },
+    "blenderbot-small": {
+        **_TOKENIZER,
+        # Written by its class in vain: it makes all text lower case.
+        **_all(ANY, "do_lower_case add_prefix_space special_tokens_pattern"),
+        # Of byte pairs of the tokenizers library, which it is not of.
+        **_all(ANY, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
+    },
+    "plbart": {
+        **_TOKENIZER,
+        **_all(READ, "src_lang language_codes"),
+        **_all((), "sp_model_kwargs"),
+        "legacy": (True,),
+        **_all(ANY, "tgt_lang special_tokens_pattern"),
+        # Of byte pairs, which it has none of.
+        **_all(ANY, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
+    },
     "bart": _TOKENIZERS,
     "bart_relatives": {
         **_TOKENIZERS,

@@ -112,8 +112,17 @@ class HuggingFaceReference:
             yield output.logits.float()
 
 
-class DecoderOnlyReference(HuggingFaceReference):
-    """A transformers model that is a decoder without an encoder; arguments are those of `HuggingFaceReference`."""
+class PromptedReference:
+    """A transformers model that is a decoder without an encoder.
+
+    Args:
+        model: The model, in evaluation mode.
+        removed: Ids that are taken out before the softmax.
+    """
+
+    def __init__(self, model: Any, removed: Sequence[int] = ()) -> None:
+        self.model = model
+        self._removed = list(removed)
 
     def logprobs(self, source: Sequence[int], targets: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """As `Reference.logprobs`."""

@@ -4,27 +4,28 @@ import dataclasses
 import re
 from pathlib import Path
 
+from beamline_export.sentencepiece_files import tokenizer_json_of_pieces
 from beamline_export.spec import ExportError, SpecialTokenIds
-from beamline_export.tokenizer_config import CONFIG_FILE, read_tokenizer_config
+from beamline_export.tokenizer_config import CONFIG_FILE, TokenizerConfig, read_tokenizer_config
 from beamline_export.tokenizer_files import (
     JsonFiles,
     TokenizerFiles,
-    added_around,
     entry_settings,
-    load_json_tokenizer,
     settings_without_effect,
     with_around,
     without_tokenizer,
 )
-from beamline_server.tokenizer import default_special_ids
+from beamline_export.tokenizer_json import TokenizerJson, added_around, find_tokenizer_json
+from beamline_server.token_ids import default_special_ids
 
 BYTE_CLASS = "ByT5Tokenizer"
 _T5 = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _T5_CLASS = "T5Tokenizer"
 _OTHER_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
 _EXTRA_ID = re.compile(r"<extra_id_\d+>")
-_FILES = {"tokenizer.json": "tokenizer.json"}
 _MODEL = "spiece.model"
+_CLASSES_OF_MODELS = {"t5": (_T5_CLASS,), "mt5": (_T5_CLASS,)}
+"""Those that make a tokenizer.json of a SentencePiece model; transformers make none for UMT5."""
 _PADDING, _END, _UNKNOWN = range(3)
 _NORMALIZERS = ("Precompiled", "NoneType")
 _PRE_TOKENIZER = (
@@ -46,14 +47,12 @@ def read_t5_tokenizer(folder: Path, tokens: SpecialTokenIds, family: str, class_
     """
     if class_.removesuffix("Fast") == BYTE_CLASS:
         return _bytes(folder, tokens, family)
-    if (folder / "tokenizer.json").exists():
-        return _pieces(folder, tokens, family, class_)
-    if (folder / _MODEL).exists():
-        raise ExportError(
-            f"{folder} has {_MODEL} but no tokenizer.json; write it with "
-            "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
-    return without_tokenizer(tokens)
+    found = find_tokenizer_json(folder)
+    if found is None and (folder / _MODEL).exists():
+        found = tokenizer_json_of_pieces(folder, _MODEL, class_, _CLASSES_OF_MODELS.get(family, ()))
+    if found is None:
+        return without_tokenizer(tokens)
+    return _pieces(found, read_tokenizer_config(folder, family), tokens, class_)
 
 
 def _bytes(folder: Path, tokens: SpecialTokenIds, family: str) -> TokenizerFiles:
@@ -79,11 +78,10 @@ def _bytes(folder: Path, tokens: SpecialTokenIds, family: str) -> TokenizerFiles
     )
 
 
-def _pieces(folder: Path, tokens: SpecialTokenIds, family: str, class_: str) -> TokenizerFiles:
+def _pieces(found: TokenizerJson, config: TokenizerConfig, tokens: SpecialTokenIds, class_: str) -> TokenizerFiles:
     """A tokenizer.json; T5's own class builds one of its pieces anew, and ends a source with `</s>` in any case."""
-    config = read_tokenizer_config(folder, family)
     config = dataclasses.replace(config, tokenizer_class=config.tokenizer_class or class_)
-    tokenizer = load_json_tokenizer(folder / "tokenizer.json")
+    tokenizer = found.tokenizer
     known: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     own = class_.removesuffix("Fast") == _T5_CLASS
     before, after = added_around(tokenizer)
@@ -95,9 +93,9 @@ def _pieces(folder: Path, tokens: SpecialTokenIds, family: str, class_: str) -> 
         after = [end]
         notices.append("tokenizer.json has no post-processor; </s> is added, as by transformers' T5Tokenizer")
     elif own and (before, after) != ([], [end]):
-        found = " and ".join(str(tokenizer.id_to_token(i)) for i in (*before, *after))
+        around = " and ".join(str(tokenizer.id_to_token(i)) for i in (*before, *after))
         notices.append(
-            f"tokenizer.json puts {found} around a text, which is done here; transformers' T5Tokenizer puts </s> "
+            f"tokenizer.json puts {around} around a text, which is done here; transformers' T5Tokenizer puts </s> "
             f"behind it: name a tokenizer_class in {CONFIG_FILE} (PreTrainedTokenizerFast)"
         )
     if own and not _is_of_t5(tokenizer):
@@ -105,7 +103,7 @@ def _pieces(folder: Path, tokens: SpecialTokenIds, family: str, class_: str) -> 
             "tokenizer.json is read as it is; transformers' T5Tokenizer would build its own of the pieces: name "
             f"another tokenizer_class in {CONFIG_FILE}, such as PreTrainedTokenizerFast"
         )
-    read = JsonFiles(tokenizer, _FILES, config, tokens, _T5 if own else {}, (_T5_CLASS, *_OTHER_CLASSES))
+    read = JsonFiles(found, config, tokens, _T5 if own else {}, (_T5_CLASS, *_OTHER_CLASSES))
     extra = [i for token, i in known.items() if own and _EXTRA_ID.fullmatch(token)]
     return read.with_around(before, after, notices, special=extra)
 

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,9 @@ from typing import Any
 from beamline_export.languages import SourceMarked, TargetBegins, opus_languages, read_languages
 from beamline_export.spec import ExportError, SpecialTokenIds
 from beamline_export.tokenizer_config import CONFIG_FILE, TokenizerConfig
+from beamline_export.tokenizer_json import TokenizerJson, added_around, unreadable_tokenizer
 from beamline_server.languages import Languages
-from beamline_server.tokenizer import default_special_ids, read_json_tokenizer, read_vocabulary, unreadable
+from beamline_server.token_ids import default_special_ids, read_vocabulary
 
 _MARIAN = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _ROBERTA = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>"}
@@ -23,9 +22,6 @@ _PLAIN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
 _CLEAN_UP = "clean_up_tokenization_spaces"
 _FORCED = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 _PREFIX_SPACE = "add_prefix_space"
-_PROBE = "a"
-_MOST_OF_A_LETTER = 1000
-_STDERR = 2
 _OTHER_KIND = (
     "tokenizer.json is read as it is; transformers' BartTokenizer would make byte pairs of it, without a normalizer: "
     f"name another tokenizer_class in {CONFIG_FILE}, such as PreTrainedTokenizerFast"
@@ -44,6 +40,7 @@ class TokenizerFiles:
         without_effect: Settings that would change answers and do not, with their values.
         notices: What the user should know, a line each.
         languages: Those that requests can name; None if there are none.
+        contents: Name in the bundle -> content of what the folder holds in another form only.
     """
 
     kind: str
@@ -53,6 +50,7 @@ class TokenizerFiles:
     without_effect: Mapping[str, str] = field(default_factory=dict)
     notices: Sequence[str] = ()
     languages: Languages | None = None
+    contents: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def without_tokenizer(
@@ -115,15 +113,18 @@ def _vocabulary(file: Path) -> dict[str, int]:
         raise unreadable_tokenizer(file, error) from error
 
 
-def read_bart_tokenizer(
-    folder: Path, files: Mapping[str, str], config: TokenizerConfig, tokens: SpecialTokenIds
-) -> TokenizerFiles:
+def read_bart_tokenizer(found: TokenizerJson, config: TokenizerConfig, tokens: SpecialTokenIds) -> TokenizerFiles:
     """A tokenizer.json: what its post-processor adds stands around a source.
 
     One that adds nothing gets `<s> source </s>` from BART's own class, and nothing from any other, as in transformers.
-    Arguments and errors are those of `read_marian_tokenizer`.
+    Other arguments and errors are those of `read_marian_tokenizer`.
+
+    Args:
+        found: The file.
+        config: The tokenizer's settings.
+        tokens: Special tokens as the decoder's settings have them.
     """
-    tokenizer = load_json_tokenizer(folder / "tokenizer.json")
+    tokenizer = found.tokenizer
     known: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     roberta = (config.tokenizer_class or ROBERTA_CLASSES[0]).removesuffix("Fast") in ROBERTA_CLASSES
     before, after, notices = _around_bart(tokenizer, config, known, roberta=roberta)
@@ -131,13 +132,13 @@ def read_bart_tokenizer(
         notices.append(_OTHER_KIND)
     without_effect = _prefix_space(tokenizer, config, False) if roberta else {}
     classes = (*ROBERTA_CLASSES, *_PLAIN_CLASSES)
-    read = JsonFiles(tokenizer, files, config, tokens, _ROBERTA if roberta else {}, classes)
+    read = JsonFiles(found, config, tokens, _ROBERTA if roberta else {}, classes)
     return read.with_around(before, after, notices, without_effect=without_effect)
 
 
 def read_tokenizer_as_it_is(
     folder: Path,
-    files: Mapping[str, str],
+    found: TokenizerJson,
     config: TokenizerConfig,
     tokens: SpecialTokenIds,
     *,
@@ -150,24 +151,24 @@ def read_tokenizer_as_it_is(
 
     Args:
         folder: The checkpoint.
-        files: As in `TokenizerFiles`.
+        found: The file.
         config: The tokenizer's settings.
         tokens: Special tokens as the decoder's settings have them.
         classes: Those of transformers that read it so.
         target_begins: How a target begins with its language, by where a source has the code of its own; empty for a
             family without languages; None for one whose texts, prompts, usually have nothing around them.
     """
-    tokenizer = load_json_tokenizer(folder / "tokenizer.json")
+    tokenizer = found.tokenizer
     before, after = added_around(tokenizer)
     notices = [] if before or after or target_begins is None else [_nothing_around(())]
     languages = _languages(folder, tokenizer, (before, after), target_begins or {})
     notices += _default_language(tokenizer, config, (*before, *after))
     if languages is not None:
         before, after = ([i for i in ids if i not in languages.ids] for ids in (before, after))
-    read = JsonFiles(tokenizer, files, config, tokens, {}, (*classes, *_PLAIN_CLASSES))
+    read = JsonFiles(found, config, tokens, {}, (*classes, *_PLAIN_CLASSES))
     without_effect = _prefix_space(tokenizer, config, None)
-    found = read.with_around(before, after, notices, without_effect=without_effect)
-    return dataclasses.replace(found, languages=languages)
+    files = read.with_around(before, after, notices, without_effect=without_effect)
+    return dataclasses.replace(files, languages=languages)
 
 
 def _languages(
@@ -212,16 +213,14 @@ class JsonFiles:
     """A tokenizer.json and what is told of it, whatever stands around a source.
 
     Attributes:
-        tokenizer: The file, read.
-        files: As in `TokenizerFiles`.
+        found: The file.
         config: The tokenizer's settings.
         tokens: Special tokens as the decoder's settings have them.
         defaults: Special tokens where the settings name none.
         classes: Those of transformers that read as it is done here.
     """
 
-    tokenizer: Any
-    files: Mapping[str, str]
+    found: TokenizerJson
     config: TokenizerConfig
     tokens: SpecialTokenIds
     defaults: Mapping[str, str]
@@ -237,19 +236,21 @@ class JsonFiles:
         special: Collection[int] = (),
     ) -> TokenizerFiles:
         """With these ids around a source, of which the first and the last are told; `special` are more special ids."""
-        known: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
-        added = self.tokenizer.get_added_tokens_decoder()
+        tokenizer = self.found.tokenizer
+        known: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+        added = tokenizer.get_added_tokens_decoder()
         flagged = {i for i, token in added.items() if token.special}
         matched = {token.content for token in added.values() if not token.special}
         named = {known[token] for token in self.config.special(self.defaults) if token in known}
         default = default_special_ids(dataclasses.asdict(self.tokens)) | flagged
         return TokenizerFiles(
             "tokenizers",
-            self.files,
-            entry_settings({*flagged, *named, *special}, default, clean=_cleans_up(self.tokenizer, self.config)),
+            self.found.files,
+            entry_settings({*flagged, *named, *special}, default, clean=_cleans_up(tokenizer, self.config)),
             with_around(self.tokens, before[0] if before else None, after[-1] if after else None),
             {**settings_without_effect(self.config, matched, None, self.classes), **without_effect},
-            notices,
+            [*self.found.notices, *notices],
+            contents=self.found.contents,
         )
 
 
@@ -273,68 +274,6 @@ def _is_byte_level(tokenizer: Any) -> bool:
     """Whether a tokenizer.json is of the only kind that transformers' BartTokenizer knows."""
     splits_bytes = type(tokenizer.pre_tokenizer).__name__ == "ByteLevel"
     return type(tokenizer.model).__name__ == "BPE" and splits_bytes and tokenizer.normalizer is None
-
-
-def load_json_tokenizer(file: Path) -> Any:
-    """A tokenizer.json that can read a letter.
-
-    Raises:
-        ExportError: it is missing, or none.
-    """
-    try:
-        with _panics_as_errors():
-            tokenizer = read_json_tokenizer(file.read_bytes())
-            _read_a_letter(tokenizer)
-            return tokenizer
-    except Exception as error:  # the library raises its own kinds; all mean the same to the user
-        raise unreadable_tokenizer(file, error) from error
-
-
-def _read_a_letter(tokenizer: Any) -> None:
-    """Raise some error where it cannot, or where the letter becomes a book."""
-    made = 0 if tokenizer.normalizer is None else len(tokenizer.normalizer.normalize_str(_PROBE))
-    if made <= _MOST_OF_A_LETTER:
-        made = len(tokenizer.encode(_PROBE).ids)
-    if made > _MOST_OF_A_LETTER:
-        raise ValueError(f"it makes {made:,} characters or tokens of one letter")
-
-
-@contextmanager
-def _panics_as_errors() -> Iterator[None]:
-    """The library panics at some files: that is no `Exception`, and it writes to the process's own stderr."""
-    with _silent_stderr():
-        try:
-            yield
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":
-                raise
-            raise ValueError(str(error)) from error
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    with open(os.devnull, "wb") as nowhere:
-        stderr = os.dup(_STDERR)
-        os.dup2(nowhere.fileno(), _STDERR)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, _STDERR)
-        os.close(stderr)
-
-
-def unreadable_tokenizer(file: Path, error: Exception) -> ExportError:
-    """That a file is no tokenizer's, and why."""
-    return ExportError(f"{file} cannot be read as a tokenizer ({unreadable(error)}); download it again")
-
-
-def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the post-processor of a tokenizer.json puts before and after a text."""
-    encoding = tokenizer.encode(_PROBE)
-    added = [bool(mask) for mask in encoding.special_tokens_mask]
-    first = added.index(False) if False in added else 1
-    last = len(added) - added[::-1].index(False) if False in added else 1
-    return encoding.ids[:first], encoding.ids[last:]
 
 
 def _nothing_around(own: Sequence[str]) -> str:

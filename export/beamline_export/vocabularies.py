@@ -5,16 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beamline_export.spec import Checkpoint, ExportError
-from beamline_export.tokenizer_files import added_around, load_json_tokenizer, unreadable_tokenizer
-from beamline_server.tokenizer import BYTES_END, read_sentencepiece, read_vocabulary, unknown_id
+from beamline_export.tokenizer_json import added_around, load_json_tokenizer, unreadable_tokenizer
+from beamline_server.token_ids import read_vocabulary
+from beamline_server.tokenizer import BYTES_END, read_sentencepiece, unknown_id
 
 _MOST_SHOWN = 5
 _LIKE_TOKENIZERS = ("*.spm", "*.model", "vocab*", "merges.txt", "tokenizer.json", "sentencepiece*")
 _FILES = {
     "marian": ("vocab.json", "target_vocab.json"),
+    "blenderbot_small": ("vocab.json", "vocab.json"),
+    "characters": ("characters.json", "characters.json"),
     "tokenizers": ("tokenizer.json", "target_tokenizer.json"),
     "sentencepiece": ("source.spm", "target.spm"),
 }
+_OF_VOCABULARIES = ("marian", "blenderbot_small", "characters")
+"""Kinds whose ids are in a vocab.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ def check_vocabularies(checkpoint: Checkpoint, folder: Path) -> list[str]:
     languages = checkpoint.languages
     # What a post-processor puts around a text is left out where languages stand there.
     if checkpoint.tokenizer_kind == "tokenizers" and (languages is None or not languages.marks_sources):
-        _check_around(checkpoint, folder / source)
+        _check_around(checkpoint, folder / source, contents.get(source))
     files = {name: folder / checkpoint.tokenizer_files.get(name, name) for name in {source, target}}
     read = {
         name: _read(checkpoint.tokenizer_kind, file, contents.get(name), spec.source_vocabulary)
@@ -114,10 +119,10 @@ def _ids_outside(named: Mapping[str, Iterable[int | None]], side: str, size: int
             yield f"{name} {shown} is outside the {side} vocabulary of {size} (0 to {size - 1}); correct or remove it"
 
 
-def _check_around(checkpoint: Checkpoint, file: Path) -> None:
+def _check_around(checkpoint: Checkpoint, file: Path, content: bytes | None) -> None:
     """A source begins and ends once, as its config says, or as its tokenizer does, and with tokens of the model."""
     tokens, size = checkpoint.special_tokens, checkpoint.spec.source_vocabulary
-    before, after = added_around(load_json_tokenizer(file))
+    before, after = added_around(load_json_tokenizer(file, content))
     around = (*before, *after, tokens.source_bos, tokens.source_eos)
     if outside := list(dict.fromkeys(str(i) for i in around if i is not None and i >= size)):
         raise ExportError(
@@ -138,10 +143,10 @@ def _check_around(checkpoint: Checkpoint, file: Path) -> None:
 def _read(kind: str, file: Path, content: bytes | None, size: int) -> _Vocabulary:
     """A side's vocabulary; `content`, if given, stands for the file's."""
     if kind == "tokenizers":
-        return _read_json(file, size)
+        return _read_json(file, content, size)
     try:
         content = file.read_bytes() if content is None else content
-        if kind == "marian":
+        if kind in _OF_VOCABULARIES:
             return _Vocabulary(read_vocabulary(file.name, content))
         model = read_sentencepiece(file.name, content)
     except (OSError, ValueError, RecursionError) as error:
@@ -149,8 +154,8 @@ def _read(kind: str, file: Path, content: bytes | None, size: int) -> _Vocabular
     return _Vocabulary({model.id_to_piece(i): i for i in range(model.get_piece_size())})
 
 
-def _read_json(file: Path, size: int) -> _Vocabulary:
-    tokenizer = load_json_tokenizer(file)
+def _read_json(file: Path, content: bytes | None, size: int) -> _Vocabulary:
+    tokenizer = load_json_tokenizer(file, content)
     added = tokenizer.get_added_tokens_decoder().values()
     return _Vocabulary(
         tokenizer.get_vocab(with_added_tokens=True),

@@ -5,13 +5,23 @@ vocabulary has them as words. Marian's language code at the beginning of a text 
 names its language. That holds for sources and for the beginnings of targets.
 """
 
-import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from beamline_server.bundle import EXPORT_AGAIN, Bundle, BundleError, in_short
 from beamline_server.languages import NOTHING_AROUND, Around
 from beamline_server.manifest import Manifest
+from beamline_server.token_ids import (
+    check_size,
+    enclosed,
+    ids_beyond,
+    known_unknown,
+    language_ids,
+    plain_ids,
+    read_vocabulary,
+    special_ids,
+)
+from beamline_server.word_tokenizer import CharacterTokenizer, blenderbot_small
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _FIRST_BYTE = 3
@@ -76,6 +86,8 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
         "sentencepiece": _SentencePieceTokenizer,
         "tokenizers": _JsonTokenizer,
         "bytes": _ByteTokenizer,
+        "blenderbot_small": blenderbot_small,
+        "characters": CharacterTokenizer,
     }
     try:
         tokenizer = readers[kind](bundle.read, bundle.manifest)
@@ -90,46 +102,6 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
 def unreadable(error: Exception) -> str:
     """Why a tokenizer cannot be read, in one line."""
     return f"{error.args[0]} is not in the vocabulary" if isinstance(error, KeyError) else in_short(error)
-
-
-def _special_ids(manifest: Manifest) -> frozenset[int]:
-    """Target ids that leave no trace in text."""
-    languages = _codes(manifest) if manifest.languages is not None and manifest.languages.begins_targets else ()
-    if manifest.tokenizer.special is not None:
-        return frozenset(manifest.tokenizer.special).union(languages)
-    return default_special_ids(manifest.special_tokens.model_dump()).union(languages)
-
-
-def _codes(manifest: Manifest) -> frozenset[int]:
-    """Ids of the languages that requests can name."""
-    return frozenset() if manifest.languages is None else manifest.languages.ids
-
-
-def default_special_ids(tokens: Mapping[str, Any]) -> frozenset[int]:
-    """Target ids that leave no trace in text where a bundle names none; `tokens` are as in `SpecialTokens`."""
-    optional = (tokens["pad"], tokens["forced_bos"], tokens["decoder_start"])
-    return frozenset([*tokens["eos"], *(token for token in optional if token is not None)])
-
-
-def _check_size(ids: int, vocabulary: int) -> None:
-    if ids > vocabulary:
-        raise ValueError(f"it has ids up to {ids - 1}, the model has {vocabulary}")
-
-
-def _plain(ids: Iterable[int | None], control: Collection[int | None], unknown: int | None) -> list[int]:
-    """The ids of a text, in which special tokens are unknown words; left out if the vocabulary has no such word."""
-    plain = (unknown if i in control else i for i in ids)
-    return [i for i in plain if i is not None]
-
-
-def _beyond(ids: Iterable[int], manifest: Manifest) -> frozenset[int]:
-    """Those of a target tokenizer's ids that the model does not have."""
-    return frozenset(i for i in ids if i >= manifest.dimensions.target_vocabulary)
-
-
-def _known(unknown: int | None, beyond: Collection[int]) -> int | None:
-    """The id of unknown words, if the model has it."""
-    return None if unknown in beyond else unknown
 
 
 class CleanedUp:
@@ -196,15 +168,15 @@ class _MarianTokenizer:
         # As transformers, which write with the source's pieces what they read with the target's.
         self._decoder = target if own else source
         ids = read_vocabulary("vocab.json", read("vocab.json"))
-        _check_size(max(ids.values()) + 1, manifest.dimensions.source_vocabulary)
+        check_size(max(ids.values()) + 1, manifest.dimensions.source_vocabulary)
         target_ids = read_vocabulary("target_vocab.json", read("target_vocab.json")) if own else ids
         self._bos, self._eos = manifest.special_tokens.source_bos, manifest.special_tokens.source_eos
-        special, unknown = _special_ids(manifest), ids["<unk>"]
+        special, unknown = special_ids(manifest), ids["<unk>"]
         marked = manifest.languages is not None and manifest.languages.marks_sources
         self._codes_in_text = codes = self._bos is None and not marked
-        self._source = _MarianReader(source, ids, {self._bos, self._eos, *_codes(manifest)}, unknown, codes=codes)
-        beyond = _beyond(target_ids.values(), manifest)
-        target_unknown = _known(target_ids.get("<unk>"), beyond)
+        self._source = _MarianReader(source, ids, {self._bos, self._eos, *language_ids(manifest)}, unknown, codes=codes)
+        beyond = ids_beyond(target_ids.values(), manifest)
+        target_unknown = known_unknown(target_ids.get("<unk>"), beyond)
         self._target = _MarianReader(target, target_ids, special | beyond, target_unknown, codes=codes)
         silent = special | {target_ids.get("<unk>")}
         self._pieces = {number: piece for piece, number in target_ids.items() if number not in silent}
@@ -213,7 +185,7 @@ class _MarianTokenizer:
         # A code that stands before it makes it `>>fra<< text`, of which transformers read ` text` as words.
         begun = self._codes_in_text and around.before
         ids = self._source.words(f" {text}") if begun else self._source.ids(text)
-        return [*around.before, *_enclosed(ids, self._bos, self._eos), *around.after]
+        return [*around.before, *enclosed(ids, self._bos, self._eos), *around.after]
 
     def encode_target(self, text: str) -> list[int]:
         return self._target.ids(text)
@@ -251,27 +223,14 @@ class _MarianReader:
     def ids(self, text: str) -> list[int]:
         code = text.find("<<") + 2 if self._codes and text.startswith(">>") and "<<" in text else 0
         language = self._numbers([text[:code]] if code else [])
-        return [*_plain(language, (), self._unknown), *self.words(text[code:])]
+        return [*plain_ids(language, (), self._unknown), *self.words(text[code:])]
 
     def words(self, text: str) -> list[int]:
         """The ids of a text in which no language code is meant."""
-        return _plain(self._numbers(self._model.encode(text, out_type=str)), self._control, self._unknown)
+        return plain_ids(self._numbers(self._model.encode(text, out_type=str)), self._control, self._unknown)
 
     def _numbers(self, pieces: Sequence[str]) -> list[int | None]:
         return [self._ids.get(piece, self._unknown) for piece in pieces]
-
-
-def read_vocabulary(name: str, content: bytes) -> dict[str, int]:
-    """A JSON object of pieces and their ids, of a file of this name.
-
-    Raises:
-        ValueError: it is none.
-    """
-    vocabulary = json.loads(content.decode())
-    numbers = vocabulary.values() if isinstance(vocabulary, dict) else [None]
-    if not vocabulary or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in numbers):
-        raise ValueError(f"{name} is no object of pieces and their ids")
-    return dict(vocabulary)
 
 
 class _SentencePieceTokenizer:
@@ -280,21 +239,21 @@ class _SentencePieceTokenizer:
     def __init__(self, read: Read, manifest: Manifest) -> None:
         self._source = read_sentencepiece("source.spm", read("source.spm"))
         self._target = read_sentencepiece("target.spm", read("target.spm"))
-        _check_size(self._source.get_piece_size(), manifest.dimensions.source_vocabulary)
+        check_size(self._source.get_piece_size(), manifest.dimensions.source_vocabulary)
         self._bos, self._eos = manifest.special_tokens.source_bos, manifest.special_tokens.source_eos
-        self._special = _special_ids(manifest)
+        self._special = special_ids(manifest)
         self._size = self._target.get_piece_size()
-        self._control = _control_pieces(self._source) | {self._bos, self._eos} | _codes(manifest)
-        beyond = _beyond(range(self._size), manifest)
+        self._control = _control_pieces(self._source) | {self._bos, self._eos} | language_ids(manifest)
+        beyond = ids_beyond(range(self._size), manifest)
         self._target_control = _control_pieces(self._target) | self._special | beyond
-        self._target_unknown = _known(self._target.unk_id(), beyond)
+        self._target_unknown = known_unknown(self._target.unk_id(), beyond)
 
     def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
-        ids = _plain(self._source.encode(text), self._control, self._source.unk_id())
-        return [*around.before, *_enclosed(ids, self._bos, self._eos), *around.after]
+        ids = plain_ids(self._source.encode(text), self._control, self._source.unk_id())
+        return [*around.before, *enclosed(ids, self._bos, self._eos), *around.after]
 
     def encode_target(self, text: str) -> list[int]:
-        return _plain(self._target.encode(text), self._target_control, self._target_unknown)
+        return plain_ids(self._target.encode(text), self._target_control, self._target_unknown)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._target.decode([int(i) for i in ids if i not in self._special and i < self._size]))
@@ -321,13 +280,13 @@ class _JsonTokenizer:
         self._decoder = read_json_tokenizer(read("target_tokenizer.json")) if own else source
         tokens, sizes = manifest.special_tokens, manifest.dimensions
         self._bos, self._eos = tokens.source_bos, tokens.source_eos
-        self._special = _special_ids(manifest)
+        self._special = special_ids(manifest)
         self._whole = manifest.languages is None or not manifest.languages.marks_sources
-        self._source = _JsonReader(source, sizes.source_vocabulary, {self._bos, self._eos, *_codes(manifest)})
+        self._source = _JsonReader(source, sizes.source_vocabulary, {self._bos, self._eos, *language_ids(manifest)})
         self._target = _JsonReader(self._decoder, sizes.target_vocabulary, self._special)
 
     def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
-        ids = _enclosed(self._source.ids(text, whole=self._whole), self._bos, self._eos)
+        ids = enclosed(self._source.ids(text, whole=self._whole), self._bos, self._eos)
         return [*around.before, *ids, *around.after]
 
     def encode_target(self, text: str) -> list[int]:
@@ -369,8 +328,8 @@ class _ByteTokenizer:
 
     def __init__(self, _: Read, manifest: Manifest) -> None:
         sizes = manifest.dimensions
-        _check_size(BYTES_END, min(sizes.source_vocabulary, sizes.target_vocabulary))
-        self._eos, special = manifest.special_tokens.source_eos, _special_ids(manifest)
+        check_size(BYTES_END, min(sizes.source_vocabulary, sizes.target_vocabulary))
+        self._eos, special = manifest.special_tokens.source_eos, special_ids(manifest)
         self._text = frozenset(range(_FIRST_BYTE, BYTES_END)) - special
 
     def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
@@ -409,11 +368,3 @@ def unknown_id(tokenizer: Any, vocabulary: int) -> int | None:
     token = getattr(tokenizer.model, "unk_token", None) or "<unk>"
     number: int | None = tokenizer.token_to_id(token)
     return number if number is not None and number < vocabulary else None
-
-
-def _enclosed(ids: Iterable[int], bos: int | None, eos: int | None) -> list[int]:
-    """The ids between begin- and end-of-sequence, unless they stand there already."""
-    inner = list(ids)
-    start = [bos] if bos is not None and inner[:1] != [bos] else []
-    end = [eos] if eos is not None and [*start, *inner][-1:] != [eos] else []
-    return [*start, *inner, *end]

@@ -7,14 +7,15 @@ from beamline_export.families.bart_like import BartLike, Folder, LearnedPosition
 from beamline_export.spec import ExportError
 from beamline_export.tokenizer_config import read_tokenizer_config, tokenizer_class
 from beamline_export.tokenizer_files import TokenizerFiles, read_bart_tokenizer, without_tokenizer
+from beamline_export.tokenizer_json import find_tokenizer_json
 
 
 def _tokenizer(folder: Folder) -> TokenizerFiles:
     class_ = tokenizer_class(folder.config, "config.json")
-    if (folder.path / "tokenizer.json").exists():
+    if found := find_tokenizer_json(folder.path):
         config = read_tokenizer_config(folder.path, "bart")
         config = dataclasses.replace(config, tokenizer_class=config.tokenizer_class or class_)
-        return read_bart_tokenizer(folder.path, {"tokenizer.json": "tokenizer.json"}, config, folder.tokens)
+        return read_bart_tokenizer(found, config, folder.tokens)
     if (folder.path / "merges.txt").exists():
         raise ExportError(
             f"{folder.path} has merges.txt but no tokenizer.json; write it with "

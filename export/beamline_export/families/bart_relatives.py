@@ -5,11 +5,14 @@ from collections.abc import Callable
 from beamline_export.checkpoint import Fields
 from beamline_export.families.bart_like import BartLike, Folder, LearnedPositions, SinusoidalPositions, Vocabularies
 from beamline_export.families.bart_like_weights import HEAD, SHARED, SOURCE, TARGET, Tables, Ties
+from beamline_export.families.blenderbot_small_tokenizer import read_blenderbot_small_tokenizer
 from beamline_export.families.m2m_100_tokenizer import MODEL_FILE, VOCABULARY_FILE, read_m2m_100_tokenizer
+from beamline_export.families.plbart_tokenizer import read_plbart_tokenizer
 from beamline_export.families.positions import sinusoidal_positions, stretched_positions
 from beamline_export.languages import SourceMarked, TargetBegins
-from beamline_export.spec import NormPlacement, PaddingInTarget
-from beamline_export.tokenizer_config import read_tokenizer_config
+from beamline_export.sentencepiece_files import tokenizer_json_of_pieces
+from beamline_export.spec import ExportError, NormPlacement, PaddingInTarget
+from beamline_export.tokenizer_config import read_tokenizer_config, tokenizer_class
 from beamline_export.tokenizer_files import (
     ROBERTA_CLASSES,
     TokenizerFiles,
@@ -17,6 +20,10 @@ from beamline_export.tokenizer_files import (
     read_tokenizer_as_it_is,
     without_tokenizer,
 )
+from beamline_export.tokenizer_json import TokenizerJson, find_tokenizer_json
+
+_FAIRSEQ_MODEL = "sentencepiece.bpe.model"
+_NLLB_CLASS = "NllbTokenizer"
 
 
 def _token_ids(folder: Folder) -> TokenizerFiles:
@@ -24,38 +31,69 @@ def _token_ids(folder: Folder) -> TokenizerFiles:
 
 
 def _tokenizer_json(
-    *classes: str, before: TargetBegins = "none", after: TargetBegins = "none"
+    *classes: str,
+    model: str | None = None,
+    check: Callable[[TokenizerJson], None] = lambda _: None,
+    before: TargetBegins = "none",
+    after: TargetBegins = "none",
 ) -> Callable[[Folder], TokenizerFiles]:
-    """Reads a tokenizer.json, if there is one, as these classes of transformers do.
+    """Reads a tokenizer.json, or else a SentencePiece `model`, if there is one, as these classes of transformers do.
 
-    `before` and `after` are how a target begins with its language where a source has the code of its own there.
+    `check` looks at what was made of a model. `before` and `after` are how a target begins with its language where a
+    source has the code of its own there.
     """
     begins: dict[SourceMarked, TargetBegins] = {"source_before": before, "source_after": after}
     target_begins = {marked: begin for marked, begin in begins.items() if begin != "none"}
 
     def read(folder: Folder) -> TokenizerFiles:
-        if not (folder.path / "tokenizer.json").exists():
-            return without_tokenizer(folder.tokens)
         config = read_tokenizer_config(folder.path, "bart_relatives")
-        files = {"tokenizer.json": "tokenizer.json"}
+        found = find_tokenizer_json(folder.path)
+        if found is None and model is not None and (folder.path / model).exists():
+            named = config.tokenizer_class or tokenizer_class(folder.config, "config.json")
+            found = tokenizer_json_of_pieces(folder.path, model, named or classes[0], classes)
+            check(found)
+        if found is None:
+            return without_tokenizer(folder.tokens)
         if config.tokenizer_class is not None and config.tokenizer_class.removesuffix("Fast") in ROBERTA_CLASSES:
-            return read_bart_tokenizer(folder.path, files, config, folder.tokens)
+            return read_bart_tokenizer(found, config, folder.tokens)
         return read_tokenizer_as_it_is(
-            folder.path, files, config, folder.tokens, classes=classes, target_begins=target_begins
+            folder.path, found, config, folder.tokens, classes=classes, target_begins=target_begins
         )
 
     return read
 
 
-_NLLB = _tokenizer_json("NllbTokenizer", before="forced_first", after="forced_first")
+def _check_order_of_codes(found: TokenizerJson) -> None:
+    """Behind NLLB's pieces stand the codes, and <mask> behind them; transformers 5 may put it first.
+
+    Raises:
+        ExportError: they do so.
+    """
+    pieces = found.tokenizer.get_vocab_size(with_added_tokens=False)
+    if found.tokenizer.id_to_token(pieces) in (None, "<mask>"):
+        raise ExportError(
+            f"{MODEL_FILE} alone has no language codes, and transformers 5 give them other ids than NLLB was trained "
+            "with; copy its tokenizer.json, or a tokenizer_config.json whose added_tokens_decoder has their ids"
+        )
+
+
+_NLLB = _tokenizer_json(
+    _NLLB_CLASS, model=MODEL_FILE, check=_check_order_of_codes, before="forced_first", after="forced_first"
+)
 
 
 def _m2m_100_or_nllb(folder: Folder) -> TokenizerFiles:
     """NLLB is an M2M100 with another tokenizer."""
     own = any((folder.path / name).exists() for name in (MODEL_FILE, VOCABULARY_FILE))
-    if own and not (folder.path / "tokenizer.json").exists():
+    if own and not (folder.path / "tokenizer.json").exists() and not _is_nllb(folder):
         return read_m2m_100_tokenizer(folder)
     return _NLLB(folder)
+
+
+def _is_nllb(folder: Folder) -> bool:
+    """Whether the tokenizer's class is NLLB's, whose SentencePiece model stands alone."""
+    named = read_tokenizer_config(folder.path, "bart_relatives").tokenizer_class
+    return (named or tokenizer_class(folder.config, "config.json") or "").removesuffix("Fast") == _NLLB_CLASS
 
 
 def _two_vocabularies(fields: Fields) -> Vocabularies:
@@ -84,7 +122,9 @@ MBART = BartLike(
     norm_placement=NormPlacement.PRE,
     embedding_norm=True,
     final_norms=True,
-    tokenizer=_tokenizer_json("MBartTokenizer", "MBart50Tokenizer", before="forced_first", after="decoder_start"),
+    tokenizer=_tokenizer_json(
+        "MBartTokenizer", "MBart50Tokenizer", model=_FAIRSEQ_MODEL, before="forced_first", after="decoder_start"
+    ),
     defaults={**_FAIRSEQ_IDS, "forced_eos_token_id": 2},
 )
 
@@ -110,7 +150,7 @@ PEGASUS = BartLike(
     positions=SinusoidalPositions(sinusoidal_positions, slow=True),
     norm_placement=NormPlacement.PRE,
     final_norms=True,
-    tokenizer=_tokenizer_json("PegasusTokenizer"),
+    tokenizer=_tokenizer_json("PegasusTokenizer", model="spiece.model"),
     defaults={"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1, "forced_eos_token_id": 1},
 )
 
@@ -132,7 +172,7 @@ BLENDERBOT_SMALL = BartLike(
     embedding_norm=True,
     target_norm_before_positions=True,
     tables=_SOURCE_FIRST,
-    tokenizer=_token_ids,
+    tokenizer=read_blenderbot_small_tokenizer,
     defaults={**_PARLAI_IDS, "forced_eos_token_id": 2},
 )
 
@@ -142,7 +182,7 @@ PLBART = BartLike(
     positions=LearnedPositions(2),
     embedding_norm=True,
     tables=_SOURCE_FIRST,
-    tokenizer=_token_ids,
+    tokenizer=read_plbart_tokenizer,
     defaults={**_FAIRSEQ_IDS, "forced_eos_token_id": 2, "scale_embedding": True},
 )
 

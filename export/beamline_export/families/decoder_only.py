@@ -15,15 +15,15 @@ from beamline_export.families.hugging_face import put_together
 from beamline_export.families.rotary import Rotary
 from beamline_export.generation import read_generation
 from beamline_export.known_settings import CONFIG, contradictions, without_effect
-from beamline_export.reference import DecoderOnlyReference, Reference
+from beamline_export.reference import HuggingFaceReference, PromptedReference, Reference
 from beamline_export.renamer import Renamer
 from beamline_export.spec import Activation, Array, Checkpoint, Norm, NormPlacement, SpecialTokenIds, TransformerSpec
 from beamline_export.tokenizer_config import read_tokenizer_config
 from beamline_export.tokenizer_files import TokenizerFiles, read_tokenizer_as_it_is, without_tokenizer
+from beamline_export.tokenizer_json import find_tokenizer_json
 
 MOST_PROMPTED = 8192
 """Positions that a bundle has at most: a server counts with the widest searches over all of them."""
-_TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +153,8 @@ class DecoderOnly:
 
     def reference(self, folder: Path, checkpoint: Checkpoint) -> Reference:
         """The model as transformers runs it."""
-        return DecoderOnlyReference(self.model_class, folder, checkpoint.removed_tokens)
+        loaded = HuggingFaceReference(self.model_class, folder)
+        return PromptedReference(loaded.model, checkpoint.removed_tokens)
 
     def _renamed(self, folder: Path, spec: TransformerSpec, config: Mapping[str, Any], *, tied: bool) -> Renamer:
         names = with_base(read_state_dict(folder), self.base, self.heads)
@@ -183,12 +184,11 @@ def take_ends(names: Renamer, embedding: str, heads: tuple[str, ...], *, tied: b
 
 
 def _tokenizer(folder: Path, tokens: SpecialTokenIds) -> TokenizerFiles:
-    if not (folder / _TOKENIZER).exists():
+    found = find_tokenizer_json(folder)
+    if found is None:
         return without_tokenizer(tokens, ends_sources=False)
     config = read_tokenizer_config(folder, "decoder_only")
-    return read_tokenizer_as_it_is(
-        folder, {_TOKENIZER: _TOKENIZER}, config, tokens, classes=_CLASSES, target_begins=None
-    )
+    return read_tokenizer_as_it_is(folder, found, config, tokens, classes=_CLASSES, target_begins=None)
 
 
 _CLASSES = ("GPT2Tokenizer", "GPTNeoXTokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "CodeGenTokenizer")

@@ -38,5 +38,6 @@ def put_together(
         names.foreign(),
         tokenizer_settings=tokenizer.settings,
         languages=tokenizer.languages,
+        tokenizer_contents=tokenizer.contents,
         notices=(*notices, *names.notices, *tokenizer.notices),
     )

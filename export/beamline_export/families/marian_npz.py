@@ -35,7 +35,8 @@ from beamline_export.spec import (
     SpecialTokenIds,
     TransformerSpec,
 )
-from beamline_export.tokenizer_files import TokenizerFiles, unreadable_tokenizer, without_tokenizer
+from beamline_export.tokenizer_files import TokenizerFiles, without_tokenizer
+from beamline_export.tokenizer_json import unreadable_tokenizer
 from beamline_export.yaml_file import read_yaml, read_yaml_texts
 from beamline_server.tokenizer import read_sentencepiece
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beamline_export.checkpoint import Fields, read_json
-from beamline_export.families import fairseq, marian_npz, nn_transformer, opennmt_py, t5, tensor2tensor
+from beamline_export.families import fairseq, makemore, marian_npz, nn_transformer, opennmt_py, t5, tensor2tensor
 from beamline_export.families.bart import BART
 from beamline_export.families.bart_relatives import ROWS
 from beamline_export.families.gpt2 import GPT2
@@ -26,7 +26,7 @@ class Family:
     reference: Callable[[Path, Checkpoint], Reference]
 
 
-OWN_SETTINGS = ("nn_transformer", "fairseq", "marian_npz", "opennmt_py", "tensor2tensor")
+OWN_SETTINGS = ("nn_transformer", "fairseq", "makemore", "marian_npz", "opennmt_py", "tensor2tensor")
 """Families whose reference is built from the same settings as the graphs: a wrong one does not show."""
 
 
@@ -37,6 +37,7 @@ FAMILIES = {
     **{row.model_type: Family(row.read, row.reference) for row in (GPT2, GPT_NEOX, OPT, *LLAMA_LIKE)},
     "fairseq": Family(fairseq.read, fairseq.reference),
     "marian_npz": Family(marian_npz.read, marian_npz.reference),
+    "makemore": Family(makemore.read, makemore.reference),
     "opennmt_py": Family(opennmt_py.read, opennmt_py.reference),
     "tensor2tensor": Family(tensor2tensor.read, tensor2tensor.reference),
 }

@@ -13,8 +13,9 @@ from beamline_export.families.search_settings import read_settings
 from beamline_export.generation import Generation, read_generation
 from beamline_export.renamer import Renamer
 from beamline_export.spec import ExportError, SpecialTokenIds
-from beamline_export.tokenizer_files import TokenizerFiles, unreadable_tokenizer
-from beamline_server.tokenizer import default_special_ids, read_vocabulary
+from beamline_export.tokenizer_files import TokenizerFiles
+from beamline_export.tokenizer_json import unreadable_tokenizer
+from beamline_server.token_ids import default_special_ids, read_vocabulary
 
 DEFAULT_POSITIONS = 512
 """Of toolkits that compute positions as far as they are asked for."""

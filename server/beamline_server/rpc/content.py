@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from beamline.v1 import generation_pb2 as pb
 from beamline_server.languages import NOTHING_AROUND, Around
+from beamline_server.word_tokenizer import UnreadableText
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,10 @@ class ContentReader:
         # No character has more than four bytes: most texts need no encoding to be measured.
         if 4 * len(text) > limit and (size := len(text.encode())) > limit:
             return Content(field, (), f"has {size} bytes; expected at most {limit}")
-        tokens = tuple(self._encode(text, around)) or self._when_empty
+        try:
+            tokens = tuple(self._encode(text, around)) or self._when_empty
+        except UnreadableText as error:
+            return Content(field, (), str(error))
         return Content(field, tokens, None if tokens else "has no tokens")
 
     def _ids(self, field: str, ids: Sequence[int]) -> Content:

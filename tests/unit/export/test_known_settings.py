@@ -10,6 +10,7 @@ import pytest
 import transformers
 from transformers.tokenization_python import PreTrainedTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from beamline_export.known_settings import (
     ALIASES,
@@ -41,6 +42,8 @@ TOKENIZER_CLASSES = {
         PreTrainedTokenizerBase,
     ],
     "m2m_100": [transformers.M2M100Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase],
+    "blenderbot-small": [transformers.BlenderbotSmallTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase],
+    "plbart": [transformers.PLBartTokenizer, SentencePieceBackend, PreTrainedTokenizer, PreTrainedTokenizerBase],
     "bart_relatives": [
         transformers.MBartTokenizer,
         transformers.MBart50Tokenizer,

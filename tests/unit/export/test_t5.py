@@ -24,6 +24,7 @@ from beamline_export.vocabularies import check_vocabularies
 from beamline_server.bundle import Bundle, BundleError, load_bundle
 from beamline_server.manifest import Dimensions
 from beamline_server.tokenizer import load_tokenizer
+from doubles.alike import assert_alike
 
 FAMILIES = ["t5", "mt5", "umt5"]
 TEXTS = [
@@ -182,15 +183,7 @@ def test_pieces_are_those_of_transformers(family: str, class_: str, tmp_path: Pa
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ours = load_tokenizer(exported(folder, silent))
     assert ours is not None
-    for text in CORPUS:
-        ids = theirs(text)["input_ids"]
-        assert ours.encode(text) == ids
-        assert ours.encode_target(text) == ids[:-1]
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        ids = rng.integers(0, words.get_vocab_size(), 12).tolist()
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert_alike(ours, theirs, words.get_vocab_size())
 
 
 def test_bytes_are_those_of_transformers(tmp_path: Path, silent: Progress) -> None:
@@ -200,6 +193,7 @@ def test_bytes_are_those_of_transformers(tmp_path: Path, silent: Progress) -> No
     ours = load_tokenizer(bundle)
     assert ours is not None
     assert (bundle.manifest.tokenizer.kind, bundle.manifest.tokenizer.files) == ("bytes", ())
+    assert_alike(ours, theirs, len(theirs))
     for text in CORPUS:
         ids = theirs(text)["input_ids"]
         assert ours.encode(text) == ids
@@ -235,9 +229,9 @@ def test_other_special_tokens_of_bytes_are_refused(tmp_path: Path) -> None:
 
 
 def test_pieces_without_a_tokenizer_json_are_told_how_to_get_one(make_checkpoint: Callable[[str], Any]) -> None:
-    folder = make_checkpoint("mt5").folder
+    folder = make_checkpoint("umt5").folder
     (folder / "spiece.model").write_bytes(b"")
-    with pytest.raises(ExportError, match=r"has spiece\.model but no tokenizer\.json; write it with"):
+    with pytest.raises(ExportError, match=r"has spiece\.model but no tokenizer\.json, .*; write tokenizer\.json with"):
         read(folder)
 
 
