@@ -203,6 +203,7 @@ def info_from_pb(message: pb.GetInfoResponse) -> ServerInfo:
             target_languages=tuple(model.target_languages),
             default_source_language=model.default_source_language or None,
             default_target_language=model.default_target_language or None,
+            decoder_only=model.decoder_only,
         ),
         limits=Limits(
             max_inputs=limits.max_inputs,

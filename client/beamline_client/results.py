@@ -170,6 +170,8 @@ class ModelInfo:
     """Of sources whose call gives none; None if there is none."""
     default_target_language: str | None = None
     """Of targets whose call gives none; None if there is none."""
+    decoder_only: bool = False
+    """Whether it has no encoder: an input is then a prompt, which the text of a result continues."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,8 @@ def write_hugging_face(
     if family in DECODER_ONLY_FAMILIES:
         sizes = {"hidden_size": 32, "vocab_size": 120, "max_position_embeddings": 64, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4}
+        if family not in ("gpt2", "gpt_neox", "opt"):
+            sizes |= {"num_key_value_heads": 4}
         sizes |= {"opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}}.get(family, {"intermediate_size": 48})
     elif family not in T5_FAMILIES:
         sizes = {"d_model": 32, "vocab_size": 120, "max_position_embeddings": 48}

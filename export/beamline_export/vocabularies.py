@@ -74,8 +74,16 @@ def check_vocabularies(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return [
         *_outside(read[source], files[source], "source", spec.source_vocabulary),
         *_outside(read[target], files[target], "target", spec.target_vocabulary),
-        *_without_text(read[target], target, spec.target_vocabulary, checkpoint.removed_tokens),
+        *_without_text(read[target], target, spec.target_vocabulary, _not_text(checkpoint)),
     ]
+
+
+def _not_text(checkpoint: Checkpoint) -> Collection[int]:
+    """Ids that no text is expected of."""
+    if checkpoint.tokenizer_kind != "characters":
+        return checkpoint.removed_tokens
+    tokens = checkpoint.special_tokens
+    return {*checkpoint.removed_tokens, *tokens.eos, tokens.decoder_start}
 
 
 def _bytes(size: int) -> Iterator[str]:

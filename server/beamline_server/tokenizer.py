@@ -5,6 +5,7 @@ vocabulary has them as words. Marian's language code at the beginning of a text 
 names its language. That holds for sources and for the beginnings of targets.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -284,6 +285,7 @@ class _JsonTokenizer:
         self._whole = manifest.languages is None or not manifest.languages.marks_sources
         self._source = _JsonReader(source, sizes.source_vocabulary, {self._bos, self._eos, *language_ids(manifest)})
         self._target = _JsonReader(self._decoder, sizes.target_vocabulary, self._special)
+        self._bytes = _fallback_bytes(self._decoder)
 
     def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
         ids = enclosed(self._source.ids(text, whole=self._whole), self._bos, self._eos)
@@ -297,7 +299,19 @@ class _JsonTokenizer:
         return str(self._decoder.decode(kept, skip_special_tokens=True))
 
     def settled(self, ids: Sequence[int]) -> str:
-        return whole_characters(self.decode(ids))
+        kept = [i for i in ids if i not in self._special]
+        # One more byte may make the whole row of them, however many, no character.
+        while kept and kept[-1] in self._bytes:
+            kept.pop()
+        return whole_characters(self.decode(kept))
+
+
+def _fallback_bytes(tokenizer: Any) -> frozenset[int]:
+    """Ids of tokens that are a byte each, if the tokenizer makes characters of them."""
+    if "ByteFallback" not in str(tokenizer.decoder):
+        return frozenset()
+    known: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    return frozenset(i for token, i in known.items() if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token))
 
 
 class _JsonReader:

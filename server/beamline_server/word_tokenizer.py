@@ -93,7 +93,7 @@ class CharacterTokenizer:
     def encode_target(self, text: str) -> list[int]:
         """As `Tokenizer.encode_target`; raises as `encode`."""
         if unknown := next((character for character in text if character not in self._ids), None):
-            raise UnreadableText(f"has the character {unknown!a}, which the model has no token for")
+            raise UnreadableText(f"has the character {unknown!r}, which the model has no token for")
         return [self._ids[character] for character in text]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -38,6 +38,15 @@ def relative(layers: int, listed: int | None = None) -> Callable[[Any], None]:
     return change
 
 
+def decoder_only(**sizes: object) -> Callable[[Any], None]:
+    """A manifest of a model without an encoder; its graphs are those of one that has one."""
+
+    def change(manifest: Any) -> None:
+        manifest["dimensions"] |= {"decoder_only": True, "max_source_tokens": 255, **sizes}
+
+    return change
+
+
 def scale(activations: object) -> Callable[[Any], object]:
     """Makes it an int8 bundle that tells this."""
     return lambda data: data.update(precision="int8", activations=activations)
@@ -409,6 +418,19 @@ def test_of_many_invalid_fields_some_are_named(edit: Callable[..., Path]) -> Non
         (
             lambda d: d["dimensions"].update(attention_width=9),
             "dimensions: decoder_heads 2 does not divide attention_width 9",
+        ),
+        (lambda d: d["dimensions"].update(rotary_positions=True), "dimensions: key_value_heads and rotary_positions b"),
+        (decoder_only(key_value_heads=3), "dimensions: key_value_heads 3 does not divide decoder_heads 2"),
+        (decoder_only(source_vocabulary=300), "dimensions: a model without an encoder has one vocabulary"),
+        (decoder_only(max_source_tokens=256), "dimensions: a prompt of max_source_tokens leaves no room"),
+        (lambda d: (decoder_only()(d), d.update(precision="fp16")), "dimensions: graphs of fp16 have an encoder"),
+        (
+            decoder_only(relative_positions={"layers": 1, "distances": 5}),
+            "files: 'relative_bias.bin' is not listed; dimensions: relative_positions are not in graphs without",
+        ),
+        (
+            lambda d: (decoder_only()(d), d["golden"][0].update(source=[1] * 255, forced=[0, 0], top_logprob=[0, 0])),
+            "golden: source and forced have 257 tokens together",
         ),
         (relative(layers=1), "files: 'relative_bias.bin' is not listed"),
         (relative(layers=3, listed=120), "dimensions: relative_positions of 3 layers, the decoder has 1"),

@@ -41,7 +41,7 @@ def _sizes(fields: Fields) -> Sizes:
 def _positions(fields: Fields) -> tuple[int, tuple[str, ...]]:
     """How far the model counts while all that came before is attended to."""
     positions, window = fields.integer("max_position_embeddings", least=2), fields.raw("sliding_window")
-    if window is None or fields.raw("use_sliding_window") is False:
+    if not fields.flag("use_sliding_window", True) or window is None:
         return positions, ()
     window = fields.integer("sliding_window", least=2)
     if window >= positions:

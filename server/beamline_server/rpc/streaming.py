@@ -1,10 +1,11 @@
 """Output that grows and never changes: which part of it is certain, and the messages that tell it."""
 
+import itertools
 from collections.abc import Sequence
 
 from beamline.v1 import generation_pb2 as pb
 from beamline_server.engine.request import Hypothesis
-from beamline_server.tokenizer import Tokenizer
+from beamline_server.tokenizer import Tokenizer, whole_characters
 
 
 class GrowingText:
@@ -24,7 +25,9 @@ class GrowingText:
         self._tokenizer = tokenizer
         self._begun = (*context, *begun)
         self._tokens = [*self._begun]
-        self._told = tokenizer.settled(context) if context else ""
+        # A character that it ends within comes with what follows.
+        self._behind = whole_characters(tokenizer.decode(context)) if context else ""
+        self._told = self._behind
 
     def extend(self, tokens: Sequence[int]) -> str:
         """Take further tokens; returns the further text that is certain, which can be empty."""
@@ -33,7 +36,10 @@ class GrowingText:
 
     def finish(self, tokens: Sequence[int]) -> str:
         """Take all further tokens there are; returns what has not been told of the text, whatever it ends with."""
-        return self._further(self._tokenizer.decode((*self._begun, *tokens)))
+        text = self._tokenizer.decode((*self._begun, *tokens))
+        if self._told == self._behind:  # nothing has been told: bytes may have made something else of the context
+            self._told = _common(self._told, text)
+        return self._further(text)
 
     def _further(self, text: str) -> str:
         if not text.startswith(self._told):
@@ -41,6 +47,12 @@ class GrowingText:
         further = text[len(self._told) :]
         self._told = text
         return further
+
+
+def _common(one: str, other: str) -> str:
+    """What both texts begin with."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(character for character, _ in same)
 
 
 class PieceWriter:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from beamline_export.progress import Progress
 from beamline_export.testing import (
+    DECODER_ONLY_FAMILIES,
     HUGGING_FACE_CLASSES,
     T5_FAMILIES,
     nn_config,
@@ -52,7 +53,9 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     write_nn_transformer(folder / "nn_transformer", nn_config(num_encoder_layers=1, num_decoder_layers=1))
     for family in HUGGING_FACE_CLASSES:
-        layers = {"num_layers": 1} if family in T5_FAMILIES else {"encoder_layers": 1, "decoder_layers": 1}
+        layers = {"encoder_layers": 1, "decoder_layers": 1}
+        layers = {"num_layers": 1} if family in T5_FAMILIES else layers
+        layers = {"num_hidden_layers": 1} if family in DECODER_ONLY_FAMILIES else layers
         write_hugging_face(folder / family, family, {**SIZES.get(family, {}), **layers}, {})
     return folder
 

@@ -33,6 +33,24 @@ FAMILY_FIELDS = {
     "fsmt": ["src_vocab_size", "tgt_vocab_size", "pad_token_id"],
     "mvp": ["use_prompt", "encoder_ffn_dim"],
     "bart": ["d_model", "vocab_size", "max_position_embeddings", "normalize_before", "bos_token_id", "decoder_layers"],
+    "gpt2": [
+        "n_embd", "n_layer", "n_head", "n_inner", "n_positions", "vocab_size", "activation_function",
+        "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention",
+        "tie_word_embeddings", "is_encoder_decoder",
+    ],
+    "gpt_neox": [
+        "rotary_pct", "rotary_emb_base", "use_parallel_residual", "attention_bias", "rope_parameters", "rope_scaling",
+    ],
+    "opt": [
+        "do_layer_norm_before", "word_embed_proj_dim", "_remove_final_layer_norm", "enable_bias", "ffn_dim",
+        "layer_norm_elementwise_affine", "max_position_embeddings",
+    ],
+    "llama": [
+        "head_dim", "num_key_value_heads", "rms_norm_eps", "attention_bias", "mlp_bias", "hidden_act",
+        "max_position_embeddings", "rope_parameters", "intermediate_size",
+    ],
+    "mistral": ["sliding_window"],
+    "qwen2": ["use_sliding_window"],
     "t5": [
         "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "vocab_size", "n_positions",
         "feed_forward_proj", "dense_act_fn", "is_gated_act", "relative_attention_num_buckets", "layer_norm_epsilon",
@@ -98,7 +116,8 @@ def test_an_unknown_model_type_lists_the_known_ones(model_type: object, checkpoi
         ("prophetnet", "attention in several streams"),
         ("whisper", "source is audio"),
         ("encoder-decoder", "joins two models"),
-        ("gpt2", "a decoder alone"),
+        ("gptj", "a decoder alone"),
+        ("mixtral", "mixtures of experts"),
         ("bert", "an encoder alone"),
     ],
 )

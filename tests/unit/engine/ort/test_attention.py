@@ -25,11 +25,14 @@ class Case(NamedTuple):
     heads: int
 
 
-def case(heads: int, size: int, lengths: list[int], *, scale: float = 1.0, seed: int = 0) -> Case:
-    """A row for each length, and one more for the first list, whose queries are the first part of wider rows."""
+def case(heads: int, size: int, lengths: list[int], *, scale: float = 1.0, seed: int = 0, sharing: int = 1) -> Case:
+    """A row for each length, and one more for the first list, whose queries are the first part of wider rows.
+
+    So many heads of queries share each one of keys and values.
+    """
     rng, width = np.random.default_rng(seed), heads * size
     query = (scale * rng.standard_normal((len(lengths) + 1, 3 * width))).astype(np.float32)
-    keys, values = (rng.standard_normal((SLOTS, width)).astype(np.float32) for _ in range(2))
+    keys, values = (rng.standard_normal((SLOTS, width // sharing)).astype(np.float32) for _ in range(2))
     lists = [rng.permutation(SLOTS)[:length] for length in lengths]
     return Case(query, keys, values, lists, np.array([*range(len(lengths)), 0], np.int32), heads)
 
@@ -43,7 +46,7 @@ def attended(of: Case, rows: list[int] | None = None, bias: Bias | None = None) 
         places[number, : len(slots)] = slots
         places[number, len(slots) : len(slots) + TOGETHER] = slots[0]
     lengths = np.array([len(slots) for slots in of.lists], np.int32)
-    out = np.full((len(rows), of.keys.shape[1]), np.nan, np.float32)
+    out = np.full((len(rows), of.query.shape[1] // 3), np.nan, np.float32)
     query, list_of = np.ascontiguousarray(of.query[rows]), of.list_of[rows]
     bias = no_bias() if bias is None else bias
     attend(query, of.keys, of.values, places, lengths, list_of, of.heads, *room(of.heads, longest), out, bias)
@@ -52,17 +55,18 @@ def attended(of: Case, rows: list[int] | None = None, bias: Bias | None = None) 
 
 def expected(of: Case, bias: Bias | None = None) -> np.ndarray:
     """Softmax attention as it is defined, head by head, in double precision."""
-    width = of.keys.shape[1]
-    rows = []
+    width = of.query.shape[1] // 3
+    sharing, rows = width // of.keys.shape[1], []
     for query, number in zip(of.query[:, :width].astype(np.float64), of.list_of, strict=True):
         keys, values = (a[of.lists[number]].astype(np.float64) for a in (of.keys, of.values))
         parts = []
         for h, head in enumerate(np.split(np.arange(width), of.heads)):
-            scores = keys[:, head] @ query[head] / np.sqrt(len(head))
+            shared = np.arange(len(head)) + h // sharing * len(head)
+            scores = keys[:, shared] @ query[head] / np.sqrt(len(head))
             if bias is not None:
                 scores += bias.table[h, bias.distance[number, : len(scores)]]
             weights = np.exp(scores - scores.max())
-            parts.append(weights / weights.sum() @ values[:, head])
+            parts.append(weights / weights.sum() @ values[:, shared])
         rows.append(np.concatenate(parts))
     return np.stack(rows)
 
@@ -71,6 +75,15 @@ def expected(of: Case, bias: Bias | None = None) -> np.ndarray:
 def test_it_is_attention_as_it_is_defined(heads: int, size: int) -> None:
     of = case(heads, size, LENGTHS)
     assert attended(of) == pytest.approx(expected(of), abs=2e-6)
+
+
+@pytest.mark.parametrize(("heads", "size", "sharing"), [(4, 64, 2), (8, 32, 8), (6, 16, 3), (4, 80, 2), (6, 5, 2)])
+def test_heads_of_queries_share_those_of_keys_and_values(heads: int, size: int, sharing: int) -> None:
+    of = case(heads, size, LENGTHS, sharing=sharing)
+    together = attended(of)
+    assert together == pytest.approx(expected(of), abs=2e-6)
+    for row in range(len(of.list_of)):
+        assert np.array_equal(attended(of, [row])[0], together[row])
 
 
 @pytest.mark.parametrize(("heads", "size"), HEADS)
