@@ -28,7 +28,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("source", type=Path, help="folder of the checkpoint")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the bundle; must not exist yet")
-    parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32", help="default: %(default)s")
+    parser.add_argument(
+        "--precision", choices=["fp32", "fp16", "int8", "int4"], default="fp32", help="default: %(default)s"
+    )
     parser.add_argument(
         "--calibrate",
         type=Path,
@@ -48,8 +50,8 @@ def main(argv: Sequence[str]) -> int:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="int8 only: weights whose names match stay in fp32, as decoder.*.ffn.* or cross_kv; may be given several "
-        "times (a pattern that matches nothing lists the names)",
+        help="int8 and int4 only: weights whose names match stay in fp32, as decoder.*.ffn.* or cross_kv; may be "
+        "given several times (a pattern that matches nothing lists the names)",
     )
     parser.add_argument("--name", help="name of the model as the server tells it (default: the folder's)")
     parser.add_argument("--replace", action="store_true", help="replace a bundle that is there already")

@@ -26,7 +26,7 @@ LARGEST_PART = 8
 ENCODER = "encoder.onnx"
 DECODER_STEP = "decoder_step.onnx"
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def decoder_graphs(precision: str, layers: int, *, relative: bool = False) -> li
     With relative positions there is no whole step.
     """
     whole, pieces = [] if relative else [DECODER_STEP], decoder_pieces(layers)
-    return {"fp16": whole, "int8": pieces, "fp32": [*whole, *pieces]}[precision]
+    return {"fp16": whole, "int8": pieces, "int4": pieces, "fp32": [*whole, *pieces]}[precision]
 
 
 def bundle_graphs(  # noqa: PLR0913 - what graphs differ by
