@@ -89,7 +89,7 @@ class _Stored:
     def _array(self, name: str) -> NDArray[Any]:
         tensor = self._tensors[name]
         if tensor.data_location != TensorProto.EXTERNAL:
-            return numpy_helper.to_array(tensor)
+            return np.asarray(numpy_helper.to_array(tensor))
         place = {entry.key: entry.value for entry in tensor.external_data}
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
         array: NDArray[Any] = np.memmap(self._file, dtype, "r", int(place["offset"]), tuple(tensor.dims))
