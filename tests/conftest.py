@@ -71,6 +71,12 @@ def fr_en_int8(export_fr_en: Callable[[str], Bundle]) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def fr_en_int4(export_fr_en: Callable[[str], Bundle]) -> Bundle:
+    """The embedded model as an int4 bundle."""
+    return export_fr_en("int4")
+
+
+@pytest.fixture(scope="session")
 def fr_en_calibrated(export_fr_en: Callable[..., Bundle]) -> Bundle:
     """The embedded model as a calibrated int8 bundle, as the demo serves it."""
     return export_fr_en("int8", FR_EN / "calibration.txt")

@@ -11,7 +11,15 @@ from typing import Any
 
 from beamline_export.stopping import SIGNALS, Stopped
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".npz")
 _BY_SIGNAL = 128  # plus its number, as a shell reports it
+_IN_WORDS = {
+    "fp32": "computes what PyTorch computes",
+    "fp16": "for a GPU; numbers are rounded to 16 bits, which few answers show",
+    "int8": "for a CPU; weights are rounded to 8 bits, which few answers show",
+    "int4": "for a CPU with little memory; weights are rounded to 4 bits: try it on your texts before you rely on it",
+}
+"""What a bundle of each precision is, for who exports a first one."""
 _UNCHECKED_CONFIG = (
     "note: PyTorch was given the same settings, so a wrong number of heads, norm or activation in them does not show;\n"
     "      check it with outputs of your own model: --expect FILE (docs/bring-your-model.md)"
@@ -28,7 +36,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("source", type=Path, help="folder of the checkpoint")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the bundle; must not exist yet")
-    parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32", help="default: %(default)s")
+    parser.add_argument(
+        "--precision", choices=["fp32", "fp16", "int8", "int4"], default="fp32", help="default: %(default)s"
+    )
     parser.add_argument(
         "--calibrate",
         type=Path,
@@ -48,8 +58,8 @@ def main(argv: Sequence[str]) -> int:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="int8 only: weights whose names match stay in fp32, as decoder.*.ffn.* or cross_kv; may be given several "
-        "times (a pattern that matches nothing lists the names)",
+        help="int8 and int4 only: weights whose names match stay in fp32, as decoder.*.ffn.* or cross_kv; may be "
+        "given several times (a pattern that matches nothing lists the names)",
     )
     parser.add_argument("--name", help="name of the model as the server tells it (default: the folder's)")
     parser.add_argument("--replace", action="store_true", help="replace a bundle that is there already")
@@ -100,8 +110,17 @@ def _export(arguments: argparse.Namespace) -> int:
     size = sum(entry.bytes for entry in bundle.manifest.files.values()) / 1e6
     precision, target = bundle.manifest.precision, arguments.output
     calibrated = "" if arguments.calibrate is None else " (calibrated)"
-    print(f"wrote {target}: {precision}{calibrated}, {size:.1f} MB; next: beamline serve {target}")
+    of = _checkpoint_size(arguments.source) / 1e6
+    print(
+        f"wrote {target}: {precision}{calibrated}, {size:.1f} MB (the checkpoint: {of:.1f} MB); {_IN_WORDS[precision]}"
+    )
+    print(f"next: beamline serve {target}")
     return 0
+
+
+def _checkpoint_size(source: Path) -> int:
+    """Bytes of the files of a checkpoint's folder that hold weights, or the like."""
+    return sum(file.stat().st_size for file in source.iterdir() if file.suffix in _WEIGHTS and file.is_file())
 
 
 def _failed(text: str) -> int:
@@ -124,11 +143,19 @@ def report(parity: dict[str, Any], precision: str) -> str:
         f"compared with the PyTorch model ({parity['device']}), on {forced['sources']} random sources",
         f"  log-probabilities  differ by {difference}, over {forced['steps']} steps each",
         f"  best next token    the same in {forced['same_top_token']:.1%} of the steps",
+        *_stored_told(parity.get("stored_weights")),
         f"  beam searches      {search['same']} of {search['searches']} identical{_searches_told(search, precision)}",
     ]
     if (expected := parity.get("expected")) is not None:
         lines.append(f"  your outputs       {_expected_told(expected, precision)}")
     return "\n".join(lines)
+
+
+def _stored_told(stored: dict[str, Any] | None) -> list[str]:
+    """How far rounding moved the weights."""
+    if stored is None:
+        return []
+    return [f"  stored weights     within {stored['max_relative_error']:.1%} of the checkpoint's (allowed: 25%)"]
 
 
 def _searches_told(search: dict[str, Any], precision: str) -> str:

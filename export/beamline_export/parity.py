@@ -47,6 +47,7 @@ TOLERANCES = {
     "fp32": Tolerances(1e-3, 1e-4, same_search=True),
     "fp16": Tolerances(2e-2, 5e-3, same_search=False),
     "int8": Tolerances(None, 0.1, same_search=False),
+    "int4": Tolerances(None, 0.35, same_search=False),
 }
 
 

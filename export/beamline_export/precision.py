@@ -5,13 +5,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from beamline_export.blocks import BLOCK, Blocks, quantize_blocks
 from beamline_export.graph_writer import GraphWriter
 from beamline_export.spec import Array, ExportError
+from beamline_export.stored_weights import probe
 from beamline_server.graphs import ElementType, row_parts
 
 _LEAST_MAXIMUM = 1e-9
@@ -19,6 +22,8 @@ _LEAST_MAXIMUM = 1e-9
 
 _MIDDLE = 128
 """The step that stands for zero where values have both signs."""
+_INT8_ACTIVATIONS = 4
+"""How MatMulNBits multiplies: `accuracy_level`, by which it takes its input in 8-bit steps of each block of a row."""
 
 
 class WeightStore(ABC):
@@ -26,6 +31,10 @@ class WeightStore(ABC):
 
     cache: ElementType = "float32"
     """Element type of activations and of the key and value caches."""
+
+    def __init__(self) -> None:
+        self.probes: dict[str, Array] = {}
+        """What `stored_weights.probe` makes of the quantized weights of products, by their names."""
 
     @abstractmethod
     def linear(
@@ -168,6 +177,7 @@ class Int8Store(WeightStore):
         self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None, *, rectify: bool = False
     ) -> str:
         """As `WeightStore.linear`."""
+        self.note(name, weight)
         matrix = g.weight(name, lambda: quantize_columns(weight).T)
         return self.product(g, x, _Factor(name, weight, bias, matrix, rectify))
 
@@ -180,9 +190,15 @@ class Int8Store(WeightStore):
 
     def head(self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None) -> str:
         """As `WeightStore.head`."""
+        self.note(name, weight)
         # The transposition of a constant is folded when the session loads.
         matrix = g.one("Transpose", g.weight(name, lambda: quantize_columns(weight)), perm=[1, 0])
         return self.product(g, x, _Factor(name, weight, bias, matrix))
+
+    def note(self, name: str, weight: Array) -> None:
+        """Remember what a weight has to be once it is stored."""
+        if name not in self.probes:
+            self.probes[name] = probe(weight)
 
     def table(self, g: GraphWriter, name: str, values: Array) -> str:
         """As `WeightStore.table`: half the bytes, widened once when the session loads."""
@@ -251,6 +267,7 @@ class CalibratedInt8Store(Int8Store):
     """
 
     def __init__(self, ranges: Mapping[str, float]) -> None:
+        super().__init__()
         self._ranges = ranges
 
     def product(self, g: GraphWriter, x: str, by: _Factor) -> str:
@@ -263,6 +280,47 @@ class CalibratedInt8Store(Int8Store):
         return g.one("com.microsoft:MatMulIntegerToFloat", quantized, by.matrix, scale, by.columns(g), zero, *addend)
 
 
+class Int4Store(Int8Store):
+    """Products with weights of 4 bits, in blocks; embeddings and the head, most often one table, as in `Int8Store`.
+
+    The kernel takes activations in 8-bit steps of each block of a row, so that a row depends on no other. Its last bits
+    depend on whether a row is a lone one; engines give it an even number of rows (`engine/ort/cpu.py`).
+    """
+
+    def linear(
+        self, g: GraphWriter, x: str, name: str, weight: Array, bias: Array | None, *, rectify: bool = False
+    ) -> str:
+        """As `WeightStore.linear`."""
+        self.note(name, weight)
+        x = g.one("Relu", x) if rectify else x
+        outputs, inputs = weight.shape
+        blocks = _Once(weight)
+        product = g.one(
+            "com.microsoft:MatMulNBits",
+            x,
+            g.weight(name, lambda: blocks.made.steps),
+            g.weight(f"{name}.scale", lambda: blocks.made.scales),
+            g.weight(f"{name}.zero", lambda: blocks.made.zeros),
+            K=inputs,
+            N=outputs,
+            bits=4,
+            block_size=BLOCK,
+            accuracy_level=_INT8_ACTIVATIONS,
+        )
+        return product if bias is None else g.one("Add", product, g.weight(f"{name}.bias", lambda: bias))
+
+
+class _Once:
+    """A weight, and its blocks, which are made when they are first asked for."""
+
+    def __init__(self, weight: Array) -> None:
+        self._weight = weight
+
+    @cached_property
+    def made(self) -> Blocks:
+        return quantize_blocks(self._weight)
+
+
 class PartlyFp32Store(WeightStore):
     """As another store, but for weights that stay in fp32.
 
@@ -273,6 +331,8 @@ class PartlyFp32Store(WeightStore):
 
     def __init__(self, inner: WeightStore, patterns: Sequence[str]) -> None:
         assert inner.cache == self.cache, "activations are of one type"
+        super().__init__()
+        self.probes = inner.probes
         self._inner, self._plain, self._patterns = inner, Fp32Store(), patterns
         self._others: set[str] = set()
         self.kept: set[str] = set()
@@ -313,4 +373,4 @@ class PartlyFp32Store(WeightStore):
         return ", ".join(sorted(forms))
 
 
-STORES: dict[str, type[WeightStore]] = {"fp32": Fp32Store, "fp16": Fp16Store, "int8": Int8Store}
+STORES: dict[str, type[WeightStore]] = {"fp32": Fp32Store, "fp16": Fp16Store, "int8": Int8Store, "int4": Int4Store}

@@ -27,7 +27,7 @@ LARGEST_PART = 8
 ENCODER = "encoder.onnx"
 DECODER_STEP = "decoder_step.onnx"
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def graph_files(precision: str, sizes: GraphSizes) -> list[str]:
     if not sizes.encoder:  # no graph for CUDA is one
         return pieces
     whole, pieces = [ENCODER, DECODER_STEP], [ENCODER, *pieces]
-    return {"fp16": whole, "int8": pieces, "fp32": [*whole, *pieces[1:]]}[precision]
+    return {"fp16": whole, "int8": pieces, "int4": pieces, "fp32": [*whole, *pieces[1:]]}[precision]
 
 
 def bundle_graphs(precision: str, cache: ElementType, sizes: GraphSizes) -> dict[str, GraphSpec]:

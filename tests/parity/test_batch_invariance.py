@@ -50,7 +50,7 @@ class Model:
     sources: tuple[tuple[int, ...], ...]
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8", "calibrated"])
+@pytest.fixture(scope="module", params=["fp32", "int8", "calibrated", "int4"])
 def model(request: pytest.FixtureRequest) -> Model:
     bundle: Bundle = request.getfixturevalue(f"fr_en_{request.param}")
     return Model(CpuBackend(bundle, threads=1), model_rules(bundle.manifest), sources_of(bundle))
@@ -132,7 +132,7 @@ def test_an_answer_is_the_same_alone_and_in_any_batch(model: Model, seed: int, r
     assert REQUESTS // 2 < completed < REQUESTS
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_an_answer_does_not_depend_on_the_number_of_threads(request: pytest.FixtureRequest, precision: str) -> None:
     """In a batch on two threads, which share every product, as alone on one."""
     bundle: Bundle = request.getfixturevalue(f"fr_en_{precision}")

@@ -303,11 +303,12 @@ def check_against_reference_search(
     ("family", "precision", "calibrate"),
     [
         *((family, "int8", calibrate) for family in (*MODEL_CLASSES, "nn_transformer") for calibrate in (False, True)),
+        *((family, "int4", False) for family in (*MODEL_CLASSES, "nn_transformer")),
         *((family, "fp16", False) for family in (*MODEL_CLASSES, "nn_transformer")),
     ],
 )
 def test_smaller_precisions_pass_their_gate(family: str, precision: str, calibrate: bool, tmp_path: Path) -> None:
-    """int8 and fp16 bundles are close to PyTorch, smaller than fp32, and give their golden answers when loaded."""
+    """int8, int4 and fp16 bundles are close to PyTorch, smaller than fp32, and give their golden answers."""
     checkpoint = tmp_path / "checkpoint"
     if family == "nn_transformer":
         write_nn_transformer(checkpoint, nn_config(norm_first=True), sharpness=0.5)
@@ -319,7 +320,7 @@ def test_smaller_precisions_pass_their_gate(family: str, precision: str, calibra
     bundle = exported(checkpoint, precision, sentences if calibrate else None)
     assert bundle.manifest.precision == precision
     forced: Any = bundle.manifest.parity["forced_decode"]
-    assert forced["same_top_token"] > 0.9
+    assert forced["same_top_token"] > (0.6 if precision == "int4" else 0.9)
     assert bundle.file("weights.bin").stat().st_size < 0.6 * checkpoint.joinpath("model.safetensors").stat().st_size
     check_golden(bundle, build_backend(bundle, "cpu", threads=1))
     assert load_tokenizer(bundle) is None

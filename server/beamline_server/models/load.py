@@ -93,8 +93,8 @@ def choose_device(wanted: str, precision: str, *, decoder_only: bool = False) ->
         return wanted
     if decoder_only:
         reason: str | None = "the model has no encoder, and runs on the CPU alone so far; serve it with device cpu"
-    elif precision == "int8":
-        reason = "the bundle is int8, which runs on the CPU; export it with --precision fp16"
+    elif precision in ("int8", "int4"):
+        reason = f"the bundle is {precision}, which runs on the CPU; export it with --precision fp16"
     else:
         reason = what_is_missing()
     if wanted == "cuda" and reason is not None:

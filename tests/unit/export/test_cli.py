@@ -98,6 +98,12 @@ def test_a_bundle_is_written_told_and_replaced(
     assert "give --replace" in capsys.readouterr().err
     assert main([*command, "--replace", "--precision", "int8"]) == 0
     assert load_bundle(target).manifest.precision == "int8"
+    told = capsys.readouterr().out
+    assert "stored weights     within 0." in told
+    assert f"wrote {target}: int8, " in told
+    megabytes = checkpoint.weights.stat().st_size / 1e6
+    assert f"MB (the checkpoint: {megabytes:.1f} MB); for a CPU; weights are rounded to 8 bits" in told
+    assert told.endswith(f"next: beamline serve {target}\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "checkpoint"]
     assert inspect([str(target), "--verify"]) == 0
 

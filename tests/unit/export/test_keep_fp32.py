@@ -62,4 +62,4 @@ def test_a_pattern_that_matches_nothing_lists_the_names(pristine: Path, tmp_path
 def test_it_is_for_int8(pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(pristine / "bart"), "-o", str(tmp_path / "bundle"), "--keep-fp32", "cross_kv"]
     assert main(arguments) == 2
-    assert "--keep-fp32 is for int8, not for fp32" in capsys.readouterr().err
+    assert "--keep-fp32 is for int8 and int4, not for fp32" in capsys.readouterr().err

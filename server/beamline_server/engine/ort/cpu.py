@@ -23,6 +23,7 @@ from beamline_server.engine.ort.pieces import (
     Sizes,
     beyond,
     pack_rows,
+    padded,
     take_in,
     tell,
     without_bias,
@@ -46,11 +47,17 @@ _GRANULE = 8
 """Source positions of an encoder call are a multiple of this: few distinct shapes."""
 
 
+ROWS_MULTIPLE = {"int4": 2}
+"""By precisions, of what the rows of a graph's run are a multiple, if not of one: a lone row of a product with weights
+of 4 bits has other last bits than the same row beside others, and on several threads, which share the rows of a product
+in blocks of 128, so has the last of 129."""
+
+
 class CpuBackend:
     """Runs on the CPU. One set of sessions serves all workers, so weights are in memory once.
 
     Args:
-        bundle: fp32 or int8.
+        bundle: fp32, int8 or int4.
         threads: To compute a node on.
         note: Is told, after every run, what graphs give beyond their contract.
     """
@@ -64,6 +71,7 @@ class CpuBackend:
         self.has_encoder = not dimensions.decoder_only
         self._sizes = Sizes(dimensions.graph_sizes, dimensions.decoder_heads, _relative_bias(bundle))
         self._note = note
+        self._rows_multiple = ROWS_MULTIPLE.get(bundle.manifest.precision, 1)
         weights = (WEIGHTS, bundle.read(WEIGHTS))
 
         def opened(name: str) -> NativeSession:
@@ -78,13 +86,14 @@ class CpuBackend:
             return NOT_ENCODED
         ids, lengths = flat(sources)
         width = max(-(-int(lengths.max()) // _GRANULE) * _GRANULE, LEAST_QUERIES)
-        inputs = _encoder_inputs(len(ids), len(lengths), width)
+        rows = padded(len(ids), self._rows_multiple)
+        inputs = _encoder_inputs(rows, len(lengths), width)
         pack_encoder(ids, lengths, inputs)
         cross = np.empty((self.layers, 2, len(lengths), width, self.width), np.float32)
         outputs = {f"cross_{kind}_{i}": cross[i, k] for i in range(self.layers) for k, kind in enumerate("kv")}
-        extra = beyond(self._note, self._encoder, outputs, len(ids))
+        extra = beyond(self._note, self._encoder, outputs, rows)
         Binding(self._encoder, dict(zip(ENCODER_INPUTS, inputs, strict=True)), outputs | extra).run()
-        tell(self._note, extra)
+        tell(self._note, extra, len(ids))
         return Encoded(cross, inputs.pad_index.size - len(ids))
 
     def new_cache(self) -> Cache:
@@ -93,7 +102,7 @@ class CpuBackend:
 
     def new_pieces(self) -> Pieces:
         """The decoder, for one worker."""
-        return Pieces(self._decoder, self._sizes, note=self._note)
+        return Pieces(self._decoder, self._sizes, note=self._note, rows_multiple=self._rows_multiple)
 
 
 def _relative_bias(bundle: Bundle) -> FloatArray:

@@ -84,6 +84,11 @@ class Buffers(NamedTuple):
     choosing: candidates.Room
 
 
+def padded(rows: int, multiple: int) -> int:
+    """So many rows, or the next multiple."""
+    return -(-rows // multiple) * multiple
+
+
 def without_bias() -> FloatArray:
     """A table of models whose self-attention adds nothing to scores."""
     return np.zeros((1, 0, 0), np.float32)
@@ -149,13 +154,17 @@ class Pieces:
         sessions: Of the pieces, in order; other workers use them, too.
         sizes: Of its memory.
         note: Is told, after every run, what pieces give beyond their contract.
+        rows_multiple: Graphs compute a multiple of this many rows; those beyond a step's are of no meaning.
     """
 
-    def __init__(self, sessions: Sequence[NativeSession], sizes: Sizes, *, note: Note | None) -> None:
+    def __init__(
+        self, sessions: Sequence[NativeSession], sizes: Sizes, *, note: Note | None, rows_multiple: int = 1
+    ) -> None:
         self._sessions = sessions
         self._handles = np.array([session.handle for session in sessions], np.int64)
         self._heads, self._graphs = sizes.heads, sizes.graphs
         self._note = note
+        self._rows_multiple = rows_multiple
         self._run = address("RunWithBinding")
         self._bound: OrderedDict[int, Bound] = OrderedDict()
         self._new_buffers = partial(buffers, sizes=sizes)
@@ -164,9 +173,9 @@ class Pieces:
 
     def reserve(self, needed: Extent) -> None:
         """Have buffers that are large enough for a step."""
-        longest = max(needed.slots, needed.source_length)
-        if needed.rows > self._rows or longest > self._longest:
-            self._rows, self._longest = max(2 * needed.rows, self._rows), max(2 * longest, self._longest)
+        rows, longest = padded(needed.rows, self._rows_multiple), max(needed.slots, needed.source_length)
+        if rows > self._rows or longest > self._longest:
+            self._rows, self._longest = max(2 * rows, self._rows), max(2 * longest, self._longest)
             self._bound.clear()
             self.buffers = self._new_buffers(self._rows, self._longest)
 
@@ -184,10 +193,10 @@ class Pieces:
         Raises:
             NativeError: a graph fails.
         """
-        bound, best = self._bound_for(rows), candidates.empty(rows, count)
+        bound, best = self._bound_for(padded(rows, self._rows_multiple)), candidates.empty(rows, count)
         how = (self._run, self._heads, rows, 2 if self._graphs.encoder else 1)
         check(run_step(how, self._handles, bound.handles, self.buffers, own, cross, sources, best))
-        tell(self._note, bound.extra)
+        tell(self._note, bound.extra, rows)
         every = None
         if logprobs:
             every = np.empty((rows, self.buffers.logits.shape[1]), np.float32)
@@ -239,11 +248,11 @@ def beyond(note: Note | None, session: NativeSession, known: Collection[str], ro
     return {name: np.empty(rows, np.float32) for name in names if name not in known}
 
 
-def tell(note: Note | None, extra: Mapping[str, FloatArray]) -> None:
-    """Hand on what graphs gave beyond their contract."""
+def tell(note: Note | None, extra: Mapping[str, FloatArray], rows: int) -> None:
+    """Hand on what graphs gave beyond their contract, of so many rows."""
     if note is not None:
         for name, numbers in extra.items():
-            note(name, numbers)
+            note(name, numbers[:rows])
 
 
 @compiled

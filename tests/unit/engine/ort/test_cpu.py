@@ -277,6 +277,21 @@ def test_sources_of_no_length_in_common_are_encoded_alike_alone(backend: CpuBack
         assert np.array_equal(together[:, :, number, : len(source)], lone[:, :, 0, : len(source)])
 
 
+def test_rows_are_filled_up_to_a_multiple(tiny: Callable[[str], Bundle]) -> None:
+    """With 4-bit weights: an odd number of rows gives what the same rows give beside others, bit for bit."""
+    backend = CpuBackend(tiny("int4"), threads=1)
+    assert backend.new_pieces()._rows_multiple == 2
+    together = backend.encode([(1,), *SOURCES]).tensors
+    for number, source in enumerate([(1,), *SOURCES]):
+        lone = backend.encode([source]).tensors
+        assert np.array_equal(together[:, :, number, : len(source)], lone[:, :, 0, : len(source)])
+    lone_steps = [logprobs_alone(backend, source, target) for source, target in zip(SOURCES, TARGETS, strict=True)]
+    fed = Fed(backend)
+    fed.enter(0, 2, 3)
+    for _ in range(3):
+        fed.step(lone_steps, logprobs=True)
+
+
 def test_a_backend_that_nobody_holds_is_gone(tiny: Callable[[str], Bundle]) -> None:
     """With its sessions: nothing refers to itself."""
     backend = CpuBackend(tiny("int8"), threads=1)

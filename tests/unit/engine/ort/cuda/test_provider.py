@@ -92,5 +92,6 @@ def test_the_runtime_is_asked_for_driver_and_devices() -> None:
 def test_nobody_is_asked_where_it_does_not_matter() -> None:
     assert choose_device("cpu", "fp16") == "cpu"
     assert choose_device("auto", "int8") == "cpu"
-    with pytest.raises(DeviceError, match="the bundle is int8, which runs on the CPU"):
-        choose_device("cuda", "int8")
+    for precision in ("int8", "int4"):
+        with pytest.raises(DeviceError, match=f"the bundle is {precision}, which runs on the CPU"):
+            choose_device("cuda", precision)
