@@ -28,6 +28,7 @@ from beamline_server.engine.ort.pieces import (
     without_bias,
 )
 from beamline_server.engine.ort.settings import ENCODER_INPUTS, settings
+from beamline_server.engine.ort.weights import Weights, weights_in_turn
 from beamline_server.engine.pack import LEAST_QUERIES, EncoderInputs, Extent, extent, flat, pack_encoder
 from beamline_server.engine.request import MAX_BEAMS
 from beamline_server.engine.table import FloatArray, IntArray, Table, table_bytes
@@ -69,13 +70,9 @@ class CpuBackend:
             _relative_bias(bundle),
         )
         self._note = note
-        weights = (WEIGHTS, bundle.read(WEIGHTS))
-
-        def opened(name: str) -> NativeSession:
-            return NativeSession(bundle.read(name), weights, threads=threads, settings=settings(threads))
-
-        self._encoder = opened(ENCODER)
-        self._decoder = [opened(name) for name in decoder_pieces(self.layers)]
+        graphs = {name: bundle.read(name) for name in (ENCODER, *decoder_pieces(self.layers))}
+        with weights_in_turn(bundle, graphs) as weights:
+            self._encoder, *self._decoder = (_opened(name, graphs[name], weights, threads) for name in graphs)
 
     def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
         """As `Backend.encode`."""
@@ -97,6 +94,15 @@ class CpuBackend:
     def new_pieces(self) -> Pieces:
         """The decoder, for one worker."""
         return Pieces(self._decoder, self._sizes, note=self._note)
+
+
+def _opened(name: str, graph: bytes, weights: Weights, threads: int) -> NativeSession:
+    """A session, which is made while of the weights only those are in memory that it, or a later one, takes."""
+    shared = weights.read_for(name)
+    content = (WEIGHTS, weights.content)
+    session = NativeSession(graph, content, threads=threads, settings=settings(threads), shared=shared)
+    weights.drop(name)
+    return session
 
 
 def _relative_bias(bundle: Bundle) -> FloatArray:

@@ -1,13 +1,14 @@
 """Sessions of a bundle's graphs through onnxruntime's Python interface."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from beamline_server.bundle import Bundle
-from beamline_server.engine.ort.settings import settings
+from beamline_server.engine.ort.settings import CPU, settings
+from beamline_server.engine.ort.weights import Weights, weights_in_turn
 from beamline_server.graphs import DECODER_STEP, ENCODER
 from beamline_server.manifest import WEIGHTS
 
@@ -29,17 +30,32 @@ def session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
-def open_session(
-    bundle: Bundle, name: str, weights: bytes, providers: Sequence[Any], threads: int
+class _Session(ort.InferenceSession):  # type: ignore[misc]  # onnxruntime comes without types
+    """A session, with the weights that it reads where they are."""
+
+    shared: Mapping[str, ort.OrtValue]
+
+
+def _open_session(
+    name: str, graph: bytes, weights: Weights, providers: Sequence[Any], threads: int
 ) -> ort.InferenceSession:
     """A session of one graph of a bundle, which keeps what it needs of the content of the weights' file.
 
     Given a path, onnxruntime would map that file, and the process would die when somebody cuts it short.
     """
     options = session_options(threads)
-    options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
+    arrays = weights.read_for(name)
+    # A GPU has weights of its own.
+    on_cpu = all(provider == CPU for provider in providers)
+    shared = {key: ort.OrtValue.ortvalue_from_numpy(array) for key, array in arrays.items()} if on_cpu else {}
+    for key, value in shared.items():
+        options.add_initializer(key, value)
+    options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights.content], [len(weights.content)])
     # Without fallback: it would print, and compute on the CPU what was meant for the GPU.
-    return ort.InferenceSession(bundle.read(name), options, providers=list(providers), enable_fallback=0)
+    session = _Session(graph, options, providers=list(providers), enable_fallback=0)
+    session.shared = shared
+    weights.drop(name)
+    return session
 
 
 class Sessions:
@@ -50,9 +66,11 @@ class Sessions:
         self.width = bundle.manifest.dimensions.attention
         self.self_names = [f"self_{kind}_{i}" for i in layers for kind in ("k", "v")]
         self.cross_names = [f"cross_{kind}_{i}" for i in layers for kind in ("k", "v")]
-        weights = bundle.read(WEIGHTS)
-        self.encoder = open_session(bundle, ENCODER, weights, providers, threads)
-        self.decoder = open_session(bundle, DECODER_STEP, weights, providers, threads)
+        graphs = {name: bundle.read(name) for name in (ENCODER, DECODER_STEP)}
+        with weights_in_turn(bundle, graphs) as weights:
+            self.encoder, self.decoder = (
+                _open_session(name, graph, weights, providers, threads) for name, graph in graphs.items()
+            )
         types = {value.name: value.type for value in self.decoder.get_inputs()}
         self.dtype: type[np.generic] = np.float16 if types[self.self_names[0]] == "tensor(float16)" else np.float32
         self.vocabulary = bundle.manifest.dimensions.target_vocabulary
