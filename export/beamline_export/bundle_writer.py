@@ -119,14 +119,15 @@ def export_checkpoint(
         assert isinstance(unsupported, dict)
         generation = {**checkpoint.generation, "not_supported": bounded(unsupported)}
         checkpoint = dataclasses.replace(checkpoint, generation=generation)
-    with progress.counting("check the weights", sum(array.nbytes for array in checkpoint.weights.values())) as advance:
-        check_weights(checkpoint, advance)
-    if checkpoint.spec.relative_positions is not None and options.precision == "fp16":
-        raise ExportError(
-            f"relative positions, as {checkpoint.spec.architecture} has them, are not in the CUDA graph yet; "
-            "export it with --precision fp32 or int8, for the CPU"
-        )
-    notices = [*weight_files_not_read(source), *checkpoint.notices, *check_vocabularies(checkpoint, source)]
+        # A step ends with a line, and of a checkpoint that is refused there is one line alone.
+        with progress.bar("check the weights", sum(array.nbytes for array in checkpoint.weights.values())) as advance:
+            check_weights(checkpoint, advance)
+        if checkpoint.spec.relative_positions is not None and options.precision == "fp16":
+            raise ExportError(
+                f"relative positions, as {checkpoint.spec.architecture} has them, are not in the CUDA graph yet; "
+                "export it with --precision fp32 or int8, for the CPU"
+            )
+        notices = [*weight_files_not_read(source), *checkpoint.notices, *check_vocabularies(checkpoint, source)]
     for notice in notices:
         progress.warn(notice)
     for setting, value in bounded(unsupported).items():

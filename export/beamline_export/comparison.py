@@ -108,7 +108,7 @@ def load_backend(bundle: Bundle) -> Backend:
     precision = bundle.manifest.precision
     device = choose_device("auto", precision) if precision == "fp16" else "cpu"
     try:
-        return build_backend(bundle, device, threads=usable_cores())
+        return build_backend(bundle, device, threads=usable_cores(), mapped=True)
     except (BundleError, DeviceError) as error:
         raise ExportError(f"the exported model cannot be loaded: {error}") from error
 
@@ -120,7 +120,7 @@ def _by_whole_step(bundle: Bundle, probe: Probe) -> NDArray[np.float32] | None:
     """
     if not {DECODER_STEP} < set(bundle.manifest.dimensions.decoder_graphs(bundle.manifest.precision)):
         return None
-    return forced_decodes(bundle, CudaBackend(bundle, device="cpu", threads=usable_cores()), probe)
+    return forced_decodes(bundle, CudaBackend(bundle, device="cpu", threads=usable_cores(), mapped=True), probe)
 
 
 def _probe(bundle: Bundle) -> Probe:

@@ -51,18 +51,14 @@ class Progress:
     @contextmanager
     def counting(self, name: str, total: int) -> Iterator[Advance]:
         """A step over so many bytes: is told of each part of them, and has a bar."""
-        with (
-            self.step(name),
-            tqdm(
-                total=total,
-                desc=f"  {name}",
-                unit="B",
-                unit_scale=True,
-                file=self._stream,
-                leave=False,
-                disable=not self._live,
-            ) as bar,
-        ):
+        with self.step(name), self.bar(name, total) as advance:
+            yield advance
+
+    @contextmanager
+    def bar(self, name: str, total: int) -> Iterator[Advance]:
+        """As `counting`, for a part of a step."""
+        shown = {"desc": f"  {name}", "unit": "B", "unit_scale": True, "leave": False, "disable": not self._live}
+        with tqdm(total=total, file=self._stream, **shown) as bar:
             yield bar.update
 
     def warn(self, text: str) -> None:

@@ -25,6 +25,7 @@ _API_VERSION = 24
 _PLACES = {
     "GetErrorMessage": 2,
     "CreateEnv": 3,
+    "CreateSession": 7,
     "CreateSessionFromArray": 8,
     "CreateSessionOptions": 10,
     "DisableMemPattern": 17,
@@ -170,8 +171,9 @@ class NativeSession:
     """A graph that is ready to run.
 
     Args:
-        graph: The model, in ONNX's format.
-        weights: Name and content of the file that it takes its weights from; the session copies what it needs.
+        graph: The model, in ONNX's format, or the path of its file.
+        weights: Name and content of the file that it takes its weights from; the session copies what it needs. None for
+            a path: the file beside it is mapped.
         shared: Weights by their names, which it reads where they are instead; kept as long as the session.
         threads: To compute a node on.
         settings: onnxruntime's session configuration, key by key.
@@ -179,8 +181,8 @@ class NativeSession:
 
     def __init__(
         self,
-        graph: bytes,
-        weights: tuple[str, bytes | mmap.mmap],
+        graph: bytes | Path,
+        weights: tuple[str, bytes | mmap.mmap] | None,
         *,
         threads: int,
         settings: Mapping[str, str],
@@ -194,17 +196,21 @@ class NativeSession:
             _configure(options, threads, settings)
             for shared_name, _, value in self._shared:
                 _call("AddInitializer", options, ctypes.c_char_p(shared_name.encode()), value)
-            name, content = weights[0], np.frombuffer(weights[1], np.uint8)
-            _call(
-                "AddExternalInitializersFromFilesInMemory",
-                options,
-                (ctypes.c_char_p * 1)(name.encode()),
-                (Pointer * 1)(content.ctypes.data),
-                (ctypes.c_size_t * 1)(content.size),
-                ctypes.c_size_t(1),
-            )
-            size = ctypes.c_size_t(len(graph))
-            pointer = _new("CreateSessionFromArray", _environment(), ctypes.c_char_p(graph), size, options)
+            if weights is not None:
+                name, content = weights[0], np.frombuffer(weights[1], np.uint8)
+                _call(
+                    "AddExternalInitializersFromFilesInMemory",
+                    options,
+                    (ctypes.c_char_p * 1)(name.encode()),
+                    (Pointer * 1)(content.ctypes.data),
+                    (ctypes.c_size_t * 1)(content.size),
+                    ctypes.c_size_t(1),
+                )
+            if isinstance(graph, Path):
+                pointer = _new("CreateSession", _environment(), ctypes.c_char_p(bytes(graph)), options)
+            else:
+                size = ctypes.c_size_t(len(graph))
+                pointer = _new("CreateSessionFromArray", _environment(), ctypes.c_char_p(graph), size, options)
         finally:
             _release("SessionOptions", options)
         self.handle: int = pointer.value or 0

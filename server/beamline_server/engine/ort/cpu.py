@@ -6,7 +6,7 @@ rectangles, no padding, no masks and no moves. A last loop takes the candidates 
 step is one call of compiled code, which calls onnxruntime.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -28,10 +28,11 @@ from beamline_server.engine.ort.pieces import (
     without_bias,
 )
 from beamline_server.engine.ort.settings import ENCODER_INPUTS, settings
-from beamline_server.engine.ort.weights import Weights, weights_in_turn
+from beamline_server.engine.ort.weights import Weights, shared_arrays, weights_in_turn
 from beamline_server.engine.pack import LEAST_QUERIES, EncoderInputs, Extent, extent, flat, pack_encoder
 from beamline_server.engine.request import MAX_BEAMS
 from beamline_server.engine.table import FloatArray, IntArray, Table, table_bytes
+from beamline_server.graph_file import read_graph
 from beamline_server.graphs import ENCODER, decoder_pieces
 from beamline_server.manifest import RELATIVE_BIAS, WEIGHTS, Dimensions
 
@@ -54,12 +55,13 @@ class CpuBackend:
         bundle: fp32 or int8.
         threads: To compute a node on.
         note: Is told, after every run, what graphs give beyond their contract.
+        mapped: Whether the file of weights is mapped, which takes least memory; it must not change meanwhile.
     """
 
     device = "cpu"
     encode_tokens = 256
 
-    def __init__(self, bundle: Bundle, *, threads: int, note: Note | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int, note: Note | None = None, mapped: bool = False) -> None:
         dimensions = bundle.manifest.dimensions
         self.layers, self.width = dimensions.decoder_layers, dimensions.attention
         self._sizes = Sizes(
@@ -71,8 +73,11 @@ class CpuBackend:
         )
         self._note = note
         graphs = {name: bundle.read(name) for name in (ENCODER, *decoder_pieces(self.layers))}
-        with weights_in_turn(bundle, graphs) as weights:
-            self._encoder, *self._decoder = (_opened(name, graphs[name], weights, threads) for name in graphs)
+        if mapped:
+            self._encoder, *self._decoder = _mapped(bundle, graphs, threads)
+        else:
+            with weights_in_turn(bundle, graphs) as weights:
+                self._encoder, *self._decoder = (_opened(name, graphs[name], weights, threads) for name in graphs)
 
     def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
         """As `Backend.encode`."""
@@ -103,6 +108,15 @@ def _opened(name: str, graph: bytes, weights: Weights, threads: int) -> NativeSe
     session = NativeSession(graph, content, threads=threads, settings=settings(threads), shared=shared)
     weights.drop(name)
     return session
+
+
+def _mapped(bundle: Bundle, graphs: Mapping[str, bytes], threads: int) -> Iterator[NativeSession]:
+    """Sessions that map the file of weights."""
+    files = {name: read_graph(content) for name, content in graphs.items()}
+    content = np.memmap(bundle.file(WEIGHTS), np.uint8, "r")
+    for name in graphs:
+        shared = shared_arrays(files, name, content)
+        yield NativeSession(bundle.file(name), None, threads=threads, settings=settings(threads), shared=shared)
 
 
 def _relative_bias(bundle: Bundle) -> FloatArray:

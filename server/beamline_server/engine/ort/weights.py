@@ -40,35 +40,48 @@ class Weights:
         self.content = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._stream = stream
         self._read = 0
-        self._taken = {name: _external(graph) for name, graph in graphs.items()}
-        self._uses = Counter(tensor.offset for taken in self._taken.values() for tensor in taken.values())
+        self._graphs = graphs
+        self._uses = _uses(graphs)
 
     def read_for(self, graph: str) -> dict[str, NDArray[Any]]:
         """Have in `content` what a graph takes; returns what it shares with others, by name, as arrays in `content`."""
-        taken = self._taken[graph]
-        end = max((tensor.offset + tensor.length for tensor in taken.values()), default=0)
+        end = self._graphs[graph].ends_in(WEIGHTS)
         if end > self._read:
             with memoryview(self.content) as view, view[self._read : end] as part:
                 self._stream.fill(part)
             self._read = end
-        return {name: self._array(t) for name, t in taken.items() if self._is_shared(t)}
+        return shared_arrays(self._graphs, graph, self.content)
 
     def drop(self, graph: str) -> None:
         """Give back the memory of what no other graph takes; the graph's session has been made."""
-        for tensor in self._taken[graph].values():
+        for tensor in _external(self._graphs[graph]).values():
             begin = -(-tensor.offset // _PAGE) * _PAGE
             end = (tensor.offset + tensor.length) // _PAGE * _PAGE
-            if not self._is_shared(tensor) and begin < end:
+            if not _is_shared(tensor, self._uses) and begin < end:
                 self.content.madvise(mmap.MADV_DONTNEED, begin, end - begin)
         give_back_freed()
 
-    def _is_shared(self, tensor: StoredTensor) -> bool:
-        return self._uses[tensor.offset] > 1 and tensor.element in _ELEMENTS
 
-    def _array(self, tensor: StoredTensor) -> NDArray[Any]:
-        dtype = np.dtype(_ELEMENTS[tensor.element])
-        count = tensor.length // dtype.itemsize
-        return np.frombuffer(self.content, dtype, count, tensor.offset).reshape(tensor.dims)
+def shared_arrays(
+    graphs: Mapping[str, GraphFile], graph: str, content: mmap.mmap | NDArray[np.uint8]
+) -> dict[str, NDArray[Any]]:
+    """What a graph takes that others of these graphs take, too, by name, as arrays in the content of the file."""
+    uses = _uses(graphs)
+    return {name: _array(t, content) for name, t in _external(graphs[graph]).items() if _is_shared(t, uses)}
+
+
+def _array(tensor: StoredTensor, content: mmap.mmap | NDArray[np.uint8]) -> NDArray[Any]:
+    dtype = np.dtype(_ELEMENTS[tensor.element])
+    return np.frombuffer(content, dtype, tensor.length // dtype.itemsize, tensor.offset).reshape(tensor.dims)
+
+
+def _uses(graphs: Mapping[str, GraphFile]) -> Counter[int]:
+    """How many graphs take the weight at an offset."""
+    return Counter(tensor.offset for graph in graphs.values() for tensor in _external(graph).values())
+
+
+def _is_shared(tensor: StoredTensor, uses: Counter[int]) -> bool:
+    return uses[tensor.offset] > 1 and tensor.element in _ELEMENTS
 
 
 def _external(graph: GraphFile) -> dict[str, StoredTensor]:

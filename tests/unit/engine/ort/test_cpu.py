@@ -28,6 +28,7 @@ from beamline_server.engine.request import MAX_BEAMS, GenerationRequest, Request
 from beamline_server.engine.step import EngineCore
 from beamline_server.engine.table import FloatArray
 from beamline_server.graphs import decoder_pieces
+from beamline_server.models.forced import forced_decode
 from beamline_server.models.load import model_rules
 from doubles.engine import run_until_idle
 from doubles.fed import FedSequences, Tokens, logprobs_alone
@@ -275,6 +276,15 @@ def test_sources_of_no_length_in_common_are_encoded_alike_alone(backend: CpuBack
     for number, source in enumerate(SOURCES):
         lone = backend.encode([source]).tensors
         assert np.array_equal(together[:, :, number, : len(source)], lone[:, :, 0, : len(source)])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_mapped_weights_give_the_same_bits(precision: str, tiny: Callable[[str], Bundle]) -> None:
+    bundle = tiny(precision)
+    read, mapped = (CpuBackend(bundle, threads=1, mapped=mapped) for mapped in (False, True))
+    for source in ((5, 7, 0), tuple(range(20))):
+        forced = (bundle.manifest.special_tokens.decoder_start, 3, 5, 8)
+        assert forced_decode(read, source, forced) == forced_decode(mapped, source, forced)
 
 
 def test_a_backend_that_nobody_holds_is_gone(tiny: Callable[[str], Bundle]) -> None:
