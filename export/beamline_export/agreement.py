@@ -48,12 +48,12 @@ def search_all(
     return answers(searching_core(backend, rules), searches)
 
 
-def first_input(backend: Backend, source: Sequence[int], rules: ModelRules) -> tuple[Tokens, int]:
+def first_input(source: Sequence[int], rules: ModelRules, *, prompted: bool) -> tuple[Tokens, int]:
     """What is read before the first decoder input of a search, and that input.
 
-    Of a model without an encoder, these are the prompt without its last token, and the last one.
+    Of a model without an encoder (`prompted`), these are the prompt without its last token, and the last one.
     """
-    return (tuple(source), rules.decoder_start) if backend.has_encoder else (tuple(source[:-1]), source[-1])
+    return (tuple(source[:-1]), source[-1]) if prompted else (tuple(source), rules.decoder_start)
 
 
 def searching_core(backend: Backend, rules: ModelRules) -> EngineCore:
@@ -74,15 +74,39 @@ def answers(core: EngineCore, searches: Sequence[tuple[Tokens, SearchOptions]]) 
     return [done[i] for i in range(len(searches))]
 
 
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A search that was run alone.
+
+    Attributes:
+        hypotheses: Tokens of what it came to.
+        beams: Tokens of the hypotheses that each step continues.
+    """
+
+    hypotheses: list[Tokens]
+    beams: list[list[Tokens]]
+
+
+def record(backend: Backend, rules: ModelRules, source: Tokens, options: SearchOptions) -> Recording:
+    """Run one search alone."""
+    recorder = _Recorder(backend)
+    hypotheses = [h.tokens for h in search_all(recorder, rules, [(source, options)])[0].hypotheses]
+    return Recording(hypotheses, recorder.beams)
+
+
 def find_parting(
     trace: SearchTrace, backend: Backend, rules: ModelRules, source: Tokens, options: SearchOptions
 ) -> Parting | None:
     """Run one search alone and compare it step by step with the oracle's; None if it comes to the same hypotheses."""
-    recorder = _Recorder(backend)
-    hypotheses = [h.tokens for h in search_all(recorder, rules, [(source, options)])[0].hypotheses]
+    return parting(trace, record(backend, rules, source, options))
+
+
+def parting(trace: SearchTrace, recording: Recording) -> Parting | None:
+    """Compare a search step by step with the oracle's; None if it comes to the same hypotheses."""
+    hypotheses, ours = recording.hypotheses, recording.beams
     if hypotheses == [h.tokens for h in trace.hypotheses][: len(hypotheses)]:
         return None
-    for number, (step, beams) in enumerate(zip(trace.steps, recorder.beams[1:], strict=False)):
+    for number, (step, beams) in enumerate(zip(trace.steps, ours[1:], strict=False)):
         expected = [beam.tokens for beam in step.beams]
         if beams != expected:
             totals = {candidate.tokens: float(candidate.total) for candidate in step.ranked}
@@ -90,7 +114,7 @@ def find_parting(
             known = len(expected) == len(beams) and all(b in totals for _, b in pairs)
             return Parting(number, max(abs(totals[a] - totals[b]) for a, b in pairs) if known else np.inf)
     # The beams were the same as long as both ran: a finished hypothesis, or the end, was decided differently.
-    last = min(len(trace.steps), len(recorder.beams)) - 1
+    last = min(len(trace.steps), len(ours)) - 1
     scores = [abs(a.score - b.score) for a, b in zip(trace.hypotheses, trace.hypotheses[1:], strict=False)]
     ends = [trace.steps[min(len(tokens), len(trace.steps)) - 1].margin for tokens in hypotheses]
     return Parting(last, min([trace.steps[last].stop_margin, *scores, *ends]))

@@ -1,7 +1,6 @@
 """Checkpoint to bundle: builds in a folder beside the target, checks, renames. A bundle appears whole or not at all."""
 
 import dataclasses
-import hashlib
 import json
 import platform
 import re
@@ -11,13 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 import beamline_server
 from beamline_export.build_graphs import build_graphs, contracts
@@ -31,21 +29,19 @@ from beamline_export.calibration import (
     read_sentences,
 )
 from beamline_export.checkpoint import check_file, weight_files_not_read
+from beamline_export.comparison import compare, load_backend
 from beamline_export.expectation_check import ExpectedOutputs
 from beamline_export.expectations import Expectations, read_expectations
 from beamline_export.families.registry import Family, detect
 from beamline_export.graph_writer import WeightsFile
 from beamline_export.known_settings import bounded
-from beamline_export.parity import Probe, check_contract, check_parity, forced_decodes, random_sources
 from beamline_export.precision import STORES, CalibratedInt8Store, PartlyFp32Store, WeightStore
-from beamline_export.progress import Progress
+from beamline_export.progress import Advance, Progress
 from beamline_export.spec import Checkpoint, ExportError, TransformerSpec, check_weights
 from beamline_export.stopping import SIGNALS
 from beamline_export.stored_weights import check_stored_weights
 from beamline_export.vocabularies import check_vocabularies
-from beamline_server.bundle import Bundle, BundleError, checksum_line, load_bundle, read_manifest
-from beamline_server.engine.backend import Backend
-from beamline_server.engine.ort.cuda.backend import CudaBackend
+from beamline_server.bundle import Bundle, BundleError, checksum_line, digest, load_bundle, read_manifest
 from beamline_server.manifest import (
     CHECKSUM,
     FORMAT_VERSION,
@@ -55,18 +51,13 @@ from beamline_server.manifest import (
     WEIGHTS,
     Activations,
 )
-from beamline_server.models.forced import forced_decode
-from beamline_server.models.load import DeviceError, build_backend, choose_device, usable_cores
 from beamline_server.tokenizer import load_tokenizer
 
-_GOLDEN_INPUTS = 3
-_GOLDEN_STEPS = 8
 _GOLDEN_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "int8": 2e-2, "int4": 1e-1}
 """Between machines that compute alike: rounding of sums, and what it does to a quantized activation. In int4,
 processors differ in how they quantize activations: not to do it moves the embedded model's figures by 0.034."""
 _DRAFTED_GOLDEN = {"source": [0], "forced": [0], "top_logprob": [0.0]}
 """Stands in a draft, which nobody serves, until the answers are known."""
-_LONGEST_PROBE = 40
 _TOKENIZER_FILES = (
     "source.spm", "target.spm", "vocab.json", "target_vocab.json", "tokenizer.json", "target_tokenizer.json",
 )  # fmt: skip
@@ -130,7 +121,9 @@ def export_checkpoint(
         assert isinstance(unsupported, dict)
         generation = {**checkpoint.generation, "not_supported": bounded(unsupported)}
         checkpoint = dataclasses.replace(checkpoint, generation=generation)
-        check_weights(checkpoint)
+        # A step ends with a line, and of a checkpoint that is refused there is one line alone.
+        with progress.bar("check the weights", sum(array.nbytes for array in checkpoint.weights.values())) as advance:
+            check_weights(checkpoint, advance)
         if checkpoint.spec.decoder_only and options.precision == "fp16":
             raise ExportError(
                 f"{checkpoint.spec.architecture} is a decoder without an encoder, which no graph for CUDA is yet; "
@@ -147,36 +140,33 @@ def export_checkpoint(
     activations = Activations(scaled="per_row") if options.precision == "int8" else None
     if sentences is not None:
         activations = _calibrated(checkpoint, source, target, sentences, progress)
-    store = store or _store(options, activations)
     with _folder_beside(target) as folder:
-        with progress.step("build the graphs"):
-            writing = _write(checkpoint, source, folder, store, options, activations)
-            # From here on the weights are in the file; the PyTorch model needs the memory.
-            checkpoint = writing.checkpoint
-            draft = writing.manifest()
+        plan = _Plan(store or _store(options, activations), options, activations)
+        writing = _write(checkpoint, source, folder, plan, progress, "build the graphs")
+        # From here on the weights are in the file; the PyTorch model needs the memory.
+        checkpoint = writing.checkpoint
+        draft = writing.manifest()
         expected = None if expectations is None else ExpectedOutputs(expectations, draft)
-        with progress.step("load the exported model"):
-            check_contract(draft, contracts(checkpoint.spec, options.precision, store.cache))
-            probe = _probe(draft)
-            whole_step = _by_whole_step(draft, probe)
-            backend = _load_backend(draft)
-        with progress.step("load the PyTorch model"):
-            reference = family.reference(source, checkpoint)
-        figures = check_parity(draft, backend, whole_step, reference, probe, progress.iterate)
-        if store.probes:
-            figures["stored_weights"] = {"count": len(store.probes), "max_relative_error": writing.stored_error}
-        if expected is not None and in_fp32 is None:
-            figures["expected"] = expected.check(backend, progress.iterate)
-        elif expected is not None and in_fp32 is not None:
-            same = expected.count_same(backend, progress.iterate)
-            figures["expected"] = {**in_fp32, f"same_in_{options.precision}": same}
-        golden = [_golden(draft, backend, number) for number in range(_GOLDEN_INPUTS)]
-        with progress.step("verify the bundle"):
-            writing.manifest(parity=figures, golden=golden)
-            bundle = _verified(folder)
+        promised = contracts(checkpoint.spec, options.precision, plan.store.cache)
+        load_reference = partial(family.reference, source, checkpoint)
+        figures, golden = compare(draft, promised, load_reference, expected, in_fp32, progress)
+        if plan.store.probes:
+            figures["stored_weights"] = {"count": len(plan.store.probes), "max_relative_error": writing.stored_error}
+        writing.manifest(parity=figures, golden=golden)
+        with progress.counting("verify the bundle", _bytes(folder)) as advance:
+            bundle = _verified(folder, advance)
         SIGNALS.held += 1  # for good: what a signal would stop is done
         _appear(folder, target, replace=options.replace)
     return Bundle(target, bundle.manifest, bundle.fingerprint)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How graphs are written."""
+
+    store: WeightStore
+    options: ExportOptions = ExportOptions()
+    activations: Activations | None = None
 
 
 def _calibrated(
@@ -186,8 +176,8 @@ def _calibrated(
     if sentences.more:
         progress.warn(f"{sentences.file} holds more than {MOST_SENTENCES:,} sentences; the first ones are used")
     with _folder_beside(target) as folder:
-        with progress.step("build fp32 graphs to calibrate with"):
-            draft = _write(checkpoint, source, folder, RangeStore(), ExportOptions(), None).manifest()
+        step = "build fp32 graphs to calibrate with"
+        draft = _write(checkpoint, source, folder, _Plan(RangeStore()), progress, step).manifest()
         sources = encode_sentences(sentences, draft)
         search = calibration_search(draft.manifest.generation_defaults)
         ranges = measure_ranges(draft, sources, search, progress.iterate)
@@ -199,10 +189,10 @@ def _expected_in_fp32(
 ) -> dict[str, Any]:
     """Compare expected outputs with fp32 graphs of their own: rounding changes some outputs of a right config."""
     with _folder_beside(target) as folder:
-        with progress.step("build fp32 graphs to compare outputs with"):
-            draft = _write(checkpoint, source, folder, STORES["fp32"](), ExportOptions(), None).manifest()
+        step = "build fp32 graphs to compare outputs with"
+        draft = _write(checkpoint, source, folder, _Plan(STORES["fp32"]()), progress, step).manifest()
         expected = ExpectedOutputs(expectations, draft)
-        return expected.check(_load_backend(draft), progress.iterate)
+        return expected.check(load_backend(draft), progress.iterate)
 
 
 def _store(options: ExportOptions, activations: Activations | None) -> WeightStore:
@@ -273,12 +263,14 @@ def _write(
     checkpoint: Checkpoint,
     source: Path,
     folder: Path,
-    store: WeightStore,
-    options: ExportOptions,
-    activations: Activations | None,
+    plan: "_Plan",
+    progress: Progress,
+    step: str,
 ) -> "_Writing":
     """All files but the manifest."""
-    with WeightsFile(folder / WEIGHTS) as weights:
+    store, options = plan.store, plan.options
+    total = sum({id(array): array.nbytes for array in checkpoint.weights.values()}.values())
+    with progress.counting(step, total) as advance, WeightsFile(folder / WEIGHTS, advance) as weights:
         graphs = build_graphs(checkpoint, store, options.precision, weights)
     if isinstance(store, PartlyFp32Store):
         store.check()
@@ -290,7 +282,9 @@ def _write(
     _copy_tokenizer(checkpoint, source, folder)
     weightless = dataclasses.replace(checkpoint, weights={})
     name = options.name or _plain_name(source)
-    return _Writing(weightless, folder, options, name, activations, _sums(folder), stored)
+    with progress.counting("sum up the files", _bytes(folder)) as advance:
+        sums = _sums(folder, advance)
+    return _Writing(weightless, folder, options, name, plan.activations, sums, stored)
 
 
 def _copy_tokenizer(checkpoint: Checkpoint, source: Path, folder: Path) -> None:
@@ -300,14 +294,18 @@ def _copy_tokenizer(checkpoint: Checkpoint, source: Path, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def _sums(folder: Path) -> dict[str, dict[str, Any]]:
+def _sums(folder: Path, advance: Advance) -> dict[str, dict[str, Any]]:
     """Checksum and size of every file."""
     result = {}
     for file in sorted(folder.iterdir()):
+        size = file.stat().st_size
         with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        result[file.name] = {"sha256": digest, "bytes": file.stat().st_size}
+            result[file.name] = {"sha256": digest(stream, size, advance), "bytes": size}
     return result
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,60 +397,8 @@ def _beside(spec: TransformerSpec) -> dict[str, Any]:
     return {name: value for name, value in told.items() if value is not None}
 
 
-def _load_backend(bundle: Bundle) -> Backend:
-    """fp16 is compared on the GPU it is meant for where there is one, else through the CPU's casts."""
-    precision = bundle.manifest.precision
-    device = choose_device("auto", precision) if precision == "fp16" else "cpu"
+def _verified(folder: Path, advance: Advance) -> Bundle:
     try:
-        return build_backend(bundle, device, threads=usable_cores())
-    except (BundleError, DeviceError) as error:
-        raise ExportError(f"the exported model cannot be loaded: {error}") from error
-
-
-def _by_whole_step(bundle: Bundle, probe: Probe) -> NDArray[np.float32] | None:
-    """Of a bundle that has the decoder in pieces and whole: what a GPU would compute, on the CPU.
-
-    Nothing of it stays loaded, so that the weights are in memory once at a time.
-    """
-    if bundle.manifest.precision != "fp32" or bundle.manifest.dimensions.decoder_only:
-        return None
-    return forced_decodes(bundle, CudaBackend(bundle, device="cpu", threads=usable_cores()), probe)
-
-
-def _probe(bundle: Bundle) -> Probe:
-    dimensions, usual = bundle.manifest.dimensions, Probe(())
-    longest = min(_LONGEST_PROBE, dimensions.max_source_tokens)
-    if not dimensions.decoder_only:
-        return Probe(random_sources(dimensions.source_vocabulary, bundle.manifest.special_tokens.source_eos, longest))
-    # Of few positions, half are for what follows the prompt.
-    longest = min(longest, max(1, dimensions.max_target_tokens // 2))
-    rest = dimensions.max_target_tokens - longest
-    prompts = random_sources(dimensions.source_vocabulary, None, longest)
-    lengths = min(usual.forced_length, rest), min(usual.search_length, rest)
-    return Probe(prompts, forced_length=lengths[0], search_length=lengths[1])
-
-
-def _golden(bundle: Bundle, backend: Backend, seed: int) -> dict[str, Any]:
-    """A forced decode along the model's own greedy path, as this machine computes it."""
-    dimensions, tokens = bundle.manifest.dimensions, bundle.manifest.special_tokens
-    longest, steps = min(8 + 8 * seed, dimensions.max_source_tokens), min(_GOLDEN_STEPS, dimensions.max_target_tokens)
-    if dimensions.decoder_only:
-        longest = min(longest, max(1, dimensions.max_target_tokens // 2))
-        steps = min(steps, dimensions.max_target_tokens - longest)
-    source = random_sources(dimensions.source_vocabulary, tokens.source_eos, longest, count=4, seed=seed)[-1]
-    forced = [tokens.decoder_start]
-    for _ in range(steps - 1):
-        forced.append(forced_decode(backend, source, tuple(forced))[0][-1])
-    _, top_logprob = forced_decode(backend, source, tuple(forced))
-    return {
-        "source": list(source),
-        "forced": forced,
-        "top_logprob": [float(np.float32(value)) for value in top_logprob],
-    }
-
-
-def _verified(folder: Path) -> Bundle:
-    try:
-        return load_bundle(folder)
+        return load_bundle(folder, advance)
     except BundleError as error:
         raise ExportError(f"the written bundle cannot be read: {error}") from error

@@ -151,7 +151,7 @@ class ExpectedOutputs:
 
     def _forced(self, backend: Backend, source: Tokens, target: Tokens) -> NDArray[np.float32]:
         """Log-probabilities along the target, (T, V)."""
-        before, start = first_input(backend, source, self._rules)
+        before, start = first_input(source, self._rules, prompted=not backend.has_encoder)
         inputs = np.array([[start, *target[:-1]]])
         rows: NDArray[np.float32] = all_logprobs(backend, [before], inputs, self._rules.vocabulary)[0]
         return rows

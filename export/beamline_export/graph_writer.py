@@ -22,6 +22,7 @@ _ELEMENT = {
 # Smaller tensors stay inside the graph file: a node's constant is easier to read there, and costs nothing.
 _EXTERNAL_FROM_BYTES = 1024
 _ALIGNMENT = 64
+_FP32 = 4
 
 
 Make = Callable[[], NDArray[Any]]
@@ -31,10 +32,15 @@ class WeightsFile:
     """The file of all weights. A name is stored once, however many graphs ask for it.
 
     A context manager: the file is complete when it ends.
+
+    Args:
+        path: The file.
+        advance: Is told of each weight that is written, by its bytes in fp32.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, advance: Callable[[int], object] = lambda _: None) -> None:
         self._path = path
+        self._advance = advance
         self._stream: BinaryIO | None = None
         self._written: dict[str, TensorProto] = {}
 
@@ -49,8 +55,10 @@ class WeightsFile:
     def store(self, name: str, make: Make) -> TensorProto:
         """The initializer of this name. Its array is made at the first use, and not kept."""
         if name not in self._written:
-            self._written[name] = self._write(make())
+            array = make()
+            self._written[name] = self._write(array)
             self._written[name].name = name
+            self._advance(_FP32 * array.size)
         return self._written[name]
 
     def _write(self, array: NDArray[Any]) -> TensorProto:

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beamline_export.agreement import NEAR_TIE, Tokens, find_parting, first_input, search_all
+from beamline_export.agreement import NEAR_TIE, Recording, Tokens, first_input, parting, record, search_all
 from beamline_export.reference import Reference
 from beamline_export.reference_search import reference_search
 from beamline_export.spec import ExportError
 from beamline_server.bundle import Bundle
 from beamline_server.engine.backend import Backend
-from beamline_server.engine.request import EarlyStopping, SearchOptions
+from beamline_server.engine.request import Completed, EarlyStopping, SearchOptions
 from beamline_server.graph_file import read_graph
 from beamline_server.graphs import GraphSpec
 from beamline_server.models.forced import forced_rows
@@ -98,10 +98,51 @@ def _forced(bundle: Bundle, probe: Probe) -> NDArray[np.int64]:
     return forced
 
 
+@dataclass(frozen=True, slots=True)
+class ExportedAnswers:
+    """What the graphs of a bundle give. It is kept, so that the graphs need no memory while PyTorch computes.
+
+    Attributes:
+        device: Where they ran.
+        decodes: Of each set of graphs of the decoder, as `forced_decodes`.
+        searches: Whole searches of mixed widths in one batch, with each one's recording; none where log-probabilities
+            are no numbers.
+    """
+
+    device: str
+    decodes: Sequence[NDArray[np.float32]]
+    searches: Sequence[tuple[Completed, Recording]]
+
+    @property
+    def are_numbers(self) -> bool:
+        """Whether the log-probabilities are."""
+        return not np.isnan(self.decodes[0]).any()
+
+
+def exported_answers(
+    bundle: Bundle, backend: Backend, whole_step: NDArray[np.float32] | None, probe: Probe
+) -> ExportedAnswers:
+    """Compute what is to be compared with PyTorch.
+
+    Args:
+        bundle: What is to be served.
+        backend: Runs the graphs that check the bundle when a server starts.
+        whole_step: What the bundle's other graphs of the decoder give, if it has them, as `forced_decodes`.
+        probe: What to compare with.
+    """
+    decodes = [forced_decodes(bundle, backend, probe), *([] if whole_step is None else [whole_step])]
+    answers = ExportedAnswers(backend.device, decodes, ())
+    if not answers.are_numbers:
+        return answers
+    rules, searches = model_rules(bundle.manifest), _searches(bundle, probe)
+    together = search_all(backend, rules, searches)
+    alone = [record(backend, rules, *search) for search in searches]
+    return ExportedAnswers(backend.device, decodes, list(zip(together, alone, strict=True)))
+
+
 def check_parity(
     bundle: Bundle,
-    backend: Backend,
-    whole_step: NDArray[np.float32] | None,
+    answers: ExportedAnswers,
     reference: Reference,
     probe: Probe,
     progress: Progress,
@@ -110,8 +151,7 @@ def check_parity(
 
     Args:
         bundle: What is to be served.
-        backend: Runs the graphs that check the bundle when a server starts.
-        whole_step: What the bundle's other graphs of the decoder give, if it has them, as `forced_decodes`.
+        answers: What its graphs give.
         reference: The PyTorch model.
         probe: What to compare with.
         progress: Shows how far it is.
@@ -120,9 +160,8 @@ def check_parity(
         ExportError: they differ by more than the precision is allowed.
     """
     limits = TOLERANCES[bundle.manifest.precision]
-    exported = [forced_decodes(bundle, backend, probe), *([] if whole_step is None else [whole_step])]
-    decodes = _compared(_forced(bundle, probe), exported, reference, probe, progress)
-    search = _searches(bundle, backend, reference, probe, progress)
+    decodes = _compared(_forced(bundle, probe), answers.decodes, reference, probe, progress)
+    search = _compared_searches(bundle, answers, reference, probe, progress)
     problems = [problem for figures in decodes for problem in _beyond(limits, figures)]
     if limits.same_search and search["parted_beyond_near_ties"]:
         problems.append(f"{search['parted_beyond_near_ties']} of {search['searches']} beam searches differ")
@@ -130,7 +169,7 @@ def check_parity(
         problems.append("other or more sentences to calibrate with may help")
     if problems:
         raise ExportError(f"the exported model does not agree with PyTorch: {'; '.join(problems)}")
-    figures = {"device": backend.device, "forced_decode": decodes[0], "beam_search": search}
+    figures = {"device": answers.device, "forced_decode": decodes[0], "beam_search": search}
     return figures | {"whole_step": decodes[1]} if decodes[1:] else figures
 
 
@@ -210,30 +249,33 @@ def all_logprobs(
     return result
 
 
-def _searches(
-    bundle: Bundle, backend: Backend, reference: Reference, probe: Probe, progress: Progress
-) -> dict[str, Any]:
-    """Whole searches of mixed widths in one batch, each against the reference search over PyTorch."""
-    rules = model_rules(bundle.manifest)
+def _searches(bundle: Bundle, probe: Probe) -> list[tuple[Tokens, SearchOptions]]:
+    """Whole searches of mixed widths."""
     most = min(probe.search_length, bundle.manifest.dimensions.max_target_tokens)
     stopping = list(EarlyStopping)
-    searches = [
+    return [
         (source, SearchOptions(width, width, max_new_tokens=most, early_stopping=stopping[i % 3]))
         for i, (source, width) in enumerate(zip(probe.sources, probe.search_widths, strict=False))
     ]
-    answers = search_all(backend, rules, searches)
+
+
+def _compared_searches(
+    bundle: Bundle, answers: ExportedAnswers, reference: Reference, probe: Probe, progress: Progress
+) -> dict[str, Any]:
+    """Figures of the searches, each against the reference search over PyTorch."""
+    rules, searches = model_rules(bundle.manifest), _searches(bundle, probe)[: len(answers.searches)]
     same, beyond, worst = 0, 0, 0.0
     for i in progress("beam searches", len(searches)):
-        source, options = searches[i]
-        before, start = first_input(backend, source, rules)
+        (source, options), (answer, recording) = searches[i], answers.searches[i]
+        before, start = first_input(source, rules, prompted=bundle.manifest.dimensions.decoder_only)
         trace = reference_search(_next_logprobs(reference, before), rules.search, options, start)
-        ours = answers[i].hypotheses
+        ours = answer.hypotheses
         if [h.tokens for h in ours] == [h.tokens for h in trace.hypotheses]:
             same += 1
             worst = max([worst, *(abs(a.score - b.score) for a, b in zip(ours, trace.hypotheses, strict=True))])
         else:
-            parting = find_parting(trace, backend, rules, source, options)
-            beyond += parting is None or parting.margin > NEAR_TIE
+            where = parting(trace, recording)
+            beyond += where is None or where.margin > NEAR_TIE
     return {"searches": len(searches), "same": same, "parted_beyond_near_ties": beyond, "max_score_difference": worst}
 
 

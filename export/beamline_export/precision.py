@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -19,6 +19,9 @@ from beamline_server.graphs import ElementType, row_parts
 
 _LEAST_MAXIMUM = 1e-9
 """Keeps the scale of an all-zero column positive."""
+
+_PART = 1 << 20
+"""Numbers of a weight that are quantized at a time."""
 
 _MIDDLE = 128
 """The step that stands for zero where values have both signs."""
@@ -216,14 +219,24 @@ class Int8Store(WeightStore):
 
 def column_scales(weight: Array) -> Array:
     """What one int8 step of each output of weight (out, in) stands for, (out)."""
-    scales: Array = (np.maximum(np.abs(weight).max(axis=1), _LEAST_MAXIMUM) / 127).astype(np.float32)
+    scales = np.empty(len(weight), np.float32)
+    for part in _parts(weight):
+        scales[part] = np.maximum(np.abs(weight[part]).max(axis=1), _LEAST_MAXIMUM) / 127
     return scales
 
 
 def quantize_columns(weight: Array) -> NDArray[np.int8]:
     """Weight (out, in) in steps of `column_scales`."""
-    steps: NDArray[np.int8] = np.clip(np.rint(weight / column_scales(weight)[:, None]), -127, 127).astype(np.int8)
+    scales, steps = column_scales(weight)[:, None], np.empty(weight.shape, np.int8)
+    for part in _parts(weight):
+        steps[part] = np.clip(np.rint(weight[part] / scales[part]), -127, 127)
     return steps
+
+
+def _parts(weight: Array) -> Iterator[slice]:
+    """Some outputs after the other: what is computed on the way is of their size, and not of the weight's."""
+    count = max(1, _PART // max(1, weight.shape[1]))
+    return (slice(i, i + count) for i in range(0, len(weight), count))
 
 
 def quantize_rows(g: GraphWriter, x: str, *, rectify: bool = False) -> tuple[str, str, str]:

@@ -2,11 +2,14 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
 from tqdm import tqdm
+
+Advance = Callable[[int], object]
+"""Is told how many more bytes are done."""
 
 _MOST_SHOWN = 4000
 """Characters of one message."""
@@ -44,6 +47,26 @@ class Progress:
         """0 … count - 1, with a bar."""
         with self.step(name):
             yield from tqdm(range(count), desc=f"  {name}", file=self._stream, leave=False, disable=not self._live)
+
+    @contextmanager
+    def counting(self, name: str, total: int) -> Iterator[Advance]:
+        """A step over so many bytes: is told of each part of them, and has a bar."""
+        with self.step(name), self.bar(name, total) as advance:
+            yield advance
+
+    @contextmanager
+    def bar(self, name: str, total: int) -> Iterator[Advance]:
+        """As `counting`, for a part of a step."""
+        with tqdm(
+            total=total,
+            file=self._stream,
+            desc=f"  {name}",
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            disable=not self._live,
+        ) as bar:
+            yield bar.update
 
     def warn(self, text: str) -> None:
         """Something that the user should know."""

@@ -5,7 +5,7 @@ a value) and weights under the canonical names that `required_weights` lists. Ev
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum, StrEnum
 
@@ -330,8 +330,12 @@ def required_weights(spec: TransformerSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_weights(checkpoint: Checkpoint) -> None:
+def check_weights(checkpoint: Checkpoint, advance: Callable[[int], object] = lambda _: None) -> None:
     """Compare a checkpoint's weights with what its spec needs.
+
+    Args:
+        checkpoint: As it was read.
+        advance: Is told of each weight that is read through, by its bytes.
 
     Raises:
         ExportError: names the weights that are foreign, missing, of another shape or not finite.
@@ -340,7 +344,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
         *_names("not part of the model", _foreign(checkpoint), _MOST_FOREIGN),
         *_names("missing", _missing(checkpoint), _MOST_SHOWN),
     ]
-    problems = [*checkpoint.spec.problems(), *names, *_shortened(list(_wrong_values(checkpoint)), _MOST_SHOWN)]
+    problems = [*checkpoint.spec.problems(), *names, *_shortened(list(_wrong_values(checkpoint, advance)), _MOST_SHOWN)]
     if names and checkpoint.advice:
         problems.append(checkpoint.advice)
     if problems:
@@ -358,13 +362,14 @@ def _missing(checkpoint: Checkpoint) -> list[str]:
     return [names[name] for name in missing if name in names] or missing
 
 
-def _wrong_values(checkpoint: Checkpoint) -> Iterator[str]:
+def _wrong_values(checkpoint: Checkpoint, advance: Callable[[int], object]) -> Iterator[str]:
     for name, shape in required_weights(checkpoint.spec).items():
         shown, weight = checkpoint.weight_names.get(name, name), checkpoint.weights.get(name)
         if weight is not None and weight.shape != shape:
             yield f"{shown} has shape {list(weight.shape)}, the config says {list(shape)}"
         elif weight is not None and not np.isfinite(weight).all():
             yield f"{shown} holds values that are not finite"
+        advance(0 if weight is None else weight.nbytes)
 
 
 def _names(problem: str, names: list[str], most: int) -> Iterator[str]:

@@ -25,7 +25,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase, BufferedReader
 from pathlib import Path
@@ -110,6 +110,19 @@ class Bundle:
         _check_digest(file, self.manifest.files[name], hashlib.sha256(content).hexdigest())
         return content
 
+    @contextmanager
+    def streamed(self, name: str) -> Iterator["VerifiedStream"]:
+        """One of the files that the manifest lists, to be read from its beginning on.
+
+        Raises:
+            BundleError: it is missing or damaged by now; of what is in it, this is known only at the end.
+        """
+        file, entry = self.file(name), self.manifest.files[name]
+        with _listed(file, entry) as stream:
+            verified = VerifiedStream(stream, entry.bytes)
+            yield verified
+            _check_digest(file, entry, verified.digest())
+
     def foreign_files(self) -> list[str]:
         """Names beside the manifest that it does not list, as a fresh volume has one (lost+found)."""
         try:
@@ -118,6 +131,35 @@ class Bundle:
             return []
         own = {MANIFEST, CHECKSUM, *self.manifest.files}
         return [name for name in names if name not in own and not _VOLUME_BOOKKEEPING.fullmatch(name)]
+
+
+class VerifiedStream:
+    """Content of a file, read piece by piece and summed on the way.
+
+    Args:
+        stream: The file, at its beginning.
+        size: How many bytes count, however many follow.
+    """
+
+    def __init__(self, stream: BufferedReader, size: int) -> None:
+        self._stream, self._left = stream, size
+        self._sum = hashlib.sha256()
+
+    def fill(self, memory: memoryview) -> None:
+        """Read on, until the memory is full or the file has ended, which shows in the checksum."""
+        at, wanted = 0, min(len(memory), self._left)
+        while at < wanted and (count := self._stream.readinto(memory[at : min(at + _CHUNK, wanted)])):
+            self._sum.update(memory[at : at + count])
+            at, self._left = at + count, self._left - count
+
+    def digest(self) -> str:
+        """SHA-256 of all of the file, read to its end."""
+        chunk = bytearray(_CHUNK)
+        while left := self._left:
+            self.fill(memoryview(chunk))
+            if self._left == left:
+                break
+        return self._sum.hexdigest()
 
 
 def checksum_line(manifest: bytes) -> str:
@@ -174,10 +216,14 @@ def _is_summed(path: Path, manifest: bytes) -> bool | None:
     return _content(file, len(expected), COPY_AGAIN) == expected
 
 
-def load_bundle(path: Path) -> Bundle:
+def load_bundle(path: Path, advance: Callable[[int], object] = lambda _: None) -> Bundle:
     """Read a bundle and verify every file against the manifest, the graphs' contracts included.
 
     Nothing is computed, and nothing larger than a graph is held in memory.
+
+    Args:
+        path: Its folder.
+        advance: Is told of each part of a file that is summed, by its bytes.
 
     Raises:
         BundleError: names the first file that is missing, damaged, no file, or not what the manifest makes of it.
@@ -190,7 +236,7 @@ def load_bundle(path: Path) -> Bundle:
     _check_graphs(bundle)
     for name, entry in manifest.files.items():
         with _listed(path / name, entry) as stream:
-            _check_digest(path / name, entry, digest(stream, entry.bytes))
+            _check_digest(path / name, entry, digest(stream, entry.bytes, advance))
     return bundle
 
 
@@ -280,12 +326,13 @@ def _unreadable(file: Path, error: OSError, remedy: str) -> BundleError:
     return BundleError(file, f"cannot be read ({error.strerror})", remedy)
 
 
-def digest(stream: BufferedIOBase, size: int) -> str:
+def digest(stream: BufferedIOBase, size: int, advance: Callable[[int], object] = lambda _: None) -> str:
     """SHA-256 of so many bytes, however many follow by now."""
     sum_so_far = hashlib.sha256()
     while size > 0 and (chunk := stream.read(min(size, _CHUNK))):
         sum_so_far.update(chunk)
         size -= len(chunk)
+        advance(len(chunk))
     return sum_so_far.hexdigest()
 
 

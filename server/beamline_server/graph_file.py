@@ -36,6 +36,7 @@ class StoredTensor:
         location: The file that holds it, or None if the graph's own file does.
         offset: Where it begins there.
         length: How many bytes it takes there.
+        element: ONNX's number of its element type.
     """
 
     dims: tuple[int, ...]
@@ -43,6 +44,7 @@ class StoredTensor:
     location: str | None
     offset: int
     length: int
+    element: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +127,10 @@ def _stored_tensor(tensor: memoryview) -> tuple[str, StoredTensor]:
         raise ValueError
     entries = map(_fields, _messages(fields, _EXTERNAL))
     external = {_text(entry, _KEY): _text(entry, _VALUE) for entry in entries}
-    size = prod(dims) * _ELEMENT_BYTES[_number(fields, _DATA_TYPE)]
+    element = _number(fields, _DATA_TYPE)
+    size = prod(dims) * _ELEMENT_BYTES[element]
     offset, length = int(external.get("offset", "0")), int(external.get("length", str(size)))
-    return _text(fields, _TENSOR_NAME), StoredTensor(dims, size, external.get("location"), offset, length)
+    return _text(fields, _TENSOR_NAME), StoredTensor(dims, size, external.get("location"), offset, length, element)
 
 
 def _fields(data: memoryview) -> _Fields:

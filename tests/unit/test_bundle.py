@@ -188,6 +188,25 @@ def test_what_has_changed_since_it_was_verified_is_not_read(content: bytes | Non
         loaded.read("other.bin")
 
 
+@pytest.mark.parametrize("content", [b"weights.bim", b"Weights.bin"])
+@pytest.mark.parametrize("read", [0, 4, 11])
+def test_what_has_changed_is_found_at_the_end_of_a_stream(content: bytes, read: int, bundle: Path) -> None:
+    """However much of it was looked at."""
+    loaded, memory = load_bundle(bundle), bytearray(read)
+    with loaded.streamed("weights.bin") as stream:
+        stream.fill(memoryview(memory))
+    assert memory == b"weights.bin"[:read]
+    (bundle / "weights.bin").write_bytes(content)
+    with pytest.raises(BundleError, match="does not match its checksum"), loaded.streamed("weights.bin") as stream:
+        stream.fill(memoryview(memory))
+
+
+def test_what_is_summed_is_told(bundle: Path) -> None:
+    told: list[int] = []
+    loaded = load_bundle(bundle, told.append)
+    assert sum(told) == sum(entry.bytes for entry in loaded.manifest.files.values())
+
+
 def test_a_folder_in_place_of_a_file_is_found(bundle: Path) -> None:
     (bundle / "weights.bin").unlink()
     (bundle / "weights.bin").mkdir()

@@ -106,8 +106,14 @@ def choose_device(wanted: str, precision: str, *, decoder_only: bool = False) ->
     return wanted
 
 
-def build_backend(bundle: Bundle, device: str, threads: int) -> Backend:
+def build_backend(bundle: Bundle, device: str, threads: int, *, mapped: bool = False) -> Backend:
     """A backend on a device.
+
+    Args:
+        bundle: Verified.
+        device: cpu or cuda.
+        threads: To compute a node on.
+        mapped: Whether a CPU's sessions map the file of weights, which takes least memory; it must not change then.
 
     Raises:
         BundleError: a file has changed, or a graph cannot be loaded.
@@ -119,10 +125,10 @@ def build_backend(bundle: Bundle, device: str, threads: int) -> Backend:
         if device == "cuda" or bundle.manifest.precision == "fp16":
             from beamline_server.engine.ort.cuda.backend import CudaBackend
 
-            return CudaBackend(bundle, device=device, threads=threads)
+            return CudaBackend(bundle, device=device, threads=threads, mapped=mapped and device == "cpu")
         from beamline_server.engine.ort.cpu import CpuBackend
 
-        return CpuBackend(bundle, threads=threads)
+        return CpuBackend(bundle, threads=threads, mapped=mapped)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A bundle appears whole, small and once - or not at all."""
 
 import dataclasses
+import gc
 import io
 import json
 import math
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from onnxruntime import InferenceSession
 from safetensors import safe_open
 
 from beamline_export.bundle_writer import ExportOptions, export, export_checkpoint
@@ -25,6 +27,7 @@ from beamline_export.reference import Reference
 from beamline_export.spec import Array, Checkpoint, ExportError
 from beamline_export.stopping import SIGNALS, Stopped
 from beamline_server.bundle import Bundle, load_bundle
+from beamline_server.engine.ort.c_api import NativeSession
 from beamline_server.graphs import DECODER_STEP, ENCODER, GraphSizes, decoder_pieces
 from beamline_server.manifest import MANIFEST, WEIGHTS
 
@@ -475,6 +478,28 @@ def test_an_interrupted_calibration_leaves_nothing(checkpoint: Any, sentences: P
     with pytest.raises(KeyboardInterrupt):
         export(checkpoint.folder, tmp_path / "bundle", options, InterruptedWhile("calibrate"))
     assert left_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_sessions_are_gone_before_the_reference_is_loaded(
+    precision: str, checkpoint: Any, tmp_path: Path, silent: Progress
+) -> None:
+    """The exported model and PyTorch's are in memory one after the other."""
+    family = detect(checkpoint.folder)
+    alive: list[int] = []
+
+    def sessions() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), (NativeSession, InferenceSession)) for thing in gc.get_objects())
+
+    def reference(folder: Path, read: Checkpoint) -> Reference:
+        alive.append(sessions())
+        return family.reference(folder, read)
+
+    before = sessions()
+    options = ExportOptions(precision)
+    export_checkpoint(Family(family.read, reference), checkpoint.folder, tmp_path / "bundle", options, silent)
+    assert alive == [before]
 
 
 def test_fp32_graphs_are_gone_before_the_reference_is_loaded(

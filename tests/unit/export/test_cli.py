@@ -88,7 +88,9 @@ def test_a_bundle_is_written_told_and_replaced(
     assert [line.split(":")[0].strip() for line in captured.err.splitlines()] == [
         "read the checkpoint",
         "build the graphs",
+        "sum up the files",
         "load the exported model",
+        "run the exported model",
         "load the PyTorch model",
         "forced decodes",
         "beam searches",
@@ -118,9 +120,10 @@ def test_a_calibrated_bundle_is_written_and_told(
     assert main(command) == 0
     captured = capsys.readouterr()
     assert f"wrote {target}: int8 (calibrated), " in captured.out
-    assert [line.split(":")[0].strip() for line in captured.err.splitlines()][:4] == [
+    assert [line.split(":")[0].strip() for line in captured.err.splitlines()][:5] == [
         "read the checkpoint",
         "build fp32 graphs to calibrate with",
+        "sum up the files",
         "calibrate",
         "build the graphs",
     ]

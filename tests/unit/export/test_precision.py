@@ -54,6 +54,15 @@ def test_columns_are_quantized_to_their_own_largest_value() -> None:
     assert quantize_columns(weight).tolist() == [[127, -64, 0], [0, 0, 0], [-127, 1, 50]]
 
 
+@pytest.mark.parametrize("part", [1, 40, 64])
+def test_a_weight_is_quantized_the_same_in_parts_of_any_size(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = np.random.default_rng(0).standard_normal((17, 8)).astype(np.float32)
+    scales, steps = column_scales(weight), quantize_columns(weight)
+    monkeypatch.setattr("beamline_export.precision._PART", part)
+    assert np.array_equal(column_scales(weight), scales)
+    assert np.array_equal(quantize_columns(weight), steps)
+
+
 @pytest.mark.parametrize(
     ("rectify", "steps", "units"),
     [

@@ -9,6 +9,7 @@ append-only"); `_PLACES` are the places in it.
 """
 
 import ctypes
+import mmap
 import weakref
 from collections.abc import Mapping
 from functools import cache
@@ -24,6 +25,7 @@ _API_VERSION = 24
 _PLACES = {
     "GetErrorMessage": 2,
     "CreateEnv": 3,
+    "CreateSession": 7,
     "CreateSessionFromArray": 8,
     "CreateSessionOptions": 10,
     "DisableMemPattern": 17,
@@ -49,9 +51,15 @@ _PLACES = {
     "BindInput": 136,
     "BindOutput": 137,
     "CreateAndRegisterAllocator": 144,
+    "AddInitializer": 150,
     "AddExternalInitializersFromFilesInMemory": 279,
 }
-_ELEMENT = {np.dtype(np.float32): 1, np.dtype(np.int64): 7}
+_ELEMENT = {
+    np.dtype(element): number
+    for element, number in (
+        (np.float32, 1), (np.uint8, 2), (np.int8, 3), (np.int32, 6), (np.int64, 7), (np.float16, 10),
+    )
+}  # fmt: skip
 _LIBRARIES = ("libonnxruntime.so.*", "libonnxruntime.*.dylib")
 SHARED_ARENA = "session.use_env_allocators"
 """The key of a session's configuration by which it takes memory from the arena of the process."""
@@ -163,27 +171,46 @@ class NativeSession:
     """A graph that is ready to run.
 
     Args:
-        graph: The model, in ONNX's format.
-        weights: Name and content of the file that it takes its weights from; the session keeps what it needs.
+        graph: The model, in ONNX's format, or the path of its file.
+        weights: Name and content of the file that it takes its weights from; the session copies what it needs. None for
+            a path: the file beside it is mapped.
+        shared: Weights by their names, which it reads where they are instead; kept as long as the session.
         threads: To compute a node on.
         settings: onnxruntime's session configuration, key by key.
     """
 
-    def __init__(self, graph: bytes, weights: tuple[str, bytes], *, threads: int, settings: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        graph: bytes | Path,
+        weights: tuple[str, bytes | mmap.mmap] | None,
+        *,
+        threads: int,
+        settings: Mapping[str, str],
+        shared: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
+        self._shared = [(name, array, _tensor(array)) for name, array in (shared or {}).items()]
+        for _, _, value in self._shared:
+            _release_with(self, "Value", value.value or 0)
         options = _new("CreateSessionOptions")
         try:
             _configure(options, threads, settings)
-            name, content = weights
-            _call(
-                "AddExternalInitializersFromFilesInMemory",
-                options,
-                (ctypes.c_char_p * 1)(name.encode()),
-                (ctypes.c_char_p * 1)(content),
-                (ctypes.c_size_t * 1)(len(content)),
-                ctypes.c_size_t(1),
-            )
-            size = ctypes.c_size_t(len(graph))
-            pointer = _new("CreateSessionFromArray", _environment(), ctypes.c_char_p(graph), size, options)
+            for shared_name, _, value in self._shared:
+                _call("AddInitializer", options, ctypes.c_char_p(shared_name.encode()), value)
+            if weights is not None:
+                name, content = weights[0], np.frombuffer(weights[1], np.uint8)
+                _call(
+                    "AddExternalInitializersFromFilesInMemory",
+                    options,
+                    (ctypes.c_char_p * 1)(name.encode()),
+                    (Pointer * 1)(content.ctypes.data),
+                    (ctypes.c_size_t * 1)(content.size),
+                    ctypes.c_size_t(1),
+                )
+            if isinstance(graph, Path):
+                pointer = _new("CreateSession", _environment(), ctypes.c_char_p(bytes(graph)), options)
+            else:
+                size = ctypes.c_size_t(len(graph))
+                pointer = _new("CreateSessionFromArray", _environment(), ctypes.c_char_p(graph), size, options)
         finally:
             _release("SessionOptions", options)
         self.handle: int = pointer.value or 0

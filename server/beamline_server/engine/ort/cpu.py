@@ -6,7 +6,7 @@ rectangles, no padding, no masks and no moves. A last loop takes the candidates 
 step is one call of compiled code, which calls onnxruntime.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -29,10 +29,12 @@ from beamline_server.engine.ort.pieces import (
     without_bias,
 )
 from beamline_server.engine.ort.settings import ENCODER_INPUTS, settings
+from beamline_server.engine.ort.weights import Weights, shared_arrays, weights_in_turn
 from beamline_server.engine.pack import LEAST_QUERIES, EncoderInputs, Extent, extent, flat, pack_encoder
 from beamline_server.engine.request import MAX_BEAMS
 from beamline_server.engine.table import FloatArray, IntArray, Table, table_bytes
-from beamline_server.graphs import ENCODER, decoder_pieces
+from beamline_server.graph_file import read_graph
+from beamline_server.graphs import graph_files
 from beamline_server.manifest import RELATIVE_BIAS, WEIGHTS, Dimensions
 
 _FLOAT = 4
@@ -60,25 +62,27 @@ class CpuBackend:
         bundle: fp32, int8 or int4.
         threads: To compute a node on.
         note: Is told, after every run, what graphs give beyond their contract.
+        mapped: Whether the file of weights is mapped, which takes least memory; it must not change meanwhile.
     """
 
     device = "cpu"
     encode_tokens = 256
 
-    def __init__(self, bundle: Bundle, *, threads: int, note: Note | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int, note: Note | None = None, mapped: bool = False) -> None:
         dimensions = bundle.manifest.dimensions
         self.layers, self.width = dimensions.decoder_layers, dimensions.key_value
         self.has_encoder = not dimensions.decoder_only
         self._sizes = Sizes(dimensions.graph_sizes, dimensions.decoder_heads, _relative_bias(bundle))
         self._note = note
         self._rows_multiple = ROWS_MULTIPLE.get(bundle.manifest.precision, 1)
-        weights = (WEIGHTS, bundle.read(WEIGHTS))
-
-        def opened(name: str) -> NativeSession:
-            return NativeSession(bundle.read(name), weights, threads=threads, settings=settings(threads))
-
-        self._encoder = opened(ENCODER) if self.has_encoder else None
-        self._decoder = [opened(name) for name in decoder_pieces(dimensions.graph_sizes)]
+        graphs = {name: bundle.read(name) for name in graph_files("int8", dimensions.graph_sizes)}
+        if mapped:
+            sessions = list(_mapped(bundle, graphs, threads))
+        else:
+            with weights_in_turn(bundle, graphs) as weights:
+                sessions = [_opened(name, graphs[name], weights, threads) for name in graphs]
+        self._encoder = sessions.pop(0) if self.has_encoder else None
+        self._decoder = sessions
 
     def encode(self, sources: Sequence[Sequence[int]]) -> Encoded:
         """As `Backend.encode`."""
@@ -103,6 +107,24 @@ class CpuBackend:
     def new_pieces(self) -> Pieces:
         """The decoder, for one worker."""
         return Pieces(self._decoder, self._sizes, note=self._note, rows_multiple=self._rows_multiple)
+
+
+def _opened(name: str, graph: bytes, weights: Weights, threads: int) -> NativeSession:
+    """A session, which is made while of the weights only those are in memory that it, or a later one, takes."""
+    shared = weights.read_for(name)
+    content = (WEIGHTS, weights.content)
+    session = NativeSession(graph, content, threads=threads, settings=settings(threads), shared=shared)
+    weights.drop(name)
+    return session
+
+
+def _mapped(bundle: Bundle, graphs: Mapping[str, bytes], threads: int) -> Iterator[NativeSession]:
+    """Sessions that map the file of weights."""
+    files = {name: read_graph(content) for name, content in graphs.items()}
+    content = np.memmap(bundle.file(WEIGHTS), np.uint8, "r")
+    for name in graphs:
+        shared = shared_arrays(files, name, content)
+        yield NativeSession(bundle.file(name), None, threads=threads, settings=settings(threads), shared=shared)
 
 
 def _relative_bias(bundle: Bundle) -> FloatArray:

@@ -63,6 +63,17 @@ def test_it_computes_what_the_python_interface_does(threads: int) -> None:
             assert np.array_equal(found, wanted)
 
 
+def test_a_shared_weight_is_read_where_it_is() -> None:
+    """What the file has in its place does not count."""
+    absent = bytes(WEIGHTS.nbytes)
+    session = NativeSession(
+        model(), ("weights.bin", absent), threads=1, settings=settings(1), shared={"w": WEIGHTS.copy()}
+    )
+    inputs, outputs = arrays()
+    Binding(session, inputs, outputs).run()
+    assert outputs["y"] == pytest.approx(inputs["x"] @ WEIGHTS)
+
+
 def test_what_is_bound_is_read_and_written_at_every_run() -> None:
     inputs, outputs = arrays()
     binding = Binding(opened(), inputs, outputs)

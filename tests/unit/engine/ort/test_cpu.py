@@ -28,6 +28,7 @@ from beamline_server.engine.request import MAX_BEAMS, GenerationRequest, Request
 from beamline_server.engine.step import EngineCore
 from beamline_server.engine.table import FloatArray
 from beamline_server.graphs import decoder_pieces
+from beamline_server.models.forced import forced_decode
 from beamline_server.models.load import model_rules
 from doubles.engine import run_until_idle
 from doubles.fed import FedSequences, Tokens, logprobs_alone
@@ -290,6 +291,15 @@ def test_rows_are_filled_up_to_a_multiple(tiny: Callable[[str], Bundle]) -> None
     fed.enter(0, 2, 3)
     for _ in range(3):
         fed.step(lone_steps, logprobs=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_mapped_weights_give_the_same_bits(precision: str, tiny: Callable[[str], Bundle]) -> None:
+    bundle = tiny(precision)
+    read, mapped = (CpuBackend(bundle, threads=1, mapped=mapped) for mapped in (False, True))
+    for source in ((5, 7, 0), tuple(range(20))):
+        forced = (bundle.manifest.special_tokens.decoder_start, 3, 5, 8)
+        assert forced_decode(read, source, forced) == forced_decode(mapped, source, forced)
 
 
 def test_a_backend_that_nobody_holds_is_gone(tiny: Callable[[str], Bundle]) -> None:

@@ -34,16 +34,23 @@ class CudaBackend:
         device: "cuda", or "cpu" to run the same code without a GPU.
         threads: Threads for what is left on the host.
         graphs: Whether CUDA graphs are captured.
+        mapped: As `Sessions`.
     """
 
     encode_tokens = 1024
     has_encoder = True
 
-    def __init__(self, bundle: Bundle, *, device: str = "cuda", threads: int = 1, graphs: bool = True) -> None:
+    def __init__(
+        self, bundle: Bundle, *, device: str = "cuda", threads: int = 1, graphs: bool = True, mapped: bool = False
+    ) -> None:
         self.device = device
         if device == "cuda":
             preload()
-        self._sessions, captured = _open(bundle, device, threads, graphs)
+        if mapped:
+            on = providers(device, bundle.manifest.precision, graphs=False)
+            self._sessions, captured = Sessions(bundle, on, threads, mapped=True), False
+        else:
+            self._sessions, captured = _open(bundle, device, threads, graphs)
         if device == "cuda" and CUDA not in self._sessions.decoder.get_providers():
             raise RuntimeError(
                 what_is_missing() or "onnxruntime could not start its CUDA provider, and does not say why"
