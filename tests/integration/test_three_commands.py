@@ -1,4 +1,4 @@
-"""From an unpacked checkpoint to a line of text in three commands, for five kinds of folder: export, serve, translate."""
+"""From an unpacked checkpoint to a line of text in three commands, for five kinds of folder."""
 
 import io
 import json
@@ -99,7 +99,7 @@ def fairseq(folder: Path) -> tuple[Path, Sequence[str]]:
     fairseq_files.written(folder, args, fairseq_files.state_of(args), max_positions=30, max_new_tokens=12)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES), model_writer=model, vocab_size=30, minloglevel=2
+        sentence_iterator=iter(SENTENCES), model_writer=model, vocab_size=24, minloglevel=2
     )
     (folder / "sentencepiece.bpe.model").write_bytes(model.getvalue())
     spm = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
