@@ -197,16 +197,22 @@ def measure_ranges(
     # The engine would tell a search without finite scores as an error of its own, in its log.
     _, logprobs = forced_decode(backend, sources[0], (rules.decoder_start,))
     _check_finite({**ranges, "its log-probabilities": logprobs[0]})
+    sizes = bundle.manifest.dimensions
+    room = sizes.max_target_tokens if sizes.decoder_only else None
     batches = [sources[i : i + _AT_ONCE] for i in range(0, len(sources), _AT_ONCE)]
     for i in progress("calibrate", len(batches)):
-        search_all(backend, rules, [(source, bounded_search(source, options)) for source in batches[i]])
+        search_all(backend, rules, [(source, bounded_search(source, options, room)) for source in batches[i]])
     _check_finite(ranges)
     return ranges
 
 
-def bounded_search(source: Tokens, options: SearchOptions) -> SearchOptions:
-    """The search, but for a runaway that would take longer than all other sentences and tell nothing new."""
+def bounded_search(source: Tokens, options: SearchOptions, room: int | None = None) -> SearchOptions:
+    """The search, but for a runaway that would take longer than all other sentences and tell nothing new.
+
+    Of a model without an encoder, prompt and answer have so much room together.
+    """
     most = min(options.max_new_tokens, 2 * len(source) + _MORE_TOKENS)
+    most = most if room is None else min(most, room - len(source))
     return replace(options, max_new_tokens=most, min_new_tokens=min(options.min_new_tokens, most))
 
 

@@ -53,7 +53,7 @@ def check_file(file: Path, most_bytes: int | None = MOST_BYTES) -> None:
         if stat.S_ISREG(status.st_mode):
             with file.open("rb") as stream:
                 start = stream.read(len(_LFS_POINTER))
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have
         return
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a device")

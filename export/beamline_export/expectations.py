@@ -70,7 +70,7 @@ class Line(BaseModel):
             given = [key for key in (name, f"{name}_ids") if getattr(self, key) is not None]
             if len(given) != 1:
                 yield f"give {name}_ids or {name}" + (", not both" if given else "")
-            if not _is_text(getattr(self, name)):
+            if not is_text(getattr(self, name)):
                 yield f"{name} has half of a surrogate pair, which is no character; write the text as UTF-8"
         if self.logprobs is not None:
             yield from self._logprob_problems(self.logprobs)
@@ -86,9 +86,10 @@ class Line(BaseModel):
             yield f"logprobs has {above[0]:g}: natural logarithms of probabilities are not above 0"
 
 
-def _is_text(text: str | None) -> bool:
+def is_text(text: object) -> bool:
     """Whether a tokenizer can read it: JSON may escape what is no character."""
-    return text is None or not any("\ud800" <= character <= "\udfff" for character in text)
+    whole = isinstance(text, str) and not any("\ud800" <= character <= "\udfff" for character in text)
+    return text is None or whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,13 +224,14 @@ def resolve(expectations: Expectations, bundle: Bundle) -> list[Example]:
     require_default_target(bundle.manifest)
     tokenizer, examples, problems = load_tokenizer(bundle), [], []
     for number, line in expectations.lines:
+        source = _source(line, tokenizer, bundle.manifest)
         example = Example(
             number,
-            _source(line, tokenizer, bundle.manifest),
+            source,
             None if line.target_ids is None else tuple(line.target_ids),
             line.target,
             tuple(line.logprobs or ()),
-            _options(line, bundle.manifest),
+            _options(line, bundle.manifest, len(source)),
         )
         wrong = list(_problems(line, example, bundle.manifest, has_tokenizer=tokenizer is not None))
         problems += [f"line {number}: {', '.join(wrong)}"] if wrong else []
@@ -248,10 +250,10 @@ def _source(line: Line, tokenizer: Tokenizer | None, manifest: Manifest) -> Toke
     return tuple(tokenizer.encode(line.source, default_around(manifest)))
 
 
-def _options(line: Line, manifest: Manifest) -> SearchOptions:
-    """The search of a line: what it does not say is as the model's defaults have it."""
+def _options(line: Line, manifest: Manifest, source: int) -> SearchOptions:
+    """The search of a line, behind so many tokens: what it does not say is as the model's defaults have it."""
     defaults: GenerationDefaults = manifest.generation_defaults
-    most = line.max_new_tokens or defaults.max_new_tokens
+    most = line.max_new_tokens or max(1, min(defaults.max_new_tokens, _room(manifest, source)))
     penalty = defaults.length_penalty if line.length_penalty is None else line.length_penalty
     return SearchOptions(
         beam_size=line.beam_size,
@@ -264,6 +266,12 @@ def _options(line: Line, manifest: Manifest) -> SearchOptions:
     )
 
 
+def _room(manifest: Manifest, source: int) -> int:
+    """Tokens of a target behind a source, or behind a prompt, of so many."""
+    sizes = manifest.dimensions
+    return sizes.max_target_tokens - (source if sizes.decoder_only else 0)
+
+
 def _problems(line: Line, example: Example, manifest: Manifest, *, has_tokenizer: bool) -> Iterator[str]:
     dimensions = manifest.dimensions
     for name in ("source", "target"):
@@ -273,8 +281,10 @@ def _problems(line: Line, example: Example, manifest: Manifest, *, has_tokenizer
         yield f"the source has {len(example.source)} tokens (the model takes 1 to {dimensions.max_source_tokens})"
     if (worst := max(line.source_ids or [0])) >= dimensions.source_vocabulary:
         yield f"source_ids has {worst}, the source vocabulary ends before {dimensions.source_vocabulary}"
-    if line.max_new_tokens is not None and line.max_new_tokens > dimensions.max_target_tokens:
-        yield f"max_new_tokens {line.max_new_tokens} is beyond the model's {dimensions.max_target_tokens} positions"
+    if line.max_new_tokens is not None and line.max_new_tokens > _room(manifest, len(example.source)):
+        behind = f", behind a prompt of {len(example.source)}" if dimensions.decoder_only else ""
+        told = f"is beyond the model's {dimensions.max_target_tokens} positions{behind}"
+        yield f"max_new_tokens {line.max_new_tokens} {told}"
     if example.target is not None:
         yield from _target_problems(example.target, example.options, manifest)
 

@@ -78,8 +78,8 @@ def read_generation(
     if lacks:
         ids.problems.append(f"names no {' and no '.join(lacks)}; add {'it' if len(lacks) == 1 else 'them'}")
     ids.check()
-    if generation_config is not None and not decoder_only:
-        unsupported |= _not_in_generation_config(given, start, eos)
+    if generation_config is not None:
+        unsupported |= _not_in_generation_config(given, None if decoder_only else start, eos)
 
     if decoder_only:
         settings = Fields({name: value for name, value in settings.given.items() if name not in _PROMPT_COUNTS}, source)
@@ -122,15 +122,19 @@ def _without_prompt(settings: Fields) -> dict[str, str]:
     given = {name: settings.raw(name) for name in told}
     if settings.raw("max_new_tokens") is not None:
         given["max_length"] = None
-    return {name: f"{value}: {told[name]}" for name, value in given.items() if value not in (None, 0)}
+    if given["min_length"] == 0:
+        given["min_length"] = None
+    return {name: f"{value}: {told[name]}" for name, value in given.items() if value is not None}
 
 
 def _not_in_generation_config(given: Mapping[str, Any], start: int | None, eos: Sequence[int]) -> dict[str, str]:
     """Ids of config.json that stand in for those that `generate`, which reads one file alone, would go without."""
     used = {"decoder_start_token_id": start, "eos_token_id": list(eos)}
     bos = given.get("bos_token_id")
-    if "decoder_start_token_id" not in given and bos == start:
+    if start is None or ("decoder_start_token_id" not in given and bos == start):
         del used["decoder_start_token_id"]
+    if not eos:
+        del used["eos_token_id"]
     return {
         name: f"absent from generation_config.json; {value} is used, of config.json, which `generate` does not do"
         for name, value in used.items()

@@ -91,12 +91,11 @@ _DECODER_ONLY: dict[str, Effect] = {
     **_all(ANY, "initializer_range gradient_checkpointing pretraining_tp summary_type summary_use_proj"),
     **_all(ANY, "summary_activation summary_first_dropout summary_proj_to_labels"),
 }
-_ROTARY = _all(READ, "rope_parameters rope_scaling rope_theta partial_rotary_factor")
+_ROTARY = _all(READ, "rope_parameters rope_scaling rope_theta original_max_position_embeddings partial_rotary_factor")
 _LLAMA: Mapping[str, Effect] = {
     **_DECODER_ONLY,
     **_ROTARY,
     **_all(READ, "intermediate_size num_key_value_heads head_dim hidden_act rms_norm_eps attention_bias mlp_bias"),
-    **_all(READ, "sliding_window use_sliding_window max_window_layers layer_types"),
     **_all(ANY, "attention_dropout"),
 }
 CONFIG: Mapping[str, Mapping[str, Effect]] = {
@@ -138,8 +137,8 @@ CONFIG: Mapping[str, Mapping[str, Effect]] = {
         **_all(ANY, "dropout attention_dropout layerdrop init_std"),
     },
     "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
+    "mistral": {**_LLAMA, **_all(READ, "sliding_window")},
+    "qwen2": {**_LLAMA, **_all(READ, "sliding_window use_sliding_window max_window_layers layer_types")},
 }
 """By family. Names that are not here belong to the checkpoint's owner: config.json often has some, and none counts."""
 

@@ -8,7 +8,7 @@ import numpy as np
 from beamline_export.spec import Array, ExportError
 
 _MOST_ABSENT = 4
-_MOST_COMPUTED = 1 << 26
+MOST_COMPUTED = 1 << 26
 """Numbers in a position table: 65,536 positions of a width of 1,024."""
 
 
@@ -81,10 +81,10 @@ class Renamer:
         if embedding is not None and embedding.shape[-1:] != (width,):
             shape, name = list(embedding.shape), self.names["source_embedding"]
             raise ExportError(f"the checkpoint does not fit its config: {name} has shape {shape}, d_model is {width}")
-        if embedding is not None and positions * width > _MOST_COMPUTED:
+        if embedding is not None and positions * width > MOST_COMPUTED:
             raise ExportError(
                 f"the config asks for {positions} positions of {width} numbers, more than any model has "
-                f"({_MOST_COMPUTED:,} numbers); correct it"
+                f"({MOST_COMPUTED:,} numbers); correct it"
             )
         if embedding is not None:
             computed = table(positions, width)

@@ -70,4 +70,6 @@ def read_vocabulary(name: str, content: bytes) -> dict[str, int]:
     numbers = vocabulary.values() if isinstance(vocabulary, dict) else [None]
     if not vocabulary or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in numbers):
         raise ValueError(f"{name} is no object of pieces and their ids")
+    if any("\ud800" <= character <= "\udfff" for piece in vocabulary for character in piece):
+        raise ValueError(f"{name} has half of a surrogate pair, which is no character")
     return dict(vocabulary)

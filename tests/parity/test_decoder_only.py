@@ -17,9 +17,11 @@ from beamline_export.parity import random_sources
 from beamline_export.progress import Progress
 from beamline_export.testing import DECODER_ONLY_FAMILIES, EOS, write_hugging_face
 from beamline_server.bundle import Bundle
+from beamline_server.engine.admission import Capacity
 from beamline_server.engine.backend import Backend
-from beamline_server.engine.request import EarlyStopping, SearchOptions
-from beamline_server.engine.step import ModelRules
+from beamline_server.engine.observer import NullObserver
+from beamline_server.engine.request import Completed, EarlyStopping, GenerationRequest, RequestId, SearchOptions
+from beamline_server.engine.step import EngineCore, ModelRules
 from beamline_server.models.forced import forced_rows
 from beamline_server.models.load import build_backend, model_rules
 
@@ -54,6 +56,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+SHORT = {**LLAMA3, "original_max_position_embeddings": 32}
 CASES = {
     "gpt2": Case("gpt2"),
     "gpt2-one-head": Case(
@@ -85,6 +88,7 @@ CASES = {
         "llama", 2, {"num_key_value_heads": 1, "tie_word_embeddings": True, "mlp_bias": True, "rope_theta": 50.0}
     ),
     "llama-3": Case("llama", 3, {"rope_scaling": LLAMA3, "num_key_value_heads": 2}),
+    "llama-3-of-before": Case("llama", 5, {"rope_scaling": SHORT, "original_max_position_embeddings": 16}),
     "llama-linear": Case("llama", 4, {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "hidden_act": "gelu"}),
     "mistral": Case("mistral", 0, {"num_key_value_heads": 2, "sliding_window": None}),
     "mistral-window": Case("mistral", 1, {"num_key_value_heads": 2, "sliding_window": 40}),
@@ -131,7 +135,9 @@ def test_answers_are_those_of_generate(name: str, tmp_path: Path) -> None:
     assert checked >= 0.9 * 4 * len(SEARCHES)
 
 
-@pytest.mark.parametrize("name", ["gpt2-wide-heads", "gpt_neox", "llama-grouped", "llama-3", "qwen2"])
+@pytest.mark.parametrize(
+    "name", ["gpt2-wide-heads", "gpt_neox", "llama-grouped", "llama-3", "llama-3-of-before", "qwen2"]
+)
 def test_log_probabilities_are_those_of_pytorch(name: str, tmp_path: Path) -> None:
     import torch
 
@@ -140,7 +146,7 @@ def test_log_probabilities_are_those_of_pytorch(name: str, tmp_path: Path) -> No
     whole = np.random.default_rng(0).integers(2, 120, (3, longest))
     with torch.inference_mode():
         expected = model.model(input_ids=torch.from_numpy(whole)).logits.log_softmax(-1).numpy()
-    sources, targets = [row[:cut].tolist() for row, cut in zip(whole, (0, 1, 20), strict=True)], []
+    sources = [row[:cut].tolist() for row, cut in zip(whole, (0, 1, 20), strict=True)]
     targets = [row[cut:].tolist() for row, cut in zip(whole, (0, 1, 20), strict=True)]
     for index, position, row in forced_rows(model.backend, sources, targets, logprobs=True):
         assert row.logprob is not None
@@ -156,3 +162,23 @@ def test_an_answer_is_the_same_alone_and_in_any_batch(name: str, tmp_path: Path)
     together = search_all(model.backend, model.rules, searches)
     for search, answer in zip(searches, together, strict=True):
         assert search_all(model.backend, model.rules, [search])[0].hypotheses == answer.hypotheses
+
+
+def test_a_prompt_that_has_been_fed_gives_its_rows_back(tmp_path: Path) -> None:
+    """Greedy searches behind prompts of 16 tokens and more: nearly as many run as there are rows, and none is lost."""
+    model = exported(tmp_path, CASES["gpt2"])
+    core = EngineCore(model.backend, model.rules, Capacity(64, 1 << 20), clock=lambda: 0.0, observer=NullObserver())
+    options = SearchOptions(max_new_tokens=30, min_new_tokens=30)
+    searches = [(tuple(2 + (i + j) % 100 for j in range(16 + i % 20)), options) for i in range(100)]
+    core.accept(GenerationRequest(RequestId(i), *search) for i, search in enumerate(searches))
+    most, answers = 0, {}
+    while not core.idle:
+        for event in core.step():
+            assert isinstance(event, Completed)
+            answers[event.id] = event.hypotheses
+        core.check()
+        most = max(most, core.running_requests)
+    assert most > 40
+    for number in (0, 7, 19, 64, 99):
+        alone = search_all(model.backend, model.rules, [searches[number]])[0]
+        assert alone.hypotheses == answers[RequestId(number)]

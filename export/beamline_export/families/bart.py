@@ -12,8 +12,8 @@ from beamline_export.tokenizer_json import find_tokenizer_json
 
 def _tokenizer(folder: Folder) -> TokenizerFiles:
     class_ = tokenizer_class(folder.config, "config.json")
+    config = read_tokenizer_config(folder.path, "bart")
     if found := find_tokenizer_json(folder.path):
-        config = read_tokenizer_config(folder.path, "bart")
         config = dataclasses.replace(config, tokenizer_class=config.tokenizer_class or class_)
         return read_bart_tokenizer(found, config, folder.tokens)
     if (folder.path / "merges.txt").exists():

@@ -3,7 +3,8 @@
 The prompt that such a model continues is what others have as a source.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from beamline_export.families.hugging_face import put_together
 from beamline_export.families.rotary import Rotary
 from beamline_export.generation import read_generation
 from beamline_export.known_settings import CONFIG, contradictions, without_effect
-from beamline_export.reference import HuggingFaceReference, PromptedReference, Reference
+from beamline_export.reference import HuggingFaceReference, PromptedReference, Reference, quiet_transformers
 from beamline_export.renamer import Renamer
 from beamline_export.spec import Activation, Array, Checkpoint, Norm, NormPlacement, SpecialTokenIds, TransformerSpec
-from beamline_export.tokenizer_config import read_tokenizer_config
+from beamline_export.tokenizer_config import CONFIG_FILE, read_tokenizer_config
 from beamline_export.tokenizer_files import TokenizerFiles, read_tokenizer_as_it_is, without_tokenizer
 from beamline_export.tokenizer_json import find_tokenizer_json
 
@@ -130,12 +131,15 @@ class DecoderOnly:
         Raises:
             ExportError: config, weights or tokenizer files are missing or contradict each other.
         """
-        config = {**self.defaults, **read_json(folder / "config.json")}
+        given = read_json(folder / "config.json")
+        # As transformers, which know a field by either name.
+        named = {name: given[alias] for alias, name in self.aliases.items() if given.get(alias) is not None}
+        config = {**self.defaults, **named, **{name: value for name, value in given.items() if value is not None}}
         fields = Fields(config, "config.json")
         for name, value in {"is_encoder_decoder": False, **self.fixed}.items():
             fields.must_be(name, value)
         sizes, tied = self.sizes(fields), fields.flag("tie_word_embeddings", True)
-        fields.problems += contradictions(config, self.aliases)
+        fields.problems += contradictions(given, self.aliases)
         fields.check()
         spec = sizes.spec(self.model_type)
         generation = read_generation(
@@ -161,6 +165,9 @@ class DecoderOnly:
         names.ignore(self.ignored)
         take_ends(names, self.embedding, self.heads, tied=tied)
         self.take(names, spec, config)
+        table = names.weights.get("target_positions")
+        if spec.max_target_positions == MOST_PROMPTED and table is not None:
+            names.weights["target_positions"] = table[:MOST_PROMPTED]
         if "head.weight" in names.weights:
             names.weights["head.bias"] = np.zeros(len(names.weights["head.weight"]), np.float32)
         return names
@@ -184,12 +191,41 @@ def take_ends(names: Renamer, embedding: str, heads: tuple[str, ...], *, tied: b
 
 
 def _tokenizer(folder: Path, tokens: SpecialTokenIds) -> TokenizerFiles:
+    config = read_tokenizer_config(folder, "decoder_only")
     found = find_tokenizer_json(folder)
     if found is None:
         return without_tokenizer(tokens, ends_sources=False)
-    config = read_tokenizer_config(folder, "decoder_only")
-    return read_tokenizer_as_it_is(folder, found, config, tokens, classes=_CLASSES, target_begins=None)
+    classes = [] if config.tokenizer_class is None else [config.tokenizer_class.removesuffix("Fast")]
+    files = read_tokenizer_as_it_is(folder, found, config, tokens, classes=classes, target_begins=None)
+    return dataclasses.replace(files, notices=(*files.notices, *_read_otherwise(folder, found.tokenizer)))
 
 
-_CLASSES = ("GPT2Tokenizer", "GPTNeoXTokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "CodeGenTokenizer")
-"""Of transformers' tokenizers, those that read a tokenizer.json as it is."""
+def _read_otherwise(folder: Path, tokenizer: Any) -> Iterator[str]:
+    """What the user should know if transformers read texts otherwise: some classes make parts of a tokenizer anew."""
+    import transformers
+
+    try:
+        with quiet_transformers():
+            theirs: Any = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            read = [(text, theirs(text, split_special_tokens=True).input_ids) for text in _TEXTS]
+    except Exception as error:  # transformers raise many kinds; the file is read all the same
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        yield f"transformers cannot load the tokenizer to compare it with ({reason}); tokenizer.json is read as it is"
+        return
+    different = [text for text, ids in read if ids != tokenizer.encode(text).ids]
+    if different:
+        yield (
+            f"tokenizer.json is read as it is; transformers' {type(theirs).__name__} reads texts such as "
+            f"{different[0]!r} otherwise: name PreTrainedTokenizerFast as tokenizer_class in {CONFIG_FILE} if the "
+            "model learned with the file, or save the tokenizer again"
+        )
+
+
+_TEXTS = (
+    "The cat sat on the mat.", " leading space", "two  spaces\tand a tab", "new\nlines\n\nhere", "UPPER and lower",
+    "ÀÉÎõü caf\u0065\u0301", "it's don't we'll", "12345 3.14", "日本語 and русский", "🙂 emoji",
+    "(brackets) [and] {more}!", "",
+)  # fmt: skip
+"""Where tokenizers differ, if they do."""

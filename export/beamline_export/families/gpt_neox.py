@@ -46,7 +46,7 @@ def _take(names: Renamer, spec: TransformerSpec, config: Mapping[str, Any]) -> N
 
 def _by_projection(array: Array, spec: TransformerSpec) -> Array:
     """From head by head, each with its query, key and value, to all queries, all keys, all values."""
-    if array.shape[0] % (3 * spec.decoder_heads):  # it will be told that its shape is wrong
+    if not array.ndim or array.shape[0] % (3 * spec.decoder_heads):  # it will be told that its shape is wrong
         return array
     by_head = array.reshape(spec.decoder_heads, 3, -1, *array.shape[1:])
     return by_head.swapaxes(0, 1).reshape(array.shape)

@@ -40,8 +40,8 @@ def _sizes(fields: Fields) -> Sizes:
 
 def _positions(fields: Fields) -> tuple[int, tuple[str, ...]]:
     """How far the model counts while all that came before is attended to."""
-    positions, window = fields.integer("max_position_embeddings", least=2), fields.raw("sliding_window")
-    if not fields.flag("use_sliding_window", True) or window is None:
+    positions = fields.integer("max_position_embeddings", least=2)
+    if not _has_window(fields):
         return positions, ()
     window = fields.integer("sliding_window", least=2)
     if window >= positions:
@@ -51,6 +51,20 @@ def _positions(fields: Fields) -> tuple[int, tuple[str, ...]]:
         f"follows them have up to {window} tokens together, for which nothing is out of sight"
     )
     return window, (told,)
+
+
+def _has_window(fields: Fields) -> bool:
+    """Whether a layer looks back a part of the way alone; a Llama knows no such thing."""
+    family, used = fields.raw("model_type"), fields.flag("use_sliding_window", False)
+    if family == "llama" or fields.raw("sliding_window") is None:
+        return False
+    if family == "mistral":
+        return True
+    kinds, layers = fields.raw("layer_types"), fields.integer("num_hidden_layers", most=MOST_LAYERS)
+    some = layers > fields.integer("max_window_layers", 28, least=0)
+    if isinstance(kinds, list):
+        some = any(kind != "full_attention" for kind in kinds)
+    return used and some
 
 
 def _take(names: Renamer, spec: TransformerSpec, config: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ The folder holds `model.pt`, as makemore saves it, and a `config.json`: docs/bri
 begins and ends every word; the characters of the words follow in their order.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from beamline_export.checkpoint import MOST_LAYERS, Fields, check_file, read_json, read_state_dict
+from beamline_export.expectations import is_text
 from beamline_export.families.decoder_only import Sizes, take_ends
 from beamline_export.families.gpt2 import take_blocks
 from beamline_export.families.hugging_face import put_together
@@ -27,6 +29,7 @@ from beamline_export.tokenizer_files import TokenizerFiles, with_around, without
 _BASE, _EMBEDDING, _POSITIONS = "transformer", "transformer.wte.weight", "transformer.wpe.weight"
 _START = 0
 """Begins and ends a word."""
+_OWN_TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id")
 _FILE = "characters.json"
 _USUAL_HEADS = 4
 _BLOCK = re.compile(r"transformer\.h\.(\d+)\.")
@@ -43,6 +46,7 @@ def read(folder: Path) -> Checkpoint:
     fields = Fields(config, "config.json")
     heads, text = fields.integer("n_head", _USUAL_HEADS), _characters(folder, fields)
     settings = dict(read_settings(fields, config, ("model_type",)))
+    fields.problems += [f"{name} is makemore's own, {_START}; leave it out" for name in _OWN_TOKENS if name in settings]
     fields.check()
     state = name_state(read_state_dict(folder), {})
     sizes = _sizes(state.tensors, heads)
@@ -73,10 +77,10 @@ def _characters(folder: Path, fields: Fields) -> str | None:
         fields.problems.append(f"words_file must be the name of a file of the folder, not {str(file)[:60]!r}")
     elif file is not None:
         return _characters_of(folder / file)
-    elif text is not None and (not isinstance(text, str) or len(set(text)) != len(text)):
-        fields.problems.append("characters must be a text in which none stands twice")
-    else:
-        return text
+    elif text is not None and (not isinstance(text, str) or not is_text(text) or len(set(text)) != len(text)):
+        fields.problems.append("characters must be a text of whole characters in which none stands twice")
+    elif text is not None:
+        return str(text)
     return None
 
 
@@ -104,7 +108,7 @@ def _sizes(tensors: Mapping[str, Array], heads: int) -> Sizes:
         width=width,
         layers=max(layers) + 1,
         heads=heads,
-        ffn=4 * width if up is None else len(up),
+        ffn=4 * width if up is None or not up.ndim else len(up),
         positions=longest,
         activation=Activation.GELU_TANH,
         norm_epsilon=1e-5,
@@ -114,7 +118,7 @@ def _sizes(tensors: Mapping[str, Array], heads: int) -> Sizes:
 def _tokenizer(tokens: SpecialTokenIds, text: str | None, vocabulary: int) -> TokenizerFiles:
     if text is None:
         told = "config.json names no characters and no words_file, so requests carry token ids; add one of them"
-        return _told(without_tokenizer(tokens, ends_sources=False), told)
+        return dataclasses.replace(without_tokenizer(tokens, ends_sources=False), notices=(told,))
     if len(text) + 1 != vocabulary:
         raise ExportError(
             f"config.json: there are {len(text)} characters, the model has {vocabulary} tokens, which are one more; "
@@ -122,10 +126,6 @@ def _tokenizer(tokens: SpecialTokenIds, text: str | None, vocabulary: int) -> To
         )
     content = json.dumps({character: number for number, character in enumerate(text, 1)}).encode()
     return TokenizerFiles("characters", {}, {}, with_around(tokens, _START, None), contents={_FILE: content})
-
-
-def _told(files: TokenizerFiles, notice: str) -> TokenizerFiles:
-    return TokenizerFiles(files.kind, files.files, files.settings, files.tokens, notices=(notice,))
 
 
 def reference(folder: Path, checkpoint: Checkpoint) -> Reference:

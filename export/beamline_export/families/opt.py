@@ -35,7 +35,8 @@ def _sizes(fields: Fields) -> Sizes:
 
 def _take(names: Renamer, spec: TransformerSpec, config: Mapping[str, Any]) -> None:
     names.take("target_positions", f"{_BASE}.embed_positions.weight")
-    if (table := names.weights.get("target_positions")) is not None:
+    table = names.weights.get("target_positions")
+    if table is not None and table.ndim:
         names.weights["target_positions"] = table[_OFFSET:]
     for i in range(spec.decoder_layers):
         here, there = f"decoder.{i}", f"{_BASE}.layers.{i}"
@@ -48,11 +49,16 @@ def _take(names: Renamer, spec: TransformerSpec, config: Mapping[str, Any]) -> N
     if spec.decoder_final_norm:
         names.module("decoder.final_norm", f"{_BASE}.final_layer_norm")
     if (config.get("word_embed_proj_dim") or spec.d_model) != spec.d_model:
-        _widen(names)
+        _widen(names, (spec.target_vocabulary, config["word_embed_proj_dim"], spec.d_model))
 
 
-def _widen(names: Renamer) -> None:
-    """Multiply narrow embeddings by what projects them into the model, and the head by what projects out of it."""
+def _widen(names: Renamer, sizes: tuple[int, int, int]) -> None:
+    """Multiply narrow embeddings by what projects them into the model, and the head by what projects out of it.
+
+    `sizes` are those of the vocabulary, of a narrow row and of a row of the model. What is of other ones stays as it
+    is, and its shape will be told.
+    """
+    rows, narrow, wide = sizes
     for canonical, projection in (("target_embedding", "project_in"), ("head.weight", "project_out")):
         names.take(projection, f"{_BASE}.{projection}.weight")
         table, matrix = names.weights.get(canonical), names.weights.pop(projection, None)
@@ -61,9 +67,9 @@ def _widen(names: Renamer) -> None:
             names.weights.pop(canonical, None)
             names.names[canonical] = name
         elif table is not None:
-            transform = matrix.T if canonical == "target_embedding" else matrix
-            if table.shape[-1:] == transform.shape[:1]:
-                names.weights[canonical] = np.ascontiguousarray(table @ transform)
+            inwards = canonical == "target_embedding"
+            if table.shape == (rows, narrow) and matrix.shape == ((wide, narrow) if inwards else (narrow, wide)):
+                names.weights[canonical] = np.ascontiguousarray(table @ (matrix.T if inwards else matrix))
 
 
 OPT = DecoderOnly(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from beamline_export.checkpoint import Fields
-from beamline_export.spec import Array, RotaryPositions
+from beamline_export.renamer import MOST_COMPUTED
+from beamline_export.spec import Array, ExportError, RotaryPositions
 
 _THETA = 10_000.0
 _KINDS = ("default", "linear", "llama3")
@@ -40,9 +41,18 @@ class Rotary:
         return RotaryPositions(self.width)
 
     def tables(self, positions: int) -> Tables:
-        """Cosines and sines of each position, (positions, width / 2), by PyTorch's own arithmetic in fp32."""
+        """Cosines and sines of each position, (positions, width / 2), by PyTorch's own arithmetic in fp32.
+
+        Raises:
+            ExportError: they would have more numbers than any model's: a config could ask for any size.
+        """
         import torch
 
+        if positions * self.width > MOST_COMPUTED:
+            raise ExportError(
+                f"the config asks for {positions} positions of {self.width} numbers, more than any model has "
+                f"({MOST_COMPUTED:,} numbers); correct it"
+            )
         frequency = 1.0 / (self.theta ** (torch.arange(0, self.width, 2, dtype=torch.float) / self.width))
         angles = torch.arange(positions, dtype=torch.float)[:, None] * self._stretched(frequency)
         return {"rotary_cosine_positions": angles.cos().numpy(), "rotary_sine_positions": angles.sin().numpy()}
@@ -78,7 +88,11 @@ def read_rotary(
     usual_theta = fields.number(theta_name, _THETA, least=1.0)
     usual_part = fields.number(part_name, part, least=0.0, most=1.0) if part_name else part
     theta = inner.number("rope_theta", usual_theta, least=1.0)
-    width = int(head_size * inner.number("partial_rotary_factor", usual_part, least=0.0, most=1.0))
+    turned = inner.number("partial_rotary_factor", usual_part, least=0.0, most=1.0)
+    turned = turned if part_name else fields.number("partial_rotary_factor", turned, least=0.0, most=1.0)
+    if not part_name and turned != part:
+        inner.problems.append(f"partial_rotary_factor {turned:g} is not supported here (only {part:g} is)")
+    width = int(head_size * turned)
     kinds = {kind: kind for kind in _KINDS}
     kind = inner.choice("rope_type" if given.get("rope_type") is not None else "type", kinds, "default")
     factor = 1.0 if kind == "default" else inner.number("factor", 0.0, least=1.0)
@@ -86,11 +100,13 @@ def read_rotary(
     if kind == "llama3":
         usual = fields.integer("max_position_embeddings", 2048, most=_MOST)
         before = inner.integer("original_max_position_embeddings", usual, most=_MOST)
+        # As transformers, which prefer what stands outside.
+        before = fields.integer("original_max_position_embeddings", before, most=_MOST)
         low = inner.number("low_freq_factor", 0.0, least=1e-6)
         high = inner.number("high_freq_factor", 0.0, least=1e-6)
-        bounds = (before / high, before / low)
         if low >= high and not inner.problems:
             inner.problems.append(f"low_freq_factor {low:g} is not less than high_freq_factor {high:g}")
+        bounds = None if inner.problems else (before / high, before / low)
     inner.refuse_unasked(_KNOWN)
     if width < 2 or width % 2:
         inner.problems.append(f"{width} of the {head_size} numbers of a head are turned, which must be even and not 0")

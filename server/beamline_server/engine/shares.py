@@ -33,11 +33,15 @@ class Shares:
         """A request takes its rows and slots."""
         self._held[request.account] = self._held.get(request.account, _NOTHING) + cost(request)
 
-    def end(self, request: GenerationRequest) -> None:
-        """A request gives them back."""
-        self._held[request.account] -= cost(request)
+    def end(self, request: GenerationRequest, held: Cost) -> None:
+        """A request gives back what it still holds."""
+        self.give_back(request, held)
         if self._held[request.account] == _NOTHING:
             del self._held[request.account]
+
+    def give_back(self, request: GenerationRequest, part: Cost) -> None:
+        """A request needs a part of what it holds no more."""
+        self._held[request.account] -= part
 
     def startable(
         self, queue: Iterable[GenerationRequest], waiting: Mapping[Account, int], room: Room

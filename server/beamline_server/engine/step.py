@@ -120,6 +120,7 @@ class EngineCore:
         self._running: dict[int, _Running] = {}
         self._index_of: dict[RequestId, int] = {}
         self._streaming: set[int] = set()
+        self._feeding: set[int] = set()
         self._cancelled: dict[RequestId, float] = {}
         self._earliest_deadline = math.inf
         self.last_step_at: float | None = None
@@ -215,6 +216,8 @@ class EngineCore:
             went += len(bucket.members)
             ran, done = self._advance(bucket, events)
             rows, over = rows + ran, over + done
+        if self._feeding:
+            self._give_back_rows()
         self._turns.took(self._note(began, rows, went, all_went=went == running), was_of_few=going is not None)
         events += self._deliver(over)
         self._goes_on = bool(self._running)
@@ -318,6 +321,8 @@ class EngineCore:
     def _enter(self, running: _Running, encoded: Encoded, number: int) -> None:
         request, index = running.request, self._free.pop()
         self._room = self._room.less(running.cost)
+        if running.cost.rows > request.options.beam_size:
+            self._feeding.add(index)
         self._shares.start(request)
         self._running[index] = running
         self._index_of[request.id] = index
@@ -339,11 +344,24 @@ class EngineCore:
         del self._index_of[running.request.id]
         self._free.append(index)
         self._streaming.discard(index)
+        self._feeding.discard(index)
         self._table.leave(index)
         self._room = self._room.more(running.cost)
-        self._shares.end(running.request)
+        self._shares.end(running.request, running.cost)
         self._few = None
         return running
+
+    def _give_back_rows(self) -> None:
+        """Those whose prefix has been fed have no more rows from now on than their search has beams."""
+        sequences = self._table.arrays.sequences
+        for index in [i for i in self._feeding if sequences[i].length]:
+            self._feeding.discard(index)
+            running = self._running[index]
+            over = Cost(running.cost.rows - running.request.options.beam_size, 0)
+            running.cost -= over
+            self._room = self._room.more(over)
+            self._shares.give_back(running.request, over)
+            self._few = None
 
     def _going(self) -> Sequence[int] | None:
         """Indices of the sequences that the next step computes; None for all."""

@@ -43,7 +43,7 @@ _USUAL_TIMES = 2
 """So many times what a request costs that has all inputs, and the model's defaults, a request may cost by default."""
 
 CONTEXT = 64
-"""Tokens of a prompt that the text behind it is read with: none reads differently behind more of them."""
+"""Tokens of a prompt that the text behind it is read with, or so many more that they begin with a whole character."""
 
 ChoiceT = TypeVar("ChoiceT")
 
@@ -153,7 +153,7 @@ class RequestReader:
         self._model_name = model_name
         self._limits = limits
         self._defaults = defaults
-        self._has_tokenizer = tokenizer is not None
+        self._tokenizer = tokenizer
         # Truncation keeps the id that ends a source, if there is one.
         self._source_eos = manifest.special_tokens.source_eos
         self._source_bos = manifest.special_tokens.source_bos
@@ -225,7 +225,7 @@ class RequestReader:
 
     def _wants_ids(self, output: pb.OutputOptions) -> bool:
         """Without a tokenizer there is nothing else to return, so ids are left out only on request."""
-        return output.token_ids if output.HasField("token_ids") else not self._has_tokenizer
+        return output.token_ids if output.HasField("token_ids") else self._tokenizer is None
 
     def _source(
         self,
@@ -264,19 +264,30 @@ class RequestReader:
         tokens, search, prefix = content.tokens, request.search, Content("", ())
         if entry.HasField("target_prefix"):
             prefix = self._prefixes.read(f"{path}.target_prefix", entry.target_prefix, search, Marks())
-        kept = max(1, limit - len(prefix.tokens) - options.max_new_tokens)
-        truncated = content.problem is None and request.truncate_source and len(tokens) > kept
+        room, wanted = limit - len(prefix.tokens), search.max_new_tokens or max(search.min_new_tokens, 1)
+        truncated = content.problem is None and request.truncate_source and len(tokens) > room - wanted
         if truncated:
-            tokens = self._end_of(tokens, kept)
+            # What a request asks for has its room, and a default one has up to half of what there is.
+            asked = wanted if search.HasField("max_new_tokens") else min(options.max_new_tokens, room // 2)
+            tokens = self._end_of(tokens, max(1, room - max(asked, wanted)))
         field, problem = content.field, content.problem
         if problem is None and (wrong := self._prefixes.no_room(len(tokens), search)) is not None:
             problem = f"{wrong}, or truncate_source"
-        if problem is None and prefix.tokens:
+        if problem is None and prefix.tokens and prefix.problem is None:
             field, problem = prefix.field, self._prefixes.no_room(len(prefix.tokens), search, len(tokens))
         found = ((field, problem), (prefix.field, prefix.problem))
         violations += [Violation(where, what) for where, what in found if what is not None]
         options = self._prefixes.leaves(len(tokens) + len(prefix.tokens), options)
-        return Source(tokens, truncated, options, prefix.tokens, context=tokens[-CONTEXT:])
+        return Source(tokens, truncated, options, prefix.tokens, context=self._context(tokens))
+
+    def _context(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """The last tokens of a prompt, from the beginning of a character on."""
+        if self._tokenizer is None:
+            return ()
+        first = max(0, len(prompt) - CONTEXT)
+        while first and self._tokenizer.decode(prompt[first:]).startswith("\N{REPLACEMENT CHARACTER}"):
+            first = max(0, 2 * first - len(prompt))
+        return prompt[first:]
 
     def _end_of(self, prompt: tuple[int, ...], kept: int) -> tuple[int, ...]:
         """The last tokens of a prompt, which its begin of sequence stays before."""

@@ -25,9 +25,9 @@ class GrowingText:
         self._tokenizer = tokenizer
         self._begun = (*context, *begun)
         self._tokens = [*self._begun]
+        self._context = tokenizer.decode(context) if context else ""
         # A character that it ends within comes with what follows.
-        self._behind = whole_characters(tokenizer.decode(context)) if context else ""
-        self._told = self._behind
+        self._behind = self._told = whole_characters(self._context)
 
     def extend(self, tokens: Sequence[int]) -> str:
         """Take further tokens; returns the further text that is certain, which can be empty."""
@@ -37,11 +37,13 @@ class GrowingText:
     def finish(self, tokens: Sequence[int]) -> str:
         """Take all further tokens there are; returns what has not been told of the text, whatever it ends with."""
         text = self._tokenizer.decode((*self._begun, *tokens))
-        if self._told == self._behind:  # nothing has been told: bytes may have made something else of the context
-            self._told = _common(self._told, text)
+        if self._told == self._behind and not text.startswith(self._told):
+            self._told = _common(self._told, text)  # bytes have made something else of the context
         return self._further(text)
 
     def _further(self, text: str) -> str:
+        if self._told == self._behind and text.startswith(self._context):
+            self._told = self._context
         if not text.startswith(self._told):
             return ""
         further = text[len(self._told) :]

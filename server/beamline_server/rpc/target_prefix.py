@@ -39,17 +39,15 @@ class TargetPrefixReader:
         self._languages = languages
         self._longest = longest
 
-    def read(
-        self, path: str, message: pb.TargetPrefix, search: pb.SearchOptions, marks: Marks, prompt: int = 0
-    ) -> Content:
-        """The prefix at this path, if there is room for it beside a prompt of so many tokens and what is asked for.
+    def read(self, path: str, message: pb.TargetPrefix, search: pb.SearchOptions, marks: Marks) -> Content:
+        """The prefix at this path, if there is room for it beside what the search options ask for.
 
         A language that the target begins with stands before text; ids are taken as they are.
         """
         content = self._content.read(path, message, Around(before=self._languages.code_before_prefix(marks)))
         start = self._start if marks.decoder_start is None else marks.decoder_start
         problem = content.problem or self._meaning(content.tokens, start)
-        return replace(content, problem=problem or self.no_room(len(content.tokens), search, prompt))
+        return replace(content, problem=problem or self.no_room(len(content.tokens), search))
 
     def leaves(self, given: int, options: SearchOptions) -> SearchOptions:
         """The options with no more tokens than fit beside so many that are given."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beamline_server.engine.admission import Capacity, Room, cost
+from beamline_server.engine.admission import Capacity, Cost, Room, cost
 from beamline_server.engine.request import Account, GenerationRequest, Priority, RequestId, SearchOptions
 from beamline_server.engine.shares import Shares
 
@@ -130,5 +130,16 @@ def test_what_is_taken_is_given_back(running: list[GenerationRequest]) -> None:
     shares = shares_of(*running)
     assert sum(shares.rows.values()) == sum(cost(request).rows for request in running)
     for request in running:
-        shares.end(request)
+        shares.end(request, cost(request))
+    assert shares.rows == {}
+
+
+@given(st.lists(requests, min_size=1, max_size=8))
+def test_a_part_may_be_given_back_before(running: list[GenerationRequest]) -> None:
+    shares, part = shares_of(*running), Cost(1, 0)
+    for request in running:
+        shares.give_back(request, part)
+    assert sum(shares.rows.values()) == sum(cost(request).rows - 1 for request in running)
+    for request in running:
+        shares.end(request, cost(request) - part)
     assert shares.rows == {}

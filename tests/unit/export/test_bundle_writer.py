@@ -188,7 +188,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (ExportOptions("int4"), "precision 'int4' is not known"),
+        (ExportOptions("int2"), "precision 'int2' is not known"),
         (ExportOptions("fp32", calibrate=Path("sentences.txt")), "calibration is for int8, not for fp32"),
         (ExportOptions("fp16", calibrate=Path("sentences.txt")), "calibration is for int8, not for fp16"),
         (ExportOptions(name="../x"), "name '../x' is not usable"),

@@ -208,7 +208,7 @@ def test_expected_outputs_are_told(precision: str, expected: dict[str, int], tol
     assert report(figures, precision).splitlines()[-1] == f"  your outputs       {told}"
 
 
-@pytest.mark.parametrize("arguments", [[], ["folder"], ["folder", "-o", "x", "--precision", "int4"]])
+@pytest.mark.parametrize("arguments", [[], ["folder"], ["folder", "-o", "x", "--precision", "int2"]])
 def test_wrong_arguments_are_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from beamline_export.bundle_writer import ExportOptions, export
@@ -75,13 +75,14 @@ def test_tables_that_differ_although_they_are_tied_are_told_of(make_checkpoint: 
         ("llama", f"{LAYER}.self_attn.k_proj.weight"),
     ],
 )
-@pytest.mark.parametrize("change", ["missing", "narrow", "flat"])
+@pytest.mark.parametrize("change", ["missing", "narrow", "flat", "number"])
 def test_weights_that_do_not_fit_are_named(family: str, name: str, change: str, make_checkpoint: Any) -> None:
     checkpoint = make_checkpoint(family)
     make: dict[str, Callable[[Any], object]] = {
         "missing": lambda state: state.pop(name),
         "narrow": lambda state: state.update({name: state[name][:-1].contiguous()}),
         "flat": lambda state: state.update({name: state[name].flatten()}),
+        "number": lambda state: state.update({name: torch.tensor(1.0)}),
     }
     checkpoint.tensors(make[change])
     with pytest.raises(ExportError, match=rf"missing: .*{name}|{name} has shape"):
@@ -97,6 +98,9 @@ def test_weights_that_do_not_fit_are_named(family: str, name: str, change: str, 
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not known"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "rope_parameters: factor must be a number from 1"),
         ("llama", {"rope_parameters": {"rope_theta": 100.0, "mscale": 2}}, "rope_parameters: mscale is not known"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor must be a number from"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported here"),
+        ("llama", {"head_dim": 1 << 22}, "positions of 4194304 numbers, more than any model has"),
         ("llama", {"head_dim": 5}, "5 of the 5 numbers of a head are turned, which must be even"),
         ("llama", {"num_key_value_heads": 3}, "key_value_heads 3 does not divide decoder_heads 4"),
         ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder True is not supported"),
@@ -118,15 +122,29 @@ def test_a_model_that_looks_back_so_far_serves_so_much(make_checkpoint: Any) -> 
     assert windowed.notices[0].startswith("the model looks back 10 tokens (sliding_window)")
     wide = read(checkpoint.config(sliding_window=64))
     assert (wide.spec.max_target_positions, wide.notices) == (64, ())
-    qwen = make_checkpoint_of(checkpoint, "qwen2")
-    assert read(qwen).spec.max_target_positions == 64
+    # It knows no such field.
+    assert read(checkpoint.config(sliding_window=10, use_sliding_window=False)).spec.max_target_positions == 10
 
 
-def make_checkpoint_of(checkpoint: Any, family: str) -> Path:
-    """Another family's folder beside it, whose window is not in use."""
-    return write_hugging_face(
-        checkpoint.folder.with_name(family), family, {"sliding_window": 10, "use_sliding_window": False}, {}
-    )
+@pytest.mark.parametrize(
+    ("family", "config", "positions"),
+    [
+        ("qwen2", {"use_sliding_window": False}, 64),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, 10),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, 64),
+        ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}, 10),
+        ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention"] * 2, "max_window_layers": 0}, 64),
+        ("llama", {}, 64),
+    ],
+)
+def test_a_window_counts_where_a_layer_has_it(
+    family: str, config: dict[str, Any], positions: int, tmp_path: Path
+) -> None:
+    folder = write_hugging_face(tmp_path / "checkpoint", family, {}, {})
+    data = json.loads((folder / "config.json").read_text())
+    data.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps({**data, "sliding_window": 10, **config}))
+    assert read(folder).spec.max_target_positions == positions
 
 
 def test_more_positions_than_a_bundle_has_are_told_of(make_checkpoint: Any) -> None:
@@ -144,6 +162,11 @@ def test_settings_that_count_the_prompt_have_no_effect_and_are_told_of(make_chec
     ignored = checkpoint.generation["not_supported"]
     assert isinstance(ignored, dict)
     assert ignored.keys() == {"max_length", "min_length", "forced_bos_token_id"}
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 3, "forced_bos_token_id": 0}))
+    told = read(folder).generation["not_supported"]
+    assert isinstance(told, dict)
+    assert told.keys() == {"forced_bos_token_id", "eos_token_id"}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
     assert checkpoint.generation["max_new_tokens"] == 20
     assert (checkpoint.special_tokens.decoder_start, checkpoint.special_tokens.forced_bos) == (3, None)
     (folder / "generation_config.json").write_text(json.dumps({**settings, "max_new_tokens": 30, "min_length": 0}))
@@ -158,6 +181,25 @@ def test_an_empty_prompt_begins_with_the_end_where_there_is_no_beginning(make_ch
     assert read(checkpoint.config(bos_token_id=None, eos_token_id=[7, 8])).special_tokens.decoder_start == 7
 
 
+def test_fields_may_have_their_other_names(make_checkpoint: Any) -> None:
+    checkpoint = make_checkpoint("gpt2")
+    renamed = {"n_embd": ..., "n_layer": ..., "hidden_size": 32, "num_hidden_layers": 1}
+    assert read(checkpoint.config(**renamed)).spec.d_model == 32
+
+
+def test_prompts_to_calibrate_with_and_expected_outputs_may_be_long(tmp_path: Path) -> None:
+    folder = write_hugging_face(tmp_path / "checkpoint", "gpt2", {}, {}, sharpness=0.5)
+    sentences = tmp_path / "sentences"
+    sentences.write_text("\n".join(" ".join(["7"] * length) for length in (1, 44, 60, 63)))
+    bundle, _ = told(folder, "int8", calibrate=sentences)
+    assert bundle.manifest.activations is not None
+    assert bundle.manifest.activations.sentences == 4
+    file = tmp_path / "expected"
+    file.write_text(json.dumps({"source_ids": [7] * 60, "target_ids": [5] * 5, "max_new_tokens": 5}))
+    with pytest.raises(ExportError, match="max_new_tokens 5 is beyond the model's 64 positions, behind a prompt of 60"):
+        told(folder, expect=file)
+
+
 def test_narrow_embeddings_need_what_widens_them(make_checkpoint: Any, tmp_path: Path) -> None:
     folder = write_hugging_face(tmp_path / "narrow", "opt", {"word_embed_proj_dim": 20}, {})
     assert read(folder).weights["target_embedding"].shape == (120, 32)
@@ -166,6 +208,19 @@ def test_narrow_embeddings_need_what_widens_them(make_checkpoint: Any, tmp_path:
     save_file(state, folder / "model.safetensors")
     with pytest.raises(ExportError, match=r"missing: model\.decoder\.project_in\.weight"):
         read(folder)
+
+
+def test_a_tokenizer_that_transformers_make_anew_is_told_of(tmp_path: Path) -> None:
+    tokenizer = byte_level(list(lines(50)))
+    tokenizer.normalizer = normalizers.Lowercase()
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    folder = write_hugging_face(tmp_path / "checkpoint", "gpt2", {"vocab_size": 400, **ids}, ids)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    assert not [notice for notice in read(folder).notices if "transformers" in notice]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    (notice,) = (notice for notice in read(folder).notices if "transformers" in notice)
+    assert "transformers' GPT2Tokenizer reads texts such as 'The cat sat on the mat.' otherwise" in notice
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "llama"])
@@ -312,7 +367,10 @@ def test_makemores_transformer_reads_and_writes_characters(tmp_path: Path) -> No
         ({"characters": "abc"}, "characters and words_file say the same"),
         ({"words_file": "../names.txt"}, "words_file must be the name of a file of the folder"),
         ({"words_file": "none.txt"}, r"none\.txt cannot be read"),
-        ({"words_file": ..., "characters": "abca"}, "characters must be a text in which none stands twice"),
+        ({"words_file": ..., "characters": "abca"}, "characters must be a text of whole characters in which none"),
+        ({"words_file": ..., "characters": "ab\ud800"}, "characters must be a text of whole characters in which none"),
+        ({"words_file": "a\0b"}, "cannot be read"),
+        ({"generation": {"eos_token_id": 3}}, "eos_token_id is makemore's own, 0; leave it out"),
         ({"words_file": ..., "characters": "abc"}, "there are 3 characters, the model has 8 tokens"),
         ({"block_size": 16}, "block_size is not known"),
         ({"generation": {"num_beam": 2}}, "generation: num_beam is not known"),

@@ -15,6 +15,7 @@ from beamline_server.rpc.errors import InvalidRequest
 from beamline_server.rpc.responses import ResponseWriter
 from beamline_server.rpc.streaming import GrowingText
 from beamline_server.settings import Settings
+from beamline_server.tokenizer import whole_characters
 from beamline_server.word_tokenizer import CharacterTokenizer
 from doubles.service import DECODER_START, EOS, VOCABULARY, ByteTokenizer, make_manifest
 
@@ -40,17 +41,19 @@ class Plain(ByteTokenizer):
         return self.encode_target(text)
 
 
+LIMITS = Limits(
+    max_inputs=3,
+    max_text_bytes=1000,
+    max_source_tokens=POSITIONS - 1,
+    max_new_tokens=POSITIONS - 1,
+    max_target_tokens=POSITIONS,
+    max_beam_size=8,
+    max_request_cost=1 << 20,
+)
+
+
 def reader(**changes: Any) -> RequestReader:
-    limits = Limits(
-        max_inputs=3,
-        max_text_bytes=1000,
-        max_source_tokens=POSITIONS - 1,
-        max_new_tokens=POSITIONS - 1,
-        max_target_tokens=POSITIONS,
-        max_beam_size=8,
-        max_request_cost=1 << 20,
-    )
-    fields = {"limits": limits, "defaults": DEFAULTS, "manifest": PROMPTED, "tokenizer": Plain(), **changes}
+    fields = {"limits": LIMITS, "defaults": DEFAULTS, "manifest": PROMPTED, "tokenizer": Plain(), **changes}
     return RequestReader(model_name="test-model", **fields)
 
 
@@ -83,9 +86,16 @@ def test_a_prompt_is_read_as_it_stands_and_an_empty_one_is_the_beginning_of_a_se
 
 
 def test_what_text_is_read_behind_is_the_end_of_a_prompt() -> None:
-    long = one(asked("x" * 50), defaults=SearchOptions(max_new_tokens=1))
-    assert len(long.tokens) == 50
+    sizes = {**SIZES, "max_source_tokens": 499, "max_target_tokens": 500}
+    manifest = make_manifest(dimensions=sizes, special_tokens={"decoder_start": DECODER_START, "eos": [EOS]})
+    limits = replace(LIMITS, max_target_tokens=500, max_source_tokens=499)
+    long = one(asked("x" * 300), manifest=manifest, limits=limits)
+    assert len(long.tokens) == 300
     assert long.context == long.tokens[-CONTEXT:]
+    # One that would begin within a character begins before it; one of such characters alone is read whole.
+    odd = one(asked("x" * 100 + "é" + "x" * 63), manifest=manifest, limits=limits)
+    assert odd.context == odd.tokens[-2 * CONTEXT :]
+    assert one(asked("é" * 100 + "x"), manifest=manifest, limits=limits).context == tuple(("é" * 100 + "x").encode())
 
 
 def test_defaults_give_way_to_a_prompt_and_what_a_request_sets_does_not() -> None:
@@ -111,6 +121,9 @@ def test_defaults_give_way_to_a_prompt_and_what_a_request_sets_does_not() -> Non
             "has 12 tokens, and search.max_new_tokens is 20; expected at most 30 together behind a prompt of 30",
         )
     ]
+    assert violations(asked("hi", prefix="y" * 70)) == [
+        ("inputs[0].target_prefix.text", "has 70 tokens; expected at most 59, to leave room for one to generate")
+    ]
     assert violations(asked("hi", search=pb.SearchOptions(max_new_tokens=60)))[0] == (
         "search.max_new_tokens",
         "is 60; expected 1 to 59",
@@ -123,7 +136,14 @@ def test_of_a_prompt_that_is_cut_the_end_stays_and_what_it_began_with() -> None:
     assert (cut.truncated, cut.tokens, cut.options) == (True, tuple(text[-40:].encode()), DEFAULTS)
     with_prefix = one(asked(text, prefix="yyyyy", truncate_source=True))
     assert with_prefix.tokens == tuple(text[-35:].encode())
-    assert not one(asked("hi", truncate_source=True)).truncated
+    # What fits as it is stays, whatever a default would like.
+    for short in ("hi", text[:59]):
+        assert not one(asked(short, truncate_source=True)).truncated
+    greedy = SearchOptions(max_new_tokens=59)
+    assert not one(asked(text[:50], truncate_source=True), defaults=greedy).truncated
+    assert one(asked(text, truncate_source=True), defaults=greedy).tokens == tuple(text[-30:].encode())
+    search = pb.SearchOptions(max_new_tokens=50)
+    assert one(asked(text, truncate_source=True, search=search)).tokens == tuple(text[-10:].encode())
     begun = make_manifest(
         dimensions=SIZES, special_tokens={"decoder_start": ord("a"), "eos": [EOS], "source_bos": ord("a")}
     )
@@ -195,7 +215,8 @@ def test_pieces_are_the_text_of_the_result(prompt: list[int], tokens: list[int])
     told = "".join(growing.extend([token]) for token in tokens)
     whole = text_of(tokenizer, Source(tuple(prompt), False, DEFAULTS, context=tuple(prompt)), *tokens)
     assert told + growing.finish(tokens) == whole
-    assert tokenizer.settled(prompt) + whole == tokenizer.decode([*prompt, *tokens])
+    every, begun = tokenizer.decode([*prompt, *tokens]), tokenizer.decode(prompt)
+    assert (begun if every.startswith(begun) else whole_characters(begun)) + whole == every
 
 
 def test_characters_that_a_model_does_not_know_are_refused() -> None:
