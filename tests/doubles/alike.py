@@ -12,9 +12,7 @@ _RANDOM_LISTS, _LONGEST = 300, 30
 _STREAMED_STEP = 40
 
 
-def assert_alike(
-    ours: Tokenizer, theirs: Any, size: int, around: Around = NOTHING_AROUND, target: Any = None
-) -> None:
+def assert_alike(ours: Tokenizer, theirs: Any, size: int, around: Around = NOTHING_AROUND, target: Any = None) -> None:
     """Ids of 2,000 lines, their text, that of random ids below `size`, and what of it is settled on the way.
 
     `target` reads targets where `theirs` does not.
