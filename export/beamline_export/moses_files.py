@@ -37,9 +37,7 @@ def moses_files(
         ExportError: sacremoses is not installed.
     """
     if find_spec("sacremoses") is None:
-        raise ExportError(
-            "words are split by Moses' rules, which needs sacremoses; pip install 'beamline-serving[moses]'"
-        )
+        raise ExportError("Moses' rules, which split words, need sacremoses; pip install 'beamline-serving[moses]'")
     # The server leaves out what is unknown by itself.
     unknown = {target[MosesSubwords.unknown]} if MosesSubwords.unknown in target else set()
     default = default_special_ids(dataclasses.asdict(tokens)) | unknown
