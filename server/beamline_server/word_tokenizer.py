@@ -79,7 +79,7 @@ def _plain(
     return plain_ids((vocabulary.get(token, unknown) for token in tokens), control, unknown)
 
 
-class UnreadableText(Exception):
+class UnreadableText(ValueError):
     """A text has something that the model has no token for; says what, in words."""
 
 

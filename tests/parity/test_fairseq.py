@@ -297,7 +297,8 @@ def test_text_by_pieces_of_the_dictionary(tmp_path: Path) -> None:
     assert tokenizer.encode("Ω")[-2:] == [3, 2]
 
 
-CODES = "h u, hu n, hun d</w>, e i, ei n</w>, @ -, @- @</w>, & a, &a p, &ap o, &apo s, &apos ;</w>".split(", ")
+CODES = ["h u", "hu n", "hun d</w>", "e i", "ei n</w>", "@ -", "@- @</w>"]
+CODES += ["& a", "&a p", "&ap o", "&apo s", "&apos ;</w>"]
 PIECES = ["hund", "ein", "&apos;", "@-@", "'", "s", "e@@", "d@@", "r", "k@@", "ei@@", "n@@", "-@@", ".", "er", "e"]
 
 
