@@ -148,6 +148,13 @@ def test_words_are_those_of_the_library() -> None:
             assert ours.split(text) == [t for word in words for t in (*word[:-1], f"{word[-1]}</w>")], text
 
 
+def test_an_expected_output_of_such_a_text_is_refused(write: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "expected.jsonl"
+    file.write_text(json.dumps({"source": "." * 20_001, "target": "a"}) + "\n")
+    with pytest.raises(ExportError, match="line 1: the source has 20001 characters; expected at most 20000"):
+        export(write(), tmp_path / "bundle", ExportOptions(expect=file), Progress(io.StringIO()))
+
+
 @pytest.mark.parametrize("language", ["de", "es", "fr"])
 def test_dots_before_quotes_are_those_of_the_library(language: str) -> None:
     theirs = sacremoses.MosesPunctNormalizer(lang=language, pre_replace_unicode_punct=True)
