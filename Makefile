@@ -89,8 +89,8 @@ constraints: $(STAMP)
 LOCK = $(BIN)/uv pip compile --quiet --custom-compile-command 'make locks' --no-annotate --generate-hashes --only-binary :all: \
   --python-version 3.11 --python-platform linux --constraint constraints.txt $(ARGS)
 locks: $(STAMP)
-	$(LOCK) pyproject.toml --extra server --output-file deploy/docker/requirements-cpu.txt
-	$(LOCK) pyproject.toml --extra server-gpu --output-file deploy/docker/requirements-gpu.txt
+	$(LOCK) pyproject.toml --extra server --extra moses --output-file deploy/docker/requirements-cpu.txt
+	$(LOCK) pyproject.toml --extra server-gpu --extra moses --output-file deploy/docker/requirements-gpu.txt
 	echo hatchling | $(LOCK) - --output-file deploy/docker/requirements-build.txt
 
 # What the image holds in /opt/beamline, installed here the same way and written down in dist.

@@ -28,6 +28,7 @@ from beamline_server.engine.request import (
 from beamline_server.likeness import did_you_mean
 from beamline_server.manifest import GenerationDefaults, Manifest
 from beamline_server.tokenizer import Tokenizer, load_tokenizer
+from beamline_server.word_tokenizer import UnreadableText
 
 MOST_LINES = 1000
 """Lines that a file may have, empty ones apart: a hundred settle whether a config is right."""
@@ -224,7 +225,11 @@ def resolve(expectations: Expectations, bundle: Bundle) -> list[Example]:
     require_default_target(bundle.manifest)
     tokenizer, examples, problems = load_tokenizer(bundle), [], []
     for number, line in expectations.lines:
-        source = _source(line, tokenizer, bundle.manifest)
+        try:
+            source = _source(line, tokenizer, bundle.manifest)
+        except UnreadableText as error:
+            problems.append(f"line {number}: the source {error}")
+            continue
         example = Example(
             number,
             source,

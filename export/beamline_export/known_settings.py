@@ -214,6 +214,13 @@ TOKENIZER: Mapping[str, Mapping[str, Effect]] = {
         # Of byte pairs of the tokenizers library, which it is not of.
         **_all(ANY, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
     },
+    "fsmt": {
+        **_TOKENIZER,
+        **_all(READ, "langs do_lower_case"),
+        **_all(ANY, "src_vocab_file tgt_vocab_file special_tokens_pattern"),
+        # Of byte pairs of the tokenizers library, which it is not of.
+        **_all(ANY, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"),
+    },
     "plbart": {
         **_TOKENIZER,
         **_all(READ, "src_lang language_codes"),

@@ -15,10 +15,11 @@ _FILES = {
     "marian": ("vocab.json", "target_vocab.json"),
     "blenderbot_small": ("vocab.json", "vocab.json"),
     "characters": ("characters.json", "characters.json"),
+    "moses": ("vocab.json", "target_vocab.json"),
     "tokenizers": ("tokenizer.json", "target_tokenizer.json"),
     "sentencepiece": ("source.spm", "target.spm"),
 }
-_OF_VOCABULARIES = ("marian", "blenderbot_small", "characters")
+_OF_VOCABULARIES = ("marian", "blenderbot_small", "characters", "moses")
 """Kinds whose ids are in a vocab.json."""
 
 

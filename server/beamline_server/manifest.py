@@ -137,7 +137,8 @@ class TokenizerEntry(_Model):
     `marian`: source.spm, target.spm, vocab.json, and target_vocab.json if the target has its own; `tokenizers`:
     tokenizer.json, and target_tokenizer.json if the target has its own; `sentencepiece`: source.spm, target.spm (ids
     are the pieces' own); `bytes`: the bytes of UTF-8, without a file (ByT5); `blenderbot_small`: vocab.json,
-    merges.txt; `characters`: characters.json, the id of each; `none`: inputs and outputs are token ids.
+    merges.txt; `characters`: characters.json, the id of each; `moses`: moses.json, vocab.json, target_vocab.json if the
+    target has its own, and merges.txt, or bpe.codes of subword-nmt; `none`: inputs and outputs are token ids.
 
     Attributes:
         kind: One of these.
@@ -146,7 +147,7 @@ class TokenizerEntry(_Model):
         special: Target ids that leave no trace in text; if None, `special_tokens` but for those of the source.
     """
 
-    kind: Literal["marian", "tokenizers", "sentencepiece", "bytes", "blenderbot_small", "characters", "none"]
+    kind: Literal["marian", "tokenizers", "sentencepiece", "bytes", "blenderbot_small", "characters", "moses", "none"]
     files: tuple[bounds.Text, ...] = ()
     clean_up_spaces: bool = False
     special: tuple[bounds.TokenId, ...] | None = None

@@ -6,7 +6,7 @@ from functools import lru_cache
 from heapq import heappop, heappush
 from typing import Protocol
 
-_END_OF_WORD = "</w>"
+END_OF_WORD = "</w>"
 _CONTINUED = "@@"
 _MOST_CACHED = 10_000
 """Words whose subwords are remembered; in text, few words are most of the words."""
@@ -29,24 +29,26 @@ class Subwords(Protocol):
         """The text of tokens."""
         ...
 
-    def settled(self, text: str) -> str:
-        """As much of what `join` made of tokens as stays what it is, whatever tokens follow."""
+    def settled(self, tokens: Sequence[str]) -> str:
+        """As much of the text of tokens as stays what it is, whatever tokens follow."""
         ...
 
 
 class Merges:
     """Byte-pair encoding of characters: of neighbouring symbols, those that come first in a list are joined first.
 
-    The last symbol of a word ends with `</w>`.
+    The last symbol of a word ends with `</w>`; `own_end` tells that this is a symbol of its own at first. A pair that
+    comes twice has its last place in the list.
     """
 
-    def __init__(self, pairs: Sequence[Sequence[str]]) -> None:
+    def __init__(self, pairs: Sequence[Sequence[str]], *, own_end: bool = False) -> None:
+        self._own_end = own_end
         self._ranks: Mapping[tuple[str, ...], int] = {tuple(pair): i for i, pair in enumerate(pairs)}
         self.symbols: Callable[[str], tuple[str, ...]] = lru_cache(_MOST_CACHED)(self._symbols)
 
     def _symbols(self, word: str) -> tuple[str, ...]:
         """The symbols of a word of at least one character."""
-        symbols = [*word[:-1], word[-1] + _END_OF_WORD]
+        symbols = [*word, END_OF_WORD] if self._own_end else [*word[:-1], word[-1] + END_OF_WORD]
         # Where the neighbours of each symbol stand; one that was joined to its neighbour on the left is empty.
         left, right = list(range(-1, len(symbols) - 1)), list(range(1, len(symbols) + 1))
         waiting: list[tuple[int, int]] = []
@@ -103,15 +105,15 @@ class BlenderbotSmallSubwords:
             return [word]
         *begun, last = self._merges.symbols(word)
         # Lower case of a part may differ from that of the whole.
-        return [token.lower() for token in (*(symbol + _CONTINUED for symbol in begun), last[: -len(_END_OF_WORD)])]
+        return [token.lower() for token in (*(symbol + _CONTINUED for symbol in begun), last[: -len(END_OF_WORD)])]
 
     def join(self, tokens: Sequence[str]) -> str:
         """As `Subwords.join`."""
         return " ".join(tokens).replace(f"{_CONTINUED} ", "").strip()
 
-    def settled(self, text: str) -> str:
+    def settled(self, tokens: Sequence[str]) -> str:
         """As `Subwords.settled`: without the sign that a word goes on."""
-        return text.removesuffix(_CONTINUED)
+        return self.join(tokens).removesuffix(_CONTINUED)
 
 
 def _words(chunk: str) -> list[str]:

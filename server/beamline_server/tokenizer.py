@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from beamline_server.bundle import EXPORT_AGAIN, Bundle, BundleError, in_short
 from beamline_server.languages import NOTHING_AROUND, Around
 from beamline_server.manifest import Manifest
+from beamline_server.moses import moses
 from beamline_server.token_ids import (
     check_size,
     enclosed,
@@ -29,6 +30,7 @@ _FIRST_BYTE = 3
 """The id of byte 0 where bytes are tokens: three special tokens come first."""
 BYTES_END = _FIRST_BYTE + 256
 """The first id behind those of bytes."""
+_INSTALL = "install the extra that brings it: pip install 'beamline-serving[moses]'"
 _CLEAN_UP = {
     " .": ".",
     " ?": "?",
@@ -77,7 +79,8 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
     """The bundle's tokenizer, or None if it has none.
 
     Raises:
-        BundleError: a tokenizer file cannot be read, or gives ids that the model does not have.
+        BundleError: a tokenizer file cannot be read, or gives ids that the model does not have; or a package that the
+            tokenizer needs is not installed.
     """
     kind = bundle.manifest.tokenizer.kind
     if kind == "none":
@@ -89,9 +92,13 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
         "bytes": _ByteTokenizer,
         "blenderbot_small": blenderbot_small,
         "characters": CharacterTokenizer,
+        "moses": moses,
     }
     try:
         tokenizer = readers[kind](bundle.read, bundle.manifest)
+    except ModuleNotFoundError as error:
+        problem = f"its {kind} tokenizer needs the package {error.name}, which is not installed"
+        raise BundleError(bundle.path, problem, _INSTALL) from error
     except BundleError:  # a file has changed since it was verified; it says which
         raise
     except Exception as error:  # the libraries raise many kinds; all mean that the files are no such tokenizer

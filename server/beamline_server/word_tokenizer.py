@@ -20,19 +20,28 @@ from beamline_server.token_ids import (
 class WordTokenizer:
     """Subwords and the ids of their tokens, in a vocabulary of each side.
 
+    Args:
+        subwords: Of source and target.
+        vocabularies: Token -> id, of source and target.
+        manifest: The bundle's.
+
     Raises:
         KeyError: the source's vocabulary has no token for what it does not know.
         ValueError: a vocabulary is larger than the model's.
     """
 
     def __init__(
-        self, subwords: Subwords, source: Mapping[str, int], target: Mapping[str, int], manifest: Manifest
+        self,
+        subwords: tuple[Subwords, Subwords],
+        vocabularies: tuple[Mapping[str, int], Mapping[str, int]],
+        manifest: Manifest,
     ) -> None:
+        source, target = vocabularies
         check_size(max(source.values()) + 1, manifest.dimensions.source_vocabulary)
-        self._subwords = subwords
+        self._source_subwords, self._target_subwords = subwords
         self._bos, self._eos = manifest.special_tokens.source_bos, manifest.special_tokens.source_eos
-        special, unknown = special_ids(manifest), subwords.unknown
-        self._source, self._source_unknown = source, source[unknown]
+        special, unknown = special_ids(manifest), self._target_subwords.unknown
+        self._source, self._source_unknown = source, source[self._source_subwords.unknown]
         self._source_control = {self._bos, self._eos, *language_ids(manifest)}
         beyond = ids_beyond(target.values(), manifest)
         self._target, self._target_unknown = target, known_unknown(target.get(unknown), beyond)
@@ -42,28 +51,35 @@ class WordTokenizer:
 
     def encode(self, text: str, around: Around = NOTHING_AROUND) -> list[int]:
         """As `Tokenizer.encode`."""
-        ids = self._ids(text, self._source, self._source_control, self._source_unknown)
+        tokens = self._source_subwords.split(text)
+        ids = _plain(tokens, self._source, self._source_control, self._source_unknown)
         return [*around.before, *enclosed(ids, self._bos, self._eos), *around.after]
 
     def encode_target(self, text: str) -> list[int]:
         """As `Tokenizer.encode_target`."""
-        return self._ids(text, self._target, self._target_control, self._target_unknown)
-
-    def _ids(
-        self, text: str, vocabulary: Mapping[str, int], control: Collection[int | None], unknown: int | None
-    ) -> list[int]:
-        return plain_ids((vocabulary.get(token, unknown) for token in self._subwords.split(text)), control, unknown)
+        tokens = self._target_subwords.split(text)
+        return _plain(tokens, self._target, self._target_control, self._target_unknown)
 
     def decode(self, ids: Sequence[int]) -> str:
         """As `Tokenizer.decode`."""
-        return self._subwords.join([self._tokens[i] for i in ids if i in self._tokens])
+        return self._target_subwords.join(self._written(ids))
 
     def settled(self, ids: Sequence[int]) -> str:
         """As `Tokenizer.settled`."""
-        return self._subwords.settled(self.decode(ids))
+        return self._target_subwords.settled(self._written(ids))
+
+    def _written(self, ids: Sequence[int]) -> list[str]:
+        """The tokens of those ids that leave a trace in text."""
+        return [self._tokens[i] for i in ids if i in self._tokens]
 
 
-class UnreadableText(Exception):
+def _plain(
+    tokens: Sequence[str], vocabulary: Mapping[str, int], control: Collection[int | None], unknown: int | None
+) -> list[int]:
+    return plain_ids((vocabulary.get(token, unknown) for token in tokens), control, unknown)
+
+
+class UnreadableText(ValueError):
     """A text has something that the model has no token for; says what, in words."""
 
 
@@ -109,4 +125,4 @@ def blenderbot_small(read: Callable[[str], bytes], manifest: Manifest) -> WordTo
     """BlenderbotSmall's, with one vocabulary for both sides."""
     vocabulary = read_vocabulary("vocab.json", read("vocab.json"))
     subwords = BlenderbotSmallSubwords(Merges(read_merges(read("merges.txt"), header=True)))
-    return WordTokenizer(subwords, vocabulary, vocabulary, manifest)
+    return WordTokenizer((subwords, subwords), (vocabulary, vocabulary), manifest)

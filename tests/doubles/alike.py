@@ -12,16 +12,19 @@ _RANDOM_LISTS, _LONGEST = 300, 30
 _STREAMED_STEP = 40
 
 
-def assert_alike(ours: Tokenizer, theirs: Any, size: int, around: Around = NOTHING_AROUND) -> None:
-    """Ids of 2,000 lines, their text, that of random ids below `size`, and what of it is settled on the way."""
+def assert_alike(ours: Tokenizer, theirs: Any, size: int, around: Around = NOTHING_AROUND, target: Any = None) -> None:
+    """Ids of 2,000 lines, their text, that of random ids below `size`, and what of it is settled on the way.
+
+    `target` reads targets where `theirs` does not.
+    """
     assert len(set(TEXTS)) > 1990
     read = theirs(TEXTS, split_special_tokens=True).input_ids
     for text, expected in zip(TEXTS, read, strict=True):
         assert ours.encode(text, around) == expected, text
-    bare = theirs(TEXTS, split_special_tokens=True, add_special_tokens=False).input_ids
+    bare = (target or theirs)(TEXTS, split_special_tokens=True, add_special_tokens=False).input_ids
     for text, expected in zip(TEXTS, bare, strict=True):
         assert ours.encode_target(text) == expected, text
-    assert_written_alike(ours, theirs, size, read)
+    assert_written_alike(ours, theirs, size, read if target is None else bare)
 
 
 def assert_written_alike(ours: Tokenizer, theirs: Any, size: int, read: list[list[int]]) -> None:

@@ -217,6 +217,81 @@ def test_text_by_pieces_of_the_dictionary(tmp_path: Path) -> None:
     assert tokenizer.encode("Ω")[-2:] == [3, 2]
 
 
+CODES = ["h u", "hu n", "hun d</w>", "e i", "ei n</w>", "@ -", "@- @</w>"]
+CODES += ["& a", "&a p", "&ap o", "&apo s", "&apos ;</w>"]
+PIECES = ["hund", "ein", "&apos;", "@-@", "'", "s", "e@@", "d@@", "r", "k@@", "ei@@", "n@@", "-@@", ".", "er", "e"]
+
+
+def folder_of_words(folder: Path, **config: object) -> Path:
+    """With subword-nmt's codes and dictionaries."""
+    written(folder, ARGS, state_of(ARGS), max_positions=20, **config)
+    (folder / "bpe.codes").write_text("\n".join(["#version: 0.2", *CODES, ""]))
+    for name, pieces in (("de", PIECES), ("en", PIECES[::-1])):
+        (folder / f"dict.{name}.txt").write_text("".join(f"{piece} 7\n" for piece in pieces))
+    return folder
+
+
+WORDS = {"tokenizer": "moses", "bpe": "subword_nmt"}
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (
+            {},
+            {"ein hund.": "ein hund .", "hund's": "hund &apos; s", "ein-hund": "ein @-@ hund", "der Ω": "d@@ e@@ r Ω"},
+        ),
+        (
+            {"moses_no_dash_splits": True, "moses_no_escape": True},
+            {"hund's": "hund ' s", "ein-hund": "ei@@ n@@ -@@ hund"},
+        ),
+        ({"source_lang": "en"}, {"hund's": "hund &apos@@ ;@@ s"}),
+    ],
+)
+def test_text_by_words_of_moses_and_pieces_of_subword_nmt(
+    options: dict[str, object], texts: dict[str, str], tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(exported(folder_of_words(tmp_path / "model", **WORDS, **options)))
+    assert tokenizer is not None
+    source, target = ({piece: 4 + i for i, piece in enumerate(known)} for known in (PIECES, PIECES[::-1]))
+    for text, pieces in texts.items():
+        assert tokenizer.encode(text) == [*(source.get(piece, 3) for piece in pieces.split()), 2], text
+    assert tokenizer.encode_target("ein er") == [target["ein"], target["e@@"], target["r"]]
+    ids = [target[piece] for piece in ("d@@", "er", "hund", "@-@", "e@@", "r", "&apos;", "s", ".", "k@@")]
+    assert tokenizer.decode([0, *ids, 2, 1, 3]) == "der hund-er 's. k"
+    assert [tokenizer.settled(ids[:end]) for end in range(5)] == ["", "", "", "der", "der"]
+    assert tokenizer.settled(ids) == "der hund-er 's."
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"bpe": "subword_nmt"}, r"tokenizer is missing \(known: moses\)"),
+        ({"tokenizer": "moses"}, r"bpe is missing \(known: subword_nmt\)"),
+        ({**WORDS, "bpe": "fastbpe"}, r"bpe 'fastbpe' is not known"),
+        ({**WORDS, "tokenizer": "nltk"}, r"tokenizer 'nltk' is not known"),
+        ({**WORDS, "source_lang": 7}, "source_lang must be the code of a language, not '7'"),
+        ({**WORDS, "bpe_codes": "other"}, "lacks other, the merges of subword-nmt; copy it, or name it by bpe_codes"),
+        ({**WORDS, "bpe_codes": "../codes"}, "bpe_codes must be the name of a file in the folder"),
+        ({**WORDS, "bpe_separator": ""}, "bpe_separator must be a text without spaces"),
+        ({**WORDS, "moses_no_escape": "yes"}, "moses_no_escape must be true or false"),
+    ],
+)
+def test_words_that_a_folder_cannot_have(config: dict[str, object], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=problem):
+        exported(folder_of_words(tmp_path / "model", **config))
+
+
+def test_a_folder_has_one_kind_of_pieces(tmp_path: Path) -> None:
+    folder = folder_of_words(tmp_path / "model", **WORDS)
+    (folder / "bpe.codes").write_text("a b 17\n")
+    with pytest.raises(ExportError, match=r"bpe\.codes cannot be read as a tokenizer.*merge 1 is no pair"):
+        exported(folder)
+    (folder / "spm.model").write_bytes(b"")
+    with pytest.raises(ExportError, match=r"holds spm\.model, and config\.json asks for bpe subword_nmt; remove"):
+        exported(folder)
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [

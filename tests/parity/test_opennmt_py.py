@@ -240,3 +240,21 @@ def test_text_by_the_pieces_of_the_vocabularies(tmp_path: Path) -> None:
     hund = spm.encode("ein hund", out_type=str)
     assert tokenizer.encode("ein hund") == [4 + pieces.index(p) for p in hund]
     assert tokenizer.decode([2, *(4 + pieces[::-1].index(p) for p in hund), 3, 1]) == "ein hund"
+
+
+def test_text_by_words_of_moses_and_pieces_of_subword_nmt(tmp_path: Path) -> None:
+    words = {"tokenizer": "moses", "bpe": "subword_nmt", "bpe_codes": "merges", "bpe_separator": "~"}
+    folder = written(tmp_path / "model", OPTIONS, state_of(OPTIONS), **words)
+    (folder / "merges").write_text("h u\nn d\nnd </w>\n")
+    vocabulary = ["<unk>", "<blank>", "<s>", "</s>", "hu~", "nd", "s", "&apos;", "."]
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(vocabulary)}))
+    with pytest.raises(ExportError, match=r"source_lang is missing; Moses.*target_lang is missing"):
+        exported(folder)
+    told = {"model_type": "opennmt_py", **words, "source_lang": "de", "target_lang": "en"}
+    (folder / "config.json").write_text(json.dumps(told))
+    tokenizer = load_tokenizer(exported(folder))
+    assert tokenizer is not None
+    # Without merges of it, `&apos;` is seven pieces.
+    pieces = ["hu~", "nd", *["<unk>"] * 6, "s", "hu~", "nd", "."]
+    assert tokenizer.encode("hund's hund.") == [vocabulary.index(piece) for piece in pieces]
+    assert tokenizer.decode([2, 4, 5, 7, 6, 8, 3, 1]) == "hund 's."

@@ -137,7 +137,7 @@ def test_its_metadata_names_license_versions_and_extras(metadata: Message, info:
     assert (info / "licenses" / "LICENSE").read_text() == (REPOSITORY / "LICENSE").read_text()
     assert metadata["Requires-Python"] == "<3.14,>=3.11"
     assert set(metadata.get_all("Provides-Extra", [])) == {
-        *("dev", "export", "load", "server", "server-common", "server-gpu")
+        *("dev", "export", "load", "moses", "server", "server-common", "server-gpu")
     }
 
 

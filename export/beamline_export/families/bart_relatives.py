@@ -6,6 +6,7 @@ from beamline_export.checkpoint import Fields
 from beamline_export.families.bart_like import BartLike, Folder, LearnedPositions, SinusoidalPositions, Vocabularies
 from beamline_export.families.bart_like_weights import HEAD, SHARED, SOURCE, TARGET, Tables, Ties
 from beamline_export.families.blenderbot_small_tokenizer import read_blenderbot_small_tokenizer
+from beamline_export.families.fsmt_tokenizer import read_fsmt_tokenizer
 from beamline_export.families.m2m_100_tokenizer import MODEL_FILE, VOCABULARY_FILE, read_m2m_100_tokenizer
 from beamline_export.families.plbart_tokenizer import read_plbart_tokenizer
 from beamline_export.families.positions import sinusoidal_positions, stretched_positions
@@ -24,10 +25,6 @@ from beamline_export.tokenizer_json import TokenizerJson, find_tokenizer_json
 
 _FAIRSEQ_MODEL = "sentencepiece.bpe.model"
 _NLLB_CLASS = "NllbTokenizer"
-
-
-def _token_ids(folder: Folder) -> TokenizerFiles:
-    return without_tokenizer(folder.tokens)
 
 
 def _tokenizer_json(
@@ -204,7 +201,7 @@ FSMT = BartLike(
     tables=Tables(_FSMT_HEAD, (TARGET, SOURCE, _FSMT_HEAD)),
     head_bias=False,
     vocabularies=_two_vocabularies,
-    tokenizer=_token_ids,
+    tokenizer=read_fsmt_tokenizer,
     defaults={
         **_FAIRSEQ_IDS,
         "decoder_start_token_id": 2,

@@ -6,17 +6,25 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from beamline_export.checkpoint import MOST_LAYERS, MOST_POSITIONS, Fields, check_file, read_json, read_state_dict
 from beamline_export.families.plain_reference import PlainReference
 from beamline_export.families.positions import stretched_positions
-from beamline_export.families.toolkit import check_all, find_models, piece_tokenizer, read_search, rows
+from beamline_export.families.subword_nmt import MosesWords, find_pieces, read_moses_words, toolkit_tokenizer
+from beamline_export.families.toolkit import check_all, read_search, rows
 from beamline_export.reference import Reference
 from beamline_export.renamer import Renamer
-from beamline_export.spec import Activation, Array, Checkpoint, ExportError, NormPlacement, TransformerSpec
+from beamline_export.spec import (
+    Activation,
+    Array,
+    Checkpoint,
+    ExportError,
+    NormPlacement,
+    SpecialTokenIds,
+    TransformerSpec,
+)
 from beamline_export.state_names import name_state
 from beamline_export.tokenizer_files import TokenizerFiles, without_tokenizer
 
@@ -84,10 +92,12 @@ def read(folder: Path) -> Checkpoint:
     most = fields.integer("max_positions", MOST_POSITIONS, most=MOST_POSITIONS)
     spec = _read_spec(args, most)
     languages = [_language(args, "source_lang", "src"), _language(args, "target_lang", "tgt")]
+    words = read_moses_words(fields, told)
     check_all(args)
     model = _rename(spec, args, read_state_dict(folder))
     generation = read_search(fields, data, _IDS, args, max_positions=model.spec.max_target_positions, banned=(_PAD,))
-    tokenizer, contents = _tokenizer(folder, languages, dataclasses.replace(generation.tokens, source_eos=_EOS))
+    tokens = dataclasses.replace(generation.tokens, source_eos=_EOS)
+    tokenizer, contents = _tokenizer(folder, languages, words, tokens)
     return Checkpoint(
         model.spec,
         model.names.weights,
@@ -258,16 +268,18 @@ def _language(args: Fields, name: str, default: str) -> str:
     return value
 
 
-def _tokenizer(folder: Path, languages: list[str], tokens: Any) -> tuple[TokenizerFiles, Mapping[str, bytes]]:
-    models = find_models(folder, "sentencepiece.bpe.model", "spm.model")
-    if models is None:
+def _tokenizer(
+    folder: Path, languages: list[str], words: MosesWords | None, tokens: SpecialTokenIds
+) -> tuple[TokenizerFiles, Mapping[str, bytes]]:
+    pieces = find_pieces(folder, words, "sentencepiece.bpe.model", "spm.model")
+    if pieces is None:
         found = without_tokenizer(tokens)
         return dataclasses.replace(found, tokens=tokens), {}
     dictionaries = [folder / f"dict.{language}.txt" for language in languages]
     if missing := [file.name for file in dictionaries if not file.exists()]:
         raise ExportError(f"{folder} lacks {', '.join(missing)}, which says what ids the pieces have; copy it")
     source, target = (dict(_read_dictionary(file)) for file in dictionaries)
-    return piece_tokenizer(models, (source, target), dictionaries[0].name, tokens, {_BOS})
+    return toolkit_tokenizer(folder, pieces, (source, target), dictionaries[0].name, tokens, {_BOS})
 
 
 def _read_dictionary(file: Path) -> Iterator[tuple[str, int]]:

@@ -11,10 +11,9 @@ from beamline_export.checkpoint import MOST_LAYERS, Fields, read_json, read_stat
 from beamline_export.families.buffers import as_table
 from beamline_export.families.plain_reference import PlainReference
 from beamline_export.families.positions import interleaved_positions
+from beamline_export.families.subword_nmt import MosesWords, find_pieces, read_moses_words, toolkit_tokenizer
 from beamline_export.families.toolkit import (
     check_all,
-    find_models,
-    piece_tokenizer,
     read_pieces,
     read_positions,
     read_search,
@@ -67,6 +66,7 @@ def read(folder: Path) -> Checkpoint:
     data = read_json(folder / "config.json")
     fields, options = Fields(data, "config.json"), Fields(read_json(folder / OPTIONS), OPTIONS)
     around = [fields.optional_id(f"source_{end}_token_id") for end in ("bos", "eos")]
+    words = read_moses_words(fields, {})
     spec = _read_spec(options, read_positions(fields))
     check_all(options)
     state = name_state(read_state_dict(folder), {})
@@ -74,7 +74,7 @@ def read(folder: Path) -> Checkpoint:
     spec = _take_weights(names, spec, tied=options.flag("share_decoder_embeddings", False))
     generation = read_search(fields, data, _IDS, options, max_positions=spec.max_target_positions)
     tokens = dataclasses.replace(generation.tokens, source_bos=around[0], source_eos=around[1])
-    tokenizer, contents = _tokenizer(folder, tokens)
+    tokenizer, contents = _tokenizer(folder, words, tokens)
     return Checkpoint(
         spec,
         names.weights,
@@ -190,19 +190,20 @@ def _take_feed_forward(names: Renamer, here: str, there: str) -> None:
     names.module(f"{here}.ffn_norm", f"{there}.feed_forward.layer_norm")
 
 
-def _tokenizer(folder: Path, tokens: SpecialTokenIds) -> tuple[TokenizerFiles, Mapping[str, bytes]]:
-    models = find_models(folder, "sentencepiece.model")
-    if models is None:
+def _tokenizer(
+    folder: Path, words: MosesWords | None, tokens: SpecialTokenIds
+) -> tuple[TokenizerFiles, Mapping[str, bytes]]:
+    pieces = find_pieces(folder, words, "sentencepiece.model")
+    if pieces is None:
         return without_tokenizer(tokens), {}
     source, target = folder / "vocab.json", folder / "target_vocab.json"
     if not source.exists():
         raise ExportError(
             f"{folder} lacks vocab.json, which says what ids the pieces have; write it from the checkpoint"
         )
-    pieces = read_pieces(source)
-    return piece_tokenizer(
-        models, (pieces, read_pieces(target) if target.exists() else pieces), source.name, tokens, {_BOS}
-    )
+    vocabulary = read_pieces(source)
+    vocabularies = (vocabulary, read_pieces(target) if target.exists() else vocabulary)
+    return toolkit_tokenizer(folder, pieces, vocabularies, source.name, tokens, {_BOS})
 
 
 def reference(folder: Path, checkpoint: Checkpoint) -> Reference:

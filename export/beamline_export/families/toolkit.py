@@ -129,17 +129,24 @@ def piece_tokenizer(
     Raises:
         ExportError: the source's vocabulary has no word for what it does not know.
     """
+    contents = vocabulary_files(vocabularies, origin)
+    target = vocabularies[1]
+    default = default_special_ids(dataclasses.asdict(tokens))
+    default |= {target["<unk>"]} if "<unk>" in target else set()
+    settings = {} if default >= set(silent) else {"special": sorted(default | set(silent))}
+    files = dict(zip(("source.spm", "target.spm"), models, strict=True))
+    return TokenizerFiles("marian", files, settings, tokens), contents
+
+
+def vocabulary_files(vocabularies: tuple[Mapping[str, int], Mapping[str, int]], origin: str) -> dict[str, bytes]:
+    """Vocabularies of source and target as files of the bundle; errors and `origin` are those of `piece_tokenizer`."""
     source, target = vocabularies
     if "<unk>" not in source:
         raise ExportError(f"{origin} has no '<unk>'; copy the vocabulary of this model")
     contents = {"vocab.json": _as_json(source)}
     if target != source:
         contents["target_vocab.json"] = _as_json(target)
-    default = default_special_ids(dataclasses.asdict(tokens))
-    default |= {target["<unk>"]} if "<unk>" in target else set()
-    settings = {} if default >= set(silent) else {"special": sorted(default | set(silent))}
-    files = dict(zip(("source.spm", "target.spm"), models, strict=True))
-    return TokenizerFiles("marian", files, settings, tokens), contents
+    return contents
 
 
 def _as_json(vocabulary: Mapping[str, int]) -> bytes:

@@ -80,7 +80,7 @@ def test_a_lock_without_a_hash_or_a_version_is_none(tmp_path: Path) -> None:
 def test_the_image_installs_what_the_server_asks_for_and_nothing_else(
     locks: dict[str, Lock], project: dict[str, Any]
 ) -> None:
-    asked = closure([*project["project"]["dependencies"], "beamline-serving[server]"], project)
+    asked = closure([*project["project"]["dependencies"], "beamline-serving[server,moses]"], project)
     assert locks["cpu"].keys() == asked.keys()
     assert all(asked[name].specifier.contains(version) for name, version in locks["cpu"].items())
 

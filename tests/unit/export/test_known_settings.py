@@ -43,6 +43,7 @@ TOKENIZER_CLASSES = {
     ],
     "m2m_100": [transformers.M2M100Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase],
     "blenderbot-small": [transformers.BlenderbotSmallTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase],
+    "fsmt": [transformers.FSMTTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase],
     "plbart": [transformers.PLBartTokenizer, SentencePieceBackend, PreTrainedTokenizer, PreTrainedTokenizerBase],
     "bart_relatives": [
         transformers.MBartTokenizer,
