@@ -240,7 +240,8 @@ TOKENIZER: Mapping[str, Mapping[str, Effect]] = {
     "t5": _T5_TOKENIZER,
     "mt5": _T5_TOKENIZER,
     "umt5": _T5_TOKENIZER,
-    "decoder_only": _TOKENIZERS,
+    # Of chats, which texts are not made into.
+    "decoder_only": {**_TOKENIZERS, **_all(ANY, "use_default_system_prompt")},
 }
 """Keys of tokenizer_config.json and special_tokens_map.json, by family."""
 

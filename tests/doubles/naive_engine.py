@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from beamline_server.engine.admission import MOST_ROWS, Capacity, cost
+from beamline_server.engine.admission import MOST_ROWS, Capacity, Cost, cost
 from beamline_server.engine.pace import Pace
 from beamline_server.engine.request import (
     EarlyStopping,
@@ -57,6 +57,12 @@ class Search:
     finished: list[Path] = field(default_factory=list)
     told: int = 0
     steps: int = 0
+
+    @property
+    def cost(self) -> Cost:
+        """What it holds: rows of its beams alone, once what it begins with has been read."""
+        whole = cost(self.request)
+        return whole if self.unfed else Cost(self.request.options.beam_size, whole.slots)
 
     @property
     def rows(self) -> int:
@@ -139,7 +145,7 @@ class NaiveEngine:
 
     def _give_up(self, now: float, result: NaiveStep) -> None:
         """Who is next and will most likely be late leaves."""
-        taken = sum(cost(search.request).rows for search in self._running)
+        taken = sum(search.cost.rows for search in self._running)
         while self._queue:
             asked = self._queue[0]
             expected_s = SURE * min(1.0, taken / self._capacity.rows) * self._pace.service_s(asked)
@@ -151,7 +157,7 @@ class NaiveEngine:
         longest, started = 0, 0
         while self._queue:
             asked = self._queue[0]
-            costs = [cost(request) for request in (asked, *(search.request for search in self._running))]
+            costs = [cost(asked), *(search.cost for search in self._running)]
             longest = max(longest, len(asked.source))
             fits = sum(c.rows for c in costs) <= self._capacity.rows
             fits = fits and sum(c.slots for c in costs) <= self._capacity.slots

@@ -134,7 +134,8 @@ def test_running_sequences_never_occupy_more_than_they_cost(
         costs = [of_source[source] for bucket in buckets for source in bucket.sources]
         occupied = sum(len(bucket.sources) * max(bucket.slots, bucket.source_width) for bucket in buckets)
         assert occupied <= sum(c.slots for c in costs) <= 8192
-        assert sum(bucket.rows for bucket in buckets) <= sum(c.rows for c in costs) <= 48
+        # Rows that a prefix has been fed in are given back: others may hold them now.
+        assert sum(bucket.rows for bucket in buckets) <= min(sum(c.rows for c in costs), 48)
         now += 1
 
 

@@ -14,7 +14,7 @@ from beamline_export.stored_weights import MOST_ERROR, probe
 from beamline_export.testing import nn_config, write_hugging_face, write_nn_transformer
 from beamline_server.bundle import Bundle
 
-SENTENCES = "".join(f"{a} {b} {a} 1\n" for a in range(4, 24) for b in (30, 60, 90))
+SENTENCES = "".join(f"{a} {b} {a} 1\n" for a in range(4, 24) for b in (30, 60, 80))
 
 
 def options(precision: str, folder: Path) -> ExportOptions:
