@@ -99,7 +99,7 @@ def test_without_an_end_of_sequence_the_reader_is_told(checkpoint: Any) -> None:
 
 
 def test_the_page_has_every_key() -> None:
-    config = set(re.findall(r"`(\w+)`", PAGE.split("| config.json |")[1].split("```")[0]))
+    config = set(re.findall(r"`(\w+)`", PAGE.split("## A plain torch")[1].split("| config.json |")[1].split("```")[0]))
     read = {"layout", "names", "final_norm", "positions", "tie_embeddings", "source_bos_token_id", "generation"}
     assert config >= read | set(nn_config()) - {"model_type"}
 
