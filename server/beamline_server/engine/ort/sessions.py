@@ -70,12 +70,17 @@ def _session(
 def _mapped_sessions(
     bundle: Bundle, names: Sequence[str], providers: Sequence[Any], threads: int
 ) -> Iterator[ort.InferenceSession]:
-    """Sessions of graphs of a bundle that map the file of weights: they copy nothing, and trust that it stays."""
+    """Sessions of graphs of a bundle that map the file of weights: they copy nothing, and trust that it stays.
+
+    Weights are not laid out anew for the kernels either, which would copy them all.
+    """
     files = {name: read_graph(bundle.read(name)) for name in names}
     content = np.memmap(bundle.file(WEIGHTS), np.uint8, "r")
     for name in names:
         arrays = shared_arrays(files, name, content)
-        yield _session(str(bundle.file(name)), session_options(threads), arrays, providers)
+        options = session_options(threads)
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        yield _session(str(bundle.file(name)), options, arrays, providers)
 
 
 class Sessions:
