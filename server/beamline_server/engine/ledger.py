@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from beamline_server.engine.admission import cost
 from beamline_server.engine.errors import QueueFull, WouldBeLate
 from beamline_server.engine.pace import Pace
 from beamline_server.engine.request import GenerationRequest, Priority, RequestId
@@ -90,7 +89,8 @@ class Ledger:
 
     def hold(self, request: GenerationRequest, worker: int) -> None:
         """A worker takes a request."""
-        share = _Held(cost(request).rows, self._paces[worker].work(request))
+        # Those of its beams: what a prefix takes beyond them comes back when it has been fed.
+        share = _Held(request.options.beam_size, self._paces[worker].work(request))
         self._workers[worker].add(share, 1)
         self._callers.setdefault(request.caller, _Held()).add(share, 1)
         if request.priority is Priority.BATCH:

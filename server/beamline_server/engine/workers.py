@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from beamline_server.engine.admission import Admission, Capacity, Continuous, check_fits, cost
+from beamline_server.engine.admission import Admission, Capacity, Continuous, check_fits
 from beamline_server.engine.backend import Backend
 from beamline_server.engine.errors import (
     EngineError,
@@ -267,7 +267,7 @@ class Engine:
             EngineStopped: the engine is stopping or its workers have died.
         """
         requests = self._fitting(requests)
-        wanted, ledger = sum(cost(request).rows for request in requests), self._ledger
+        wanted, ledger = sum(request.options.beam_size for request in requests), self._ledger
         if wanted > ledger.room:
             raise RequestTooLarge("rows", wanted, ledger.room)
         shares: dict[int, list[GenerationRequest]] = {}

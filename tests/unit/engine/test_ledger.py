@@ -49,6 +49,16 @@ def test_what_is_held_is_what_its_requests_hold_and_nothing_when_they_have_ended
     ledger.check()
 
 
+def test_a_prefix_is_held_as_the_beams_behind_it() -> None:
+    """Its rows come back when it has been fed: long prompts are no reason to refuse so many others."""
+    ledger = Ledger([Pace()], 16, 48, 0.0)
+    for number in range(64):
+        assert ledger.full("", 1, 1, 0.0) is None
+        ledger.hold(replace(asked(number, 1), target_prefix=(7,) * 40), 0)
+    assert ledger.rows_of(0) == 64
+    assert ledger.full("", 1, 1, 0.0) is not None
+
+
 def test_who_expects_to_wait_for_nothing_is_in_time_however_little_is_left() -> None:
     ledger = Ledger([known_pace()], 4, 16, 0.0)
     assert ledger.foreseen(0, "", -1.0, 0, 0.0) is None
