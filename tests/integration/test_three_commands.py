@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -117,6 +118,17 @@ def ran(*arguments: str | Path) -> str:
     return done.stdout
 
 
+def by_transformers(checkpoint: Path, name: str) -> str:
+    """What transformers make of the text, with the search that the test asks for."""
+    tokenizer: Any = transformers.PreTrainedTokenizerFast(tokenizer_file=str(checkpoint / "tokenizer.json"))
+    model: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(checkpoint).eval()
+    asked: dict[str, Any] = {"num_beams": 4}
+    if name == "nllb":
+        asked = {"num_beams": 1, "forced_bos_token_id": tokenizer.convert_tokens_to_ids("eng_Latn")}
+    ids = model.generate(torch.tensor([tokenizer(TEXT).input_ids]), **asked, max_new_tokens=11)[0]
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
 @pytest.mark.parametrize(
     "write", [nllb, t5, annotated_transformer, makemore, fairseq], ids=lambda write: write.__name__
 )
@@ -131,3 +143,5 @@ def test_a_checkpoint_is_served_in_three_commands(write: Folder, tmp_path: Path)
     told: dict[str, Any] = json.loads(again)
     assert written.rstrip("\n") == told["hypotheses"][0]["text"]
     assert written.rstrip("\n")
+    if write in (nllb, t5):
+        assert written.rstrip("\n") == by_transformers(checkpoint, write.__name__)

@@ -66,7 +66,7 @@ class SinusoidalPositions:
 
 @dataclass(frozen=True, slots=True)
 class Vocabularies:
-    """Sizes of a family's vocabularies, and which tables of them are one."""
+    """DecoderSizes of a family's vocabularies, and which tables of them are one."""
 
     source: int
     target: int

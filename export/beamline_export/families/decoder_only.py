@@ -28,7 +28,7 @@ MOST_PROMPTED = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class DecoderSizes:
     """What a config says of the model, with what most families have.
 
     Attributes:
@@ -118,7 +118,7 @@ class DecoderOnly:
     base: str
     embedding: str
     heads: tuple[str, ...] = ("lm_head.weight",)
-    sizes: Callable[[Fields], Sizes]
+    sizes: Callable[[Fields], DecoderSizes]
     take: Callable[[Renamer, TransformerSpec, Mapping[str, Any]], None]
     ignored: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -195,6 +195,7 @@ def _tokenizer(folder: Path, tokens: SpecialTokenIds) -> TokenizerFiles:
     found = find_tokenizer_json(folder)
     if found is None:
         return without_tokenizer(tokens, ends_sources=False)
+    # Whatever class it names: what that reads otherwise is told by comparison.
     classes = [] if config.tokenizer_class is None else [config.tokenizer_class.removesuffix("Fast")]
     files = read_tokenizer_as_it_is(folder, found, config, tokens, classes=classes, target_begins=None)
     return dataclasses.replace(files, notices=(*files.notices, *_read_otherwise(folder, found.tokenizer)))

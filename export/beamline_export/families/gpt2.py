@@ -8,16 +8,16 @@ import numpy as np
 
 from beamline_export.checkpoint import MOST_LAYERS, MOST_POSITIONS, Fields
 from beamline_export.families.activations import ACTIVATIONS
-from beamline_export.families.decoder_only import DecoderOnly, Sizes
+from beamline_export.families.decoder_only import DecoderOnly, DecoderSizes
 from beamline_export.renamer import Renamer
 from beamline_export.spec import TransformerSpec
 
 
-def _sizes(fields: Fields) -> Sizes:
+def _sizes(fields: Fields) -> DecoderSizes:
     width = fields.integer("n_embd")
     for name in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
         fields.flag(name, name == "scale_attn_weights")
-    return Sizes(
+    return DecoderSizes(
         vocabulary=fields.integer("vocab_size", least=2),
         width=width,
         layers=fields.integer("n_layer", most=MOST_LAYERS),

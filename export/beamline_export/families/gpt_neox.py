@@ -5,16 +5,16 @@ from typing import Any
 
 from beamline_export.checkpoint import MOST_LAYERS, Fields
 from beamline_export.families.activations import ACTIVATIONS
-from beamline_export.families.decoder_only import DecoderOnly, Sizes
+from beamline_export.families.decoder_only import DecoderOnly, DecoderSizes
 from beamline_export.families.rotary import read_rotary
 from beamline_export.renamer import Renamer
 from beamline_export.spec import Array, TransformerSpec
 
 
-def _sizes(fields: Fields) -> Sizes:
+def _sizes(fields: Fields) -> DecoderSizes:
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     fields.flag("attention_bias", True)
-    return Sizes(
+    return DecoderSizes(
         vocabulary=fields.integer("vocab_size", least=2),
         width=width,
         layers=fields.integer("num_hidden_layers", most=MOST_LAYERS),

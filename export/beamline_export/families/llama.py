@@ -5,7 +5,7 @@ from typing import Any
 
 from beamline_export.checkpoint import MOST_LAYERS, Fields
 from beamline_export.families.activations import ACTIVATIONS
-from beamline_export.families.decoder_only import DecoderOnly, Sizes
+from beamline_export.families.decoder_only import DecoderOnly, DecoderSizes
 from beamline_export.families.rotary import read_rotary
 from beamline_export.renamer import Renamer
 from beamline_export.spec import Norm, TransformerSpec
@@ -14,13 +14,13 @@ _PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output":
 _FEED_FORWARD = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
-def _sizes(fields: Fields) -> Sizes:
+def _sizes(fields: Fields) -> DecoderSizes:
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     for name in ("attention_bias", "mlp_bias"):
         fields.flag(name, False)
     size = fields.integer("head_dim", max(1, width // heads))
     positions, notices = _positions(fields)
-    return Sizes(
+    return DecoderSizes(
         vocabulary=fields.integer("vocab_size", least=2),
         width=width,
         layers=fields.integer("num_hidden_layers", most=MOST_LAYERS),

@@ -15,7 +15,7 @@ import numpy as np
 
 from beamline_export.checkpoint import MOST_LAYERS, Fields, check_file, read_json, read_state_dict
 from beamline_export.expectations import is_text
-from beamline_export.families.decoder_only import Sizes, take_ends
+from beamline_export.families.decoder_only import DecoderSizes, take_ends
 from beamline_export.families.gpt2 import take_blocks
 from beamline_export.families.hugging_face import put_together
 from beamline_export.families.search_settings import read_settings
@@ -94,7 +94,7 @@ def _characters_of(file: Path) -> str:
     return "".join(sorted(set("".join(words))))
 
 
-def _sizes(tensors: Mapping[str, Array], heads: int) -> Sizes:
+def _sizes(tensors: Mapping[str, Array], heads: int) -> DecoderSizes:
     embedding, positions = tensors.get(_EMBEDDING), tensors.get(_POSITIONS)
     layers = {int(found[1]) for name in tensors if (found := _BLOCK.match(name)) and len(found[1]) < 6}
     if embedding is None or positions is None or not layers or embedding.ndim != 2 or positions.ndim != 2:
@@ -103,7 +103,7 @@ def _sizes(tensors: Mapping[str, Array], heads: int) -> Sizes:
     if max(layers) >= MOST_LAYERS or longest < 2:
         raise ExportError(f"the model has {max(layers) + 1} layers and {longest} positions; {_ADVICE}")
     up = tensors.get(f"{_BASE}.h.0.mlp.c_fc.weight")
-    return Sizes(
+    return DecoderSizes(
         vocabulary=vocabulary,
         width=width,
         layers=max(layers) + 1,

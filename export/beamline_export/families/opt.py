@@ -7,7 +7,7 @@ import numpy as np
 
 from beamline_export.checkpoint import MOST_LAYERS, MOST_POSITIONS, Fields
 from beamline_export.families.activations import ACTIVATIONS
-from beamline_export.families.decoder_only import DecoderOnly, Sizes
+from beamline_export.families.decoder_only import DecoderOnly, DecoderSizes
 from beamline_export.renamer import Renamer
 from beamline_export.spec import NormPlacement, TransformerSpec
 
@@ -16,10 +16,10 @@ _OFFSET = 2
 _BASE = "model.decoder"
 
 
-def _sizes(fields: Fields) -> Sizes:
+def _sizes(fields: Fields) -> DecoderSizes:
     pre, width = fields.flag("do_layer_norm_before", True), fields.integer("hidden_size")
     fields.integer("word_embed_proj_dim", width)
-    return Sizes(
+    return DecoderSizes(
         vocabulary=fields.integer("vocab_size", least=2),
         width=width,
         layers=fields.integer("num_hidden_layers", most=MOST_LAYERS),
