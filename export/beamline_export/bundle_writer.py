@@ -282,7 +282,7 @@ def _write(
     _copy_tokenizer(checkpoint, source, folder)
     weightless = dataclasses.replace(checkpoint, weights={})
     name = options.name or _plain_name(source)
-    with progress.counting("sum up the files", _bytes(folder)) as advance:
+    with progress.counting("compute checksums", _bytes(folder)) as advance:
         sums = _sums(folder, advance)
     return _Writing(weightless, folder, options, name, plan.activations, sums, stored)
 

@@ -88,7 +88,7 @@ def test_a_bundle_is_written_told_and_replaced(
     assert [line.split(":")[0].strip() for line in captured.err.splitlines()] == [
         "read the checkpoint",
         "build the graphs",
-        "sum up the files",
+        "compute checksums",
         "load the exported model",
         "run the exported model",
         "load the PyTorch model",
@@ -123,7 +123,7 @@ def test_a_calibrated_bundle_is_written_and_told(
     assert [line.split(":")[0].strip() for line in captured.err.splitlines()][:5] == [
         "read the checkpoint",
         "build fp32 graphs to calibrate with",
-        "sum up the files",
+        "compute checksums",
         "calibrate",
         "build the graphs",
     ]
